@@ -1,0 +1,1 @@
+"""qcore on CPUs: the plugin `cpu`."""

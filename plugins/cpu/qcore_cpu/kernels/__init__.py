@@ -1,0 +1,1 @@
+"""CPU kernels: one file for each family of operators."""

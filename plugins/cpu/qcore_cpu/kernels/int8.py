@@ -1,0 +1,71 @@
+"""int8 weights: torch's weight-only `_weight_int8pack_mm`, and oneDNN's int8 x int8 product."""
+
+from __future__ import annotations
+
+import torch
+
+from qcore.kernels.activations import dynamic_int8, static_int8
+from qcore.tensor import LayerTensors
+
+
+class Int8Linear(torch.nn.Module):
+    """w = q * s with one scale for each output channel; activations stay in bfloat16."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Int8Linear:
+        return cls(layer.weight.codes, _channel_scales(layer).to(dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        out: torch.Tensor = torch._weight_int8pack_mm(flat, self.codes, self.scales)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+class OnednnInt8Linear(torch.nn.Module):
+    """Activations rounded to int8 a row (or by a stored scale), multiplied in int32, scaled in float32.
+
+    oneDNN's fast path is unsigned times signed, so that codes q go in as q + 128 with a zero point of 128; with signed
+    ones it ran 300 times slower on a CPU without AMX.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    input_scale: torch.Tensor | None
+
+    def __init__(
+        self, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, input_scale: torch.Tensor | None
+    ) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", zeros)
+        self.register_buffer("input_scale", input_scale)
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> OnednnInt8Linear:
+        packed = torch.ops.onednn.qlinear_prepack(layer.weight.codes.t(), None)
+        zeros = torch.zeros(layer.weight.shape[0], dtype=torch.int32)
+        return cls(packed, _channel_scales(layer), zeros, layer.input_scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        codes, scale = dynamic_int8(flat) if self.input_scale is None else static_int8(flat, self.input_scale)
+        unsigned = codes.view(torch.uint8) ^ 0x80
+        out = torch.ops.onednn.qlinear_pointwise(
+            unsigned, 1.0, 128, self.packed, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return (out * scale).to(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _channel_scales(layer: LayerTensors) -> torch.Tensor:
+    """float32 [N]; a scale for the whole tensor is repeated."""
+    return layer.weight.scales[0].to(torch.float32).flatten().expand(layer.weight.shape[0]).contiguous()

@@ -1,0 +1,69 @@
+"""qcore: which quantization runs here, how well, and why not the others - and then runs it.
+
+    ckpt = qcore.open_checkpoint(path)        configs and headers only
+    model = qcore.load_model(path)            a transformers model
+    tokenizer = qcore.load_tokenizer(path)
+
+Importing this package imports neither torch nor transformers nor numpy: every name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcore.checkpoint.open import Checkpoint, open_checkpoint
+    from qcore.explain import explain
+    from qcore.hookspecs import hookimpl
+    from qcore.inventory import devices, plugins
+    from qcore.model.load import load_model
+    from qcore.model.tokenizer import load_tokenizer
+    from qcore.refusal import Refusal, Refused
+    from qcore.scheme import Scheme, TensorScheme
+    from qcore.tensor import QuantizedTensor
+
+__version__ = "2.0.0"
+
+_HOMES = {
+    "Checkpoint": "qcore.checkpoint.open",
+    "QuantizedTensor": "qcore.tensor",
+    "Refusal": "qcore.refusal",
+    "Refused": "qcore.refusal",
+    "Scheme": "qcore.scheme",
+    "TensorScheme": "qcore.scheme",
+    "devices": "qcore.inventory",
+    "explain": "qcore.explain",
+    "hookimpl": "qcore.hookspecs",
+    "load_model": "qcore.model.load",
+    "load_tokenizer": "qcore.model.tokenizer",
+    "open_checkpoint": "qcore.checkpoint.open",
+    "plugins": "qcore.inventory",
+}
+
+__all__ = [
+    "Checkpoint",
+    "QuantizedTensor",
+    "Refusal",
+    "Refused",
+    "Scheme",
+    "TensorScheme",
+    "devices",
+    "explain",
+    "hookimpl",
+    "load_model",
+    "load_tokenizer",
+    "open_checkpoint",
+    "plugins",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'qcore' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,41 @@
+"""The core's own plugin: it comes through the same door as the vendors'.
+
+Checkpoint formats are found by listing qcore/methods/, so that a new one is a new file and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+
+import qcore.methods
+from qcore.hookspecs import API_VERSION, hookimpl
+from qcore.kernel import Accepts, Kernel
+from qcore.method import Method
+
+QCORE_API = API_VERSION
+
+_INPUTS = ("none", "int?-token-*dyn", "int?-tensor-*", "fp8-token-dyn", "fp8-tensor*", "fp8-g*-dyn")
+_ANY = Accepts(elements=("*",), zeros=(None, "stored", "float"), ordered=True, inputs=_INPUTS)
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@hookimpl
+def qcore_methods() -> Sequence[Method]:
+    """One METHOD a file."""
+    names = sorted(module.name for module in pkgutil.iter_modules(qcore.methods.__path__))
+    return [importlib.import_module(f"qcore.methods.{name}").METHOD for name in names]
+
+
+@hookimpl
+def qcore_kernels() -> Sequence[Kernel]:
+    """The reference: pure torch, any device, every scheme; what all other kernels are judged by."""
+    return [
+        Kernel("reference_linear", "reference", "linear", ("*",), _ANY, _DTYPES, cost=100.0,
+               implementation="qcore.kernels.reference:ReferenceLinear",
+               note="dequantizes by row blocks at every call; exact, slow"),
+        Kernel("reference_embedding", "reference", "embedding", ("*",), _ANY, _DTYPES, cost=1.0,
+               implementation="qcore.kernels.reference:ReferenceEmbedding",
+               note="dequantizes the rows that are looked up"),
+    ]  # fmt: skip

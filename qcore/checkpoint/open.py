@@ -1,0 +1,227 @@
+"""open_checkpoint: what is this path, which method reads it, and what is in it. Reads configs and headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qcore.checkpoint.gguf import GgufSource
+from qcore.checkpoint.json_file import read_json
+from qcore.checkpoint.safetensors import SafetensorsSource
+from qcore.checkpoint.source import TensorInfo, TensorSource
+from qcore.method import CheckpointFiles, Method, ModulePlan
+from qcore.plugins import registry
+from qcore.refusal import Refusal, Refused, bad_file
+from qcore.scheme import Scheme, TensorScheme
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from qcore.tensor import LayerTensors, QuantizedTensor
+
+T = TypeVar("T")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Checkpoint:
+    """An opened checkpoint. Nothing but configs and tensor headers has been read until a weight is asked for."""
+
+    def __init__(self, files: CheckpointFiles, method: Method) -> None:
+        self.files = files
+        self._method = method
+        self.path = files.path
+
+    @property
+    def method(self) -> str:
+        """The method's name: `gptq`, `gguf`, ..."""
+        return self._method.name
+
+    @cached_property
+    def format_version(self) -> str:
+        """The variant or version that the checkpoint states; empty if none."""
+        return self._method.format_version(self.files)
+
+    @cached_property
+    def layers(self) -> dict[str, ModulePlan]:
+        """Every linear layer and embedding: scheme, reason and shape."""
+        return self._method.plan(self.files)
+
+    @cached_property
+    def plan(self) -> dict[str, Scheme | None]:
+        """Every linear layer's and embedding's scheme; None where it is not quantized."""
+        return {module: entry.scheme for module, entry in self.layers.items()}
+
+    @cached_property
+    def kv_cache(self) -> TensorScheme | None:
+        """The scheme that the checkpoint declares for the kv cache, or None."""
+        return self._method.kv_cache(self.files)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The transformers config as a dict, without its quantization part."""
+        return self._method.model_config(self.files)
+
+    @cached_property
+    def parameters(self) -> dict[str, TensorInfo]:
+        """The tensors outside quantized modules, by transformers' parameter name."""
+        return self._method.parameters(self.files, self.layers)
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(info.nbytes for info in self.files.source.tensors.values())
+
+    def layer(self, module: str) -> LayerTensors:
+        """All parts of a quantized module. Raises Refused; KeyError where the module is not quantized."""
+        if self.plan.get(module) is None:
+            raise KeyError(f"{module} is not a quantized module of {self.path}")
+        return self._decoded(module, lambda: self._method.decode(self.files, module))
+
+    def weight(self, module: str) -> QuantizedTensor:
+        """The quantized weight in the canonical layout."""
+        return self.layer(module).weight
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """One tensor of `parameters`, in the dtype of the file."""
+        return self._decoded(name, lambda: self._method.read_parameter(self.files, name))
+
+    def dequantize(self, module: str) -> torch.Tensor:
+        """float32 [out_features, in_features], exactly what the format defines; plain weights are widened."""
+        import torch
+
+        if module not in self.layers:
+            raise KeyError(f"{self.path} has no linear layer or embedding {module}")
+        if self.plan[module] is None:
+            return self.parameter(f"{module}.weight").to(torch.float32)
+        return self.weight(module).dequantize()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer, with its chat template if it has one."""
+        return self._method.load_tokenizer(self.files)
+
+    def _decoded(self, name: str, decode: Callable[[], T]) -> T:
+        """Shapes that headers cannot tell are checked when the parts are put together."""
+        try:
+            return decode()
+        except ValueError as error:
+            raise bad_file("bad-shape", "its parts do not fit together", file=self.path, tensor=name,
+                           field="shape", found=str(error)) from error  # fmt: skip
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a safetensors folder, a GGUF file, or a folder that holds one of them.
+
+    Raises Refused: path-not-found, not-a-checkpoint, unsafe-container, unknown-method, and all that a damaged header or
+    config gives.
+    """
+    files = _find(Path(path))
+    methods = registry().methods
+    if files.quantization is None:
+        files = _with_side_file(files, methods)
+    for method in methods:
+        if method.recognizes(files):
+            checkpoint = Checkpoint(files, method)
+            _ = checkpoint.layers  # a checkpoint whose headers contradict its config is refused here, not later
+            return checkpoint
+    found = files.quantization.get("quant_method", "no quant_method") if files.quantization else "no quantization"
+    known = sorted({name for method in methods for name in (method.quant_methods or (method.name,))})
+    raise Refused(
+        Refusal(
+            "unknown-method", "notimpl", str(files.path), "no installed method reads this quantization format",
+            f"found quant_method {found!r}, expected one of {', '.join(known)}",
+            "Install the plugin that reads it, or quantize the model to one of these formats.",
+            str(files.quantization_file), field="quantization_config.quant_method",
+        )
+    )  # fmt: skip
+
+
+def _find(path: Path) -> CheckpointFiles:
+    """What lies at the path, with its configs parsed."""
+    if not path.exists():
+        fix = "Check the spelling. Models are not downloaded: name a folder or a .gguf file on this machine."
+        raise Refused(Refusal("path-not-found", "bad-file", str(path), "there is nothing at this path", fix=fix))
+    folder = path if path.is_dir() else path.parent
+    config_file = folder / "config.json"
+    container = _container(path)
+    source: TensorSource
+    if container.suffix == ".gguf" or (container.is_file() and container.suffix != ".safetensors"):
+        source = GgufSource.open(container)
+        return CheckpointFiles(path, source, {}, None, container, folder)
+    if not config_file.is_file():
+        raise Refused(
+            Refusal("not-a-checkpoint", "bad-file", str(path), "a safetensors checkpoint needs its config.json",
+                    f"found no {config_file.name} in {folder}", "Copy the model's config.json beside its weights.",
+                    str(config_file))
+        )  # fmt: skip
+    config = read_json(config_file)
+    source = SafetensorsSource.open(container)
+    return CheckpointFiles(path, source, config, _quantization(config, config_file), config_file, folder)
+
+
+def _container(path: Path) -> Path:
+    """The file or folder to hand to a reader."""
+    if path.is_file():
+        if path.suffix in _PICKLES:
+            raise _pickled(path)
+        return path
+    if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
+        return path
+    ggufs = sorted(path.glob("*.gguf"))
+    first_shards = [file for file in ggufs if "-of-" not in file.stem or "-00001-of-" in file.stem]
+    if len(first_shards) == 1:
+        return first_shards[0]
+    if first_shards:
+        raise Refused(
+            Refusal("ambiguous-checkpoint", "usage", str(path), "the folder holds several GGUF files",
+                    f"found {', '.join(file.name for file in first_shards[:8])}", "Name the one you mean.")
+        )  # fmt: skip
+    for file in sorted(path.iterdir()):
+        if file.suffix in _PICKLES:
+            raise _pickled(file)
+    raise Refused(
+        Refusal("not-a-checkpoint", "bad-file", str(path), "the folder holds no weights",
+                f"found {_listing(path)}, expected *.safetensors or *.gguf",
+                "Name the folder that holds config.json and the weights, or a .gguf file.")
+    )  # fmt: skip
+
+
+def _pickled(file: Path) -> Refused:
+    fix = "Convert it to safetensors with the tool that wrote it (save_pretrained(safe_serialization=True))."
+    return Refused(Refusal("unsafe-container", "bad-file", str(file), "pickled weights run code when they are read, so "
+                           "they are never opened", f"found {file.name}", fix, str(file)))  # fmt: skip
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "an empty folder"
+
+
+def _quantization(config: Mapping[str, Any], file: Path) -> Mapping[str, Any] | None:
+    """The quantization config, wherever config.json has it."""
+    nested = config.get("text_config")
+    places = [config, nested] if isinstance(nested, Mapping) else [config]
+    for place in places:
+        for key in ("quantization_config", "compression_config"):
+            found = place.get(key)
+            if isinstance(found, Mapping):
+                return {"quant_method": "compressed-tensors", **found} if key == "compression_config" else found
+            if found is not None:
+                raise bad_file("bad-field", "the quantization config is not an object", file=file, field=key,
+                               found=found, expected="an object")  # fmt: skip
+    return None
+
+
+def _with_side_file(files: CheckpointFiles, methods: list[Method]) -> CheckpointFiles:
+    """Older tools write the quantization config beside config.json; the file's name tells the method."""
+    if isinstance(files.source, GgufSource):
+        return files
+    for method in methods:
+        for name in method.side_files:
+            side_file = files.folder / name
+            if side_file.is_file():
+                config = {"quant_method": method.quant_methods[0], **read_json(side_file)}
+                return CheckpointFiles(files.path, files.source, files.config, config, side_file, files.folder)
+    return files

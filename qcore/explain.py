@@ -1,0 +1,88 @@
+"""explain: what would run each layer of a checkpoint, and why not the other kernels. Reads configs and headers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qcore.checkpoint.open import Checkpoint, open_checkpoint
+from qcore.kernel import Op
+from qcore.platform import PLATFORM_PLUGINS, Device, known_platform
+from qcore.plugins import registry
+from qcore.refusal import Refusal
+from qcore.scheme import Scheme
+from qcore.select import LayerRequest, Selection, select
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One layer; selection is None where it is not quantized and runs as torch's own layer."""
+
+    module: str
+    scheme: Scheme | None
+    reason: str
+    selection: Selection | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """runs: every layer has a kernel. refusal: why not, where that is one reason for all layers."""
+
+    path: str
+    platform: str
+    device: str | None
+    dtype: str
+    layers: tuple[LayerExplanation, ...]
+    refusal: Refusal | None
+
+    @property
+    def runs(self) -> bool:
+        return self.refusal is None and all(layer.selection is None or layer.selection.kernel for layer in self.layers)
+
+
+def explain(
+    path: str | Path | Checkpoint,
+    platform: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    activations: str = "exact",
+) -> Explanation:
+    """What runs each layer on a platform, or on a device of this host (the default: the one that `run` would take).
+
+    platform: an identifier such as `hopper`; it need not be here. dtype: of activations; None means what `run` would
+    take. Raises Refused (unknown-platform, no-device, and all that opening the checkpoint gives).
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    found = _device(known_platform(platform) if platform else None, device)
+    where = platform or (found.platform if found else "")
+    chosen = dtype or (found.fast_dtype if found else "bfloat16")
+    kernels = registry().kernels
+    layers = []
+    for module, entry in checkpoint.layers.items():
+        selection = None
+        if entry.scheme is not None:
+            request = LayerRequest(_op(module), entry.scheme, entry.shape, chosen, activations == "exact")
+            selection = select(request, where, kernels, found)
+        layers.append(LayerExplanation(module, entry.scheme, entry.reason, selection))
+    refusal = None if where in registry().platforms else _plugin_missing(where)
+    return Explanation(str(checkpoint.path), where, found.id if found else None, chosen, tuple(layers), refusal)
+
+
+def _device(platform: str | None, device: str | None) -> Device | None:
+    """The device to explain for; for a platform without a device here, None."""
+    from qcore.model.devices import find_device
+
+    if platform is None or device is not None:
+        return find_device(device or "auto")
+    return next((found for found in registry().devices() if found.platform == platform), None)
+
+
+def _op(module: str) -> Op:
+    """Headers do not name classes: transformers' embeddings are called so."""
+    return "embedding" if module.endswith(("embed_tokens", "wte", "word_embeddings")) else "linear"
+
+
+def _plugin_missing(platform: str) -> Refusal:
+    owner = PLATFORM_PLUGINS[platform]
+    return Refusal("plugin-missing", "missing-dep", f"platform {platform}", "the plugin that owns it is not installed",
+                   f"found no plugin {owner}", f"pip install 'qcore[{owner}]'")  # fmt: skip

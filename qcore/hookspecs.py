@@ -1,0 +1,62 @@
+"""The contract between qcore and its plugins.
+
+A plugin is a module that an entry point of the group `qcore.plugins` names. It implements any of the hooks below with
+`qcore.hookimpl` and states the interface version that it was written for as `QCORE_API = (major, minor)`: the core takes
+plugins of its own major version and of no later minor one. New hooks and new arguments raise the minor version; anything
+that breaks a plugin raises the major one.
+
+Facts hooks are asked without the hardware and without the vendor's SDK, and must import neither. Every hook of every
+plugin is called on its own: one that raises, exits or returns something else is reported by `qcore plugins`, and the
+others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from qcore.kernel import Kernel
+    from qcore.method import Method
+    from qcore.platform import Device, Platform
+
+API_VERSION = (1, 0)
+"""Version of this contract."""
+
+hookspec = pluggy.HookspecMarker("qcore")
+hookimpl = pluggy.HookimplMarker("qcore")
+
+# --- Facts: asked once, on any machine ------------------------------------------------------------------------------
+
+
+@hookspec
+def qcore_platforms() -> Sequence[Platform]:  # type: ignore[empty-body]
+    """The columns of the matrix that this plugin owns."""
+
+
+@hookspec
+def qcore_kernels() -> Sequence[Kernel]:  # type: ignore[empty-body]
+    """The kernels that this plugin brings, as rows."""
+
+
+@hookspec
+def qcore_methods() -> Sequence[Method]:  # type: ignore[empty-body]
+    """The checkpoint formats that this plugin reads."""
+
+
+# --- Host: asked when a device is wanted -----------------------------------------------------------------------------
+
+
+@hookspec
+def qcore_devices() -> Sequence[Device]:  # type: ignore[empty-body]
+    """The devices of this host, in well under a second, best first; an empty list where there is none."""
+
+
+# --- Report: asked by `qcore doctor` ---------------------------------------------------------------------------------
+
+
+@hookspec
+def qcore_report() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """What a person who looks for a fault wants to know: versions, what is missing and how to get it."""

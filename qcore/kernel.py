@@ -1,0 +1,103 @@
+"""Kernel: one way of running a layer on a device, as a row of facts.
+
+A row says which schemes, shapes, dtypes and devices it takes, so that selection, `explain` and the matrix need neither
+torch nor a vendor's SDK; the implementation is imported when the kernel is first chosen.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from qcore.notation import format_tensor_scheme
+from qcore.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcore.tensor import LayerTensors
+
+Op = Literal["linear", "embedding"]
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """A predicate over schemes, in the words of qcore.notation; `*` and `?` match as in shell patterns.
+
+    elements: `int4`, `uint?`, `fp8`, `gguf:*`. scales: the levels as printed (`g32`, `channel`, `g16:e4m3fn+tensor`).
+    zeros: None, `stored`, `float`. inputs: the input's printed scheme; `none` where activations stay as they are.
+    """
+
+    elements: tuple[str, ...]
+    scales: tuple[str, ...] = ("*",)
+    zeros: tuple[str | None, ...] = (None,)
+    ordered: bool = False
+    inputs: tuple[str, ...] = ("none",)
+
+    def refuse(self, scheme: Scheme) -> tuple[str, str] | None:
+        """None, or what was found and what is taken."""
+        weight = scheme.weight
+        words = format_tensor_scheme(weight).split("-")
+        levels = words[1] if weight.scales else "none"
+        given = format_tensor_scheme(scheme.input) if scheme.input else "none"
+        for what, found, taken in (
+            ("weights", words[0], self.elements),
+            ("scales", levels, self.scales),
+            ("inputs", given, self.inputs),
+        ):
+            if not any(fnmatchcase(found, pattern) for pattern in taken):
+                return f"{what} {found}", f"{what} {' or '.join(taken)}"
+        if weight.zero not in self.zeros:
+            return f"zero points {weight.zero}", f"zero points {' or '.join(map(str, self.zeros))}"
+        if weight.ordered and not self.ordered:
+            return "act-order groups", "groups in column order"
+        return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row.
+
+    family: the matrix's kernel family (`reference`, `torch`, ...). platforms: column identifiers, or `*`.
+    dtypes: activation dtypes that it computes in. quantizes_input: it rounds activations to 8 bits although the scheme
+    keeps them. features: alternatives, each a set of device features that suffices; empty needs none. requires:
+    distributions and their least version. multiples: (rows, columns) that the weight's shape must be multiples of.
+    cost: time of decoding one token relative to a dense bfloat16 layer of the same shape; the least is chosen.
+    note: one sentence on what it does, shown by `explain`. implementation: `module:object`, a `LayerKernel`.
+    """
+
+    name: str
+    family: str
+    op: Op
+    platforms: tuple[str, ...]
+    accepts: Accepts
+    dtypes: tuple[str, ...]
+    cost: float
+    implementation: str
+    note: str = ""
+    quantizes_input: bool = False
+    features: tuple[frozenset[str], ...] = ()
+    requires: tuple[tuple[str, str], ...] = ()
+    multiples: tuple[int, int] = (1, 1)
+
+    def load(self) -> type[LayerKernel]:
+        """Imports the implementation."""
+        module, _, name = self.implementation.partition(":")
+        implementation: type[LayerKernel] = getattr(importlib.import_module(module), name)
+        return implementation
+
+
+class LayerKernel(Protocol):
+    """What an implementation is: a torch.nn.Module class that holds one prepacked weight.
+
+    Its tensors are buffers, so that the model moves and counts them like any other. A linear maps [..., K] to [..., N]
+    in the activations' dtype; bias and input multiplier are added by QuantizedLinear around it. An embedding maps
+    integer indices [...] to [..., K].
+    """
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> torch.nn.Module:
+        """Repacks the canonical layout into the kernel's, row block by row block: it must not hold the weight dense."""
+        ...

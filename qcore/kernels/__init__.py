@@ -1,0 +1,1 @@
+"""Kernels written in portable code, shared by all platforms."""

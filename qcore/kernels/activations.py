@@ -1,0 +1,80 @@
+"""Quantizing a layer's input: what a scheme's input part means.
+
+The arithmetic is compressed-tensors' (quantization/utils/helpers.py, calculate_qparams), in float32: a symmetric scale
+is absmax / 127.5 for int8 and absmax / 448 for fp8; values are divided by it, clamped, and rounded half to even.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qcore.scheme import Float, Group, Int, PerToken, TensorScheme
+
+_FP8_MAX = 448.0
+
+
+def quantize_input(
+    x: torch.Tensor, scheme: TensorScheme, scale: torch.Tensor | None = None, zero: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The values that the quantized input stands for: x rounded to the scheme and back, in x's shape and dtype.
+
+    x: [..., K]. scale, zero: [1], for static schemes.
+    """
+    values = x.to(torch.float32)
+    granularity = scheme.granularity
+    if isinstance(granularity, Group):
+        ragged = -values.shape[-1] % granularity.size
+        values = torch.nn.functional.pad(values, (0, ragged)).unflatten(-1, (-1, granularity.size))
+    if scheme.dynamic:
+        reduced = values if isinstance(granularity, PerToken | Group) else values.reshape(1, -1)
+        scale, zero = _range(reduced, scheme)
+    assert scale is not None, "a static scheme comes with its scale"
+    rounded = _round_trip(values, scheme, scale.to(torch.float32), zero)
+    if isinstance(granularity, Group):
+        rounded = rounded.flatten(-2)[..., : x.shape[-1]]
+    return rounded.to(x.dtype)
+
+
+def dynamic_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 codes of each row and their scales: int8 [..., K] and float32 [..., 1]."""
+    values = x.to(torch.float32)
+    scale, _ = _symmetric(values.abs().amax(-1, keepdim=True), 127.5)
+    return (values / scale).clamp_(-128, 127).round_().to(torch.int8), scale
+
+
+def static_int8(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 codes under a stored scale [1]: int8 [..., K], and the scale in float32."""
+    wide = scale.to(torch.float32)
+    return (x.to(torch.float32) / wide).clamp_(-128, 127).round_().to(torch.int8), wide
+
+
+def _range(values: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point over the last dimension."""
+    if scheme.zero is None:
+        half = _FP8_MAX if isinstance(scheme.element, Float) else (2**scheme.bits - 1) / 2
+        return _symmetric(values.abs().amax(-1, keepdim=True), half)
+    low = values.amin(-1, keepdim=True).clamp(max=0)
+    high = values.amax(-1, keepdim=True).clamp(min=0)
+    least, most = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+    scale, _ = _symmetric(high - low, 2**scheme.bits - 1)
+    return scale, (least - low / scale).clamp(least, most).round()
+
+
+def _symmetric(magnitude: torch.Tensor, steps: float) -> tuple[torch.Tensor, None]:
+    scale = magnitude / steps
+    # A row of zeros has no scale of its own; any number will do, and this is compressed-tensors'.
+    return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale), None
+
+
+def _round_trip(
+    values: torch.Tensor, scheme: TensorScheme, scale: torch.Tensor, zero: torch.Tensor | None
+) -> torch.Tensor:
+    scaled = values / scale
+    if isinstance(scheme.element, Float):
+        return scaled.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).to(torch.float32) * scale
+    assert isinstance(scheme.element, Int)
+    least, most = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+    if zero is None:
+        return scaled.clamp(least, most).round() * scale
+    shift = zero.to(torch.float32)
+    return ((scaled + shift).clamp(least, most).round() - shift) * scale

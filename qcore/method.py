@@ -1,0 +1,130 @@
+"""Method: one checkpoint format. Decodes files into the waist; never sees a device.
+
+A format is one file in qcore/methods/: a subclass of `Method` with an instance named METHOD. It states what it
+recognizes, plans from configs and tensor headers alone (module -> scheme, or why not), and decodes one module at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcore.checkpoint.source import TensorInfo, TensorSource
+from qcore.refusal import bad_file
+from qcore.scheme import Scheme, TensorScheme
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from qcore.tensor import LayerTensors
+
+
+PLAIN_FLOATS = ("F16", "BF16", "F32", "F64")
+"""Data types of unquantized weights."""
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """What was found at a path: the tensors' container and, for folders, the parsed configs.
+
+    config: config.json's content (empty for GGUF). quantization: its quantization config, wherever that stood, or None;
+    quantization_file: the file it came from. folder: where tokenizer files may lie.
+    """
+
+    path: Path
+    source: TensorSource
+    config: Mapping[str, Any]
+    quantization: Mapping[str, Any] | None
+    quantization_file: Path
+    folder: Path
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One linear layer or embedding: its scheme (None: not quantized), why, and its shape [N, K]."""
+
+    scheme: Scheme | None
+    reason: str
+    shape: tuple[int, int]
+
+
+class Method(ABC):
+    """One checkpoint format."""
+
+    name: str
+    quant_methods: tuple[str, ...] = ()
+    """The values of `quant_method` in a quantization config that mean this format."""
+    side_files: tuple[str, ...] = ()
+    """Files beside config.json that may hold the quantization config instead."""
+
+    def recognizes(self, files: CheckpointFiles) -> bool:
+        """Whether the files are of this format; decides on the config alone unless overridden."""
+        config = files.quantization
+        return config is not None and str(config.get("quant_method", "")).lower() in self.quant_methods
+
+    def format_version(self, files: CheckpointFiles) -> str:
+        """The variant or writer's version, in the format's own words; empty if it has none."""
+        return ""
+
+    def model_config(self, files: CheckpointFiles) -> dict[str, Any]:
+        """The transformers config, without its quantization part."""
+        dropped = ("quantization_config", "compression_config")
+        return {key: value for key, value in files.config.items() if key not in dropped}
+
+    def load_tokenizer(self, files: CheckpointFiles) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer."""
+        from qcore.model.tokenizer import tokenizer_from_folder
+
+        return tokenizer_from_folder(files.folder)
+
+    @abstractmethod
+    def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
+        """Every linear layer and embedding, by transformers' module name, from headers alone."""
+
+    def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
+        """The scheme that the checkpoint declares for the kv cache."""
+        return None
+
+    @abstractmethod
+    def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
+        """One quantized module of the plan. Raises Refused (bad-content and others)."""
+
+    def parameters(self, files: CheckpointFiles, plan: Mapping[str, ModulePlan]) -> dict[str, TensorInfo]:
+        """The tensors that no quantized module decodes, by transformers' parameter name."""
+        quantized = {module for module, entry in plan.items() if entry.scheme}
+        return {n: info for n, info in files.source.tensors.items() if n.rpartition(".")[0] not in quantized}
+
+    def read_parameter(self, files: CheckpointFiles, name: str) -> torch.Tensor:
+        """One tensor of `parameters`, as transformers expects it, in the dtype of the file."""
+        return files.source.read(name)
+
+
+def dense_modules(tensors: Mapping[str, TensorInfo], reason: str) -> dict[str, ModulePlan]:
+    """Plans for the modules whose weight is a plain matrix."""
+    plans = {}
+    for name, info in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part == "weight" and len(info.shape) == 2 and info.dtype in PLAIN_FLOATS:
+            plans[module] = ModulePlan(None, reason, (info.shape[0], info.shape[1]))
+    return plans
+
+
+def require_tensor(
+    files: CheckpointFiles, name: str, *, shape: tuple[int, ...] | None = None, dtypes: Iterable[str] | None = None
+) -> TensorInfo:
+    """The tensor's header, checked. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
+    info = files.source.tensors.get(name)
+    if info is None:
+        raise bad_file("missing-tensor", "a tensor that the format needs is not there", file=files.path, tensor=name)
+    where: dict[str, Any] = {"file": info.file, "tensor": name}
+    if shape is not None and info.shape != shape:
+        raise bad_file("bad-shape", "its shape is not the one that the config implies", **where, field="shape",
+                       found=list(info.shape), expected=list(shape))  # fmt: skip
+    if dtypes is not None and info.dtype not in (allowed := tuple(dtypes)):
+        raise bad_file("bad-dtype", "its data type is not one that the format stores", **where, field="dtype",
+                       found=info.dtype, expected=" or ".join(allowed))  # fmt: skip
+    return info

@@ -1,0 +1,1 @@
+"""From a checkpoint to a transformers model that runs."""

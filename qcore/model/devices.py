@@ -1,0 +1,22 @@
+"""Choosing the device to run on."""
+
+from __future__ import annotations
+
+from qcore.platform import Device
+from qcore.plugins import registry
+from qcore.refusal import Refusal, Refused
+
+
+def find_device(name: str = "auto") -> Device:
+    """The device of this host with the id `name`; `auto` is the first that a plugin found, accelerators before CPUs.
+
+    Raises Refused (no-device).
+    """
+    devices = sorted(registry().devices(), key=lambda device: device.torch_device == "cpu")
+    for device in devices:
+        if name in ("auto", device.id):
+            return device
+    found = ", ".join(device.id for device in devices)
+    fix = f"Use one of: {found}." if found else "Install a plugin for this host, such as: pip install 'qcore[cpu]'."
+    raise Refused(Refusal("no-device", "missing-dep", f"device {name}", "no such device was found on this host",
+                          f"found {found or 'none'}", fix))  # fmt: skip

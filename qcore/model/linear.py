@@ -1,0 +1,59 @@
+"""The layers that a loaded model is made of: a kernel with what stands around it."""
+
+from __future__ import annotations
+
+import torch
+
+from qcore.kernel import Kernel
+from qcore.scheme import Scheme
+
+
+class QuantizedLinear(torch.nn.Module):
+    """Replaces torch.nn.Linear: y = kernel(x * input_multiplier) + bias.
+
+    kernel_name says which kernel runs it; `packed` is that kernel's module, which holds the weight.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        kernel: Kernel,
+        packed: torch.nn.Module,
+        bias: torch.Tensor | None = None,
+        input_multiplier: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.scheme, self.kernel_name = scheme, kernel.name
+        self.out_features, self.in_features = shape
+        self.packed = packed
+        self.register_buffer("bias", bias)
+        self.register_buffer("input_multiplier", input_multiplier)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.input_multiplier is not None:
+            x = x * self.input_multiplier
+        out: torch.Tensor = self.packed(x)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, scheme={self.scheme}, kernel={self.kernel_name}"
+
+
+class QuantizedEmbedding(torch.nn.Module):
+    """Replaces torch.nn.Embedding; `scale` is what some models (gemma) multiply their embeddings by."""
+
+    def __init__(
+        self, scheme: Scheme, shape: tuple[int, int], kernel: Kernel, packed: torch.nn.Module, scale: float | None = None
+    ) -> None:
+        super().__init__()
+        self.scheme, self.kernel_name, self.scale = scheme, kernel.name, scale
+        self.num_embeddings, self.embedding_dim = shape
+        self.packed = packed
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = self.packed(tokens)
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}, kernel={self.kernel_name}"

@@ -1,0 +1,298 @@
+"""load_model: checkpoint -> transformers model whose quantized layers run on chosen kernels.
+
+Modules are decoded, prepacked and released one at a time, so that loading never holds more than the packed model and
+the largest tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from qcore.checkpoint.open import Checkpoint, open_checkpoint
+from qcore.kernel import Kernel, Op
+from qcore.model.devices import find_device
+from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
+from qcore.platform import Device
+from qcore.plugins import registry
+from qcore.refusal import Refusal, Refused, bad_file
+from qcore.scheme import Scheme
+from qcore.select import LayerRequest, select
+from qcore.tensor import LayerTensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("qcore")
+Progress = Callable[[str, int, int], None]
+"""Called with a module's name, bytes loaded so far and bytes in all."""
+
+_STALE_BUFFERS = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$")
+"""Buffers that older models saved and that are computed now."""
+_KV_SCALES = r"\.(([kv]_(proj\.)?)?(k|v|q|kv)?_?scale|[kvq]_proj\.output_scale|prob_output_scale|[kvq]_zero_point)$"
+
+
+def load_model(
+    path: str | Path | Checkpoint,
+    device: str | Device = "auto",
+    dtype: torch.dtype | str | None = None,
+    *,
+    kernel: str | None = None,
+    activations: str = "exact",
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """A transformers model of the checkpoint, ready to run, on one device.
+
+    dtype: of activations and unquantized weights; None means the checkpoint's own (see `own_dtype`). kernel: run every
+    layer that takes it with this kernel. activations: `exact` keeps them in `dtype` unless the scheme quantizes them;
+    `int8` lets kernels round them. Raises Refused.
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    target = device if isinstance(device, Device) else find_device(device)
+    wanted = own_dtype(checkpoint) if dtype is None else _torch_dtype(dtype)
+    _check_memory(checkpoint, target)
+    if checkpoint.kv_cache is not None:
+        log.warning("%s declares a %s kv cache; the cache is kept in %s", checkpoint.path, checkpoint.kv_cache, wanted)
+    model = _skeleton(checkpoint, wanted)
+    _Loader(checkpoint, model, target, wanted, kernel, activations == "exact", progress).run()
+    return model
+
+
+def own_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that the checkpoint was made for: its config's, or else the widest of its unquantized tensors."""
+    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if isinstance(stated, str):
+        return _torch_dtype(stated)
+    stored = {info.dtype for info in checkpoint.parameters.values()}
+    if stored & {"F32", "F64"}:
+        return torch.float32
+    return torch.float32 if len(stored & {"F16", "BF16"}) != 1 else _torch_dtype({"F16": "float16"}.get(stored.pop(), "bfloat16"))
+
+
+def layer_request(
+    op: Op, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, *, exact: bool = True, kernel: str | None = None
+) -> LayerRequest:
+    """A request in torch's words."""
+    return LayerRequest(op, scheme, shape, str(dtype).removeprefix("torch."), exact, kernel)
+
+
+class _MetaParameters(TorchFunctionMode):
+    """Parameters, which torch makes with torch.empty, take no memory; buffers, which are computed, are real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model's classes, with parameters on the meta device. Code from the checkpoint is never run."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    values = {key: value for key, value in checkpoint.config.items() if key not in ("dtype", "torch_dtype")}
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING or type(config := CONFIG_MAPPING[model_type]()) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        code, reason = "unknown-architecture", "the installed transformers has no causal language model of this type"
+        if "auto_map" in values:
+            code, reason = "remote-code", "its classes are Python code in the checkpoint, which is never run"
+        raise Refused(
+            Refusal(code, "notyet", str(checkpoint.path), reason, f"found model_type {model_type!r}",
+                    "Upgrade transformers if a newer one has this type.", str(checkpoint.files.quantization_file),
+                    field="model_type")
+        )  # fmt: skip
+    values.pop("auto_map", None)
+    try:
+        config = type(config).from_dict(values)
+        config.torch_dtype = dtype  # both the old and the new name of the key read it
+        before = torch.get_default_dtype()
+        with _MetaParameters():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        torch.set_default_dtype(before)
+    except (TypeError, ValueError, ArithmeticError, KeyError, AttributeError, RuntimeError) as error:
+        raise bad_file("bad-field", "transformers cannot build a model from the config", file=checkpoint.path,
+                       field="config", found=f"{type(error).__name__}: {error}") from error  # fmt: skip
+    return model.eval()
+
+
+class _Loader:
+    """Fills a skeleton."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: PreTrainedModel, device: Device, dtype: torch.dtype,
+        kernel: str | None, exact: bool, progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.model, self.device, self.dtype = checkpoint, model, device, dtype
+        self.kernel, self.exact, self.progress = kernel, exact, progress
+        self.kernels = registry().kernels
+        self.done = 0
+        self.expected = {name for name, _ in model.named_parameters()}
+        self.missing = {name for name in model.state_dict() if name in self.expected}
+
+    def run(self) -> None:
+        self._check_kernel_name()
+        tied = self._tied_head()
+        for module, entry in self.checkpoint.layers.items():
+            if entry.scheme is not None:
+                self._quantized(module, tied if self._is_input_embedding(module) else None)
+        for name in self.checkpoint.parameters:
+            self._dense(name, tied)
+        if self.missing:
+            raise bad_file("missing-tensor", "the model needs tensors that the checkpoint does not hold",
+                           file=self.checkpoint.path, tensor=min(self.missing),
+                           found=f"{len(self.missing)} missing: {', '.join(sorted(self.missing)[:4])}")  # fmt: skip
+        self.model.to(self.device.torch_device)
+
+    def _quantized(self, module: str, tied: str | None) -> None:
+        layer = self.checkpoint.layer(module)
+        self._replace(module, layer)
+        if tied is not None:
+            self._replace(tied, LayerTensors(layer.weight))
+        self._step(module, layer.weight.nbytes)
+
+    def _replace(self, module: str, layer: LayerTensors) -> None:
+        parent, name, old = self._find(module)
+        weight = layer.weight
+        shape = (weight.shape[0], weight.shape[1])
+        if tuple(old.weight.shape) != shape:
+            raise bad_file("bad-shape", "the weight is not of the model's size", file=self.checkpoint.path,
+                           tensor=module, field="shape", found=list(shape), expected=list(old.weight.shape))  # fmt: skip
+        op: Op = "embedding" if isinstance(old, torch.nn.Embedding) else "linear"
+        kernel, packed = self._pack(op, layer, shape)
+        new: torch.nn.Module
+        if op == "embedding":
+            scale = getattr(old, "embed_scale", None)
+            new = QuantizedEmbedding(
+                weight.scheme, shape, kernel, packed, None if scale is None else float(scale)
+            )
+        else:
+            bias = None if layer.bias is None else layer.bias.to(self.dtype)
+            new = QuantizedLinear(weight.scheme, shape, kernel, packed, bias, layer.input_multiplier)
+            if (bias is None) != (old.bias is None):
+                raise bad_file("missing-tensor" if bias is None else "unexpected-tensor",
+                               "the model and the checkpoint disagree on a bias", file=self.checkpoint.path,
+                               tensor=f"{module}.bias", expected="a bias" if bias is None else "none")  # fmt: skip
+        setattr(parent, name, new.to(self.device.torch_device))
+        self.missing -= {f"{module}.weight", f"{module}.bias"}
+
+    def _pack(self, op: Op, layer: LayerTensors, shape: tuple[int, int]) -> tuple[Kernel, torch.nn.Module]:
+        """The layer on its kernel. A kernel that refuses the tensors' contents gives way to the next, and it is said."""
+        named = self.kernel if op == "linear" else None
+        kernels = self.kernels
+        while True:
+            request = layer_request(op, layer.weight.scheme, shape, self.dtype, exact=self.exact, kernel=named)
+            selection = select(request, self.device.platform, kernels, self.device)
+            if selection.kernel is None:
+                assert selection.refusal is not None
+                if named is None:
+                    raise Refused(selection.refusal)
+                log.warning("kernel %s does not take %s; another is chosen for it", named, layer.weight.scheme)
+                named = None
+                continue
+            chosen = selection.kernel
+            try:
+                return chosen, chosen.load().from_layer(layer, self.dtype)
+            except Refused as error:
+                log.warning("%s", error.refusal)
+                kernels = [row for row in kernels if row[0] is not chosen]
+
+    def _dense(self, name: str, tied: str | None) -> None:
+        if name not in self.expected:
+            self._unexpected(name)
+            return
+        tensor = self.checkpoint.parameter(name)
+        parent, leaf = self._parent(name)
+        old = getattr(parent, leaf)
+        if tuple(tensor.shape) != tuple(old.shape):
+            raise bad_file("bad-shape", "the tensor is not of the model's size", file=self.checkpoint.path,
+                           tensor=name, field="shape", found=list(tensor.shape), expected=list(old.shape))  # fmt: skip
+        wanted = self.dtype if old.is_floating_point() else old.dtype
+        parameter = torch.nn.Parameter(tensor.to(self.device.torch_device, wanted), requires_grad=False)
+        setattr(parent, leaf, parameter)
+        self.missing.discard(name)
+        module = name.rpartition(".")[0]
+        if tied is not None and leaf == "weight" and self._is_input_embedding(module):
+            self.model.get_submodule(tied).weight = parameter
+            self.missing.discard(f"{tied}.weight")
+        self._step(name, tensor.nbytes)
+
+    def _tied_head(self) -> str | None:
+        """The output layer's module name, when it has no weights of its own in the checkpoint."""
+        head = self.model.get_output_embeddings()
+        names = [name for name, module in self.model.named_modules() if module is head and head is not None]
+        if not names or names[0] in self.checkpoint.layers:
+            return None
+        return names[0] if self.model.config.get_text_config().tie_word_embeddings else None
+
+    def _is_input_embedding(self, module: str) -> bool:
+        try:
+            found = self.model.get_submodule(module)
+        except AttributeError:
+            return False
+        embedding = self.model.get_input_embeddings()
+        return found is embedding
+
+    def _find(self, module: str) -> tuple[torch.nn.Module, str, Any]:
+        parent, name = self._parent(module)
+        old = getattr(parent, name, None)
+        if not isinstance(old, torch.nn.Linear | torch.nn.Embedding):
+            found = "no such module" if old is None else type(old).__name__
+            raise bad_file("unexpected-tensor", "a quantized weight belongs to no linear layer or embedding",
+                           file=self.checkpoint.path, tensor=module, found=found,
+                           expected=f"a layer of {type(self.model).__name__}",
+                           fix="Check model_type in the config; it names another architecture than the weights'.")  # fmt: skip
+        return parent, name, old
+
+    def _parent(self, name: str) -> tuple[torch.nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        try:
+            return self.model.get_submodule(path), leaf
+        except AttributeError:
+            return torch.nn.Module(), leaf
+
+    def _unexpected(self, name: str) -> None:
+        known = (*_STALE_BUFFERS, *(self.model._keys_to_ignore_on_load_unexpected or ()))
+        if any(re.search(pattern, name) for pattern in known):
+            return
+        if self.checkpoint.kv_cache is not None and re.search(_KV_SCALES, name):
+            return  # load_model has said that the cache is not quantized
+        raise bad_file("unexpected-tensor", "a tensor belongs to no part of the model", file=self.checkpoint.path,
+                       tensor=name, expected=f"a parameter of {type(self.model).__name__}",
+                       fix="Check model_type in the config, or upgrade transformers.")  # fmt: skip
+
+    def _check_kernel_name(self) -> None:
+        names = sorted({kernel.name for kernel, _ in self.kernels if kernel.op == "linear"})
+        if self.kernel is not None and self.kernel not in names:
+            raise Refused(Refusal("unknown-kernel", "usage", self.kernel, "no registered kernel has this name",
+                                  fix=f"Name one of: {', '.join(names)}."))  # fmt: skip
+
+    def _step(self, name: str, nbytes: int) -> None:
+        self.done += nbytes
+        if self.progress is not None:
+            self.progress(name, self.done, self.checkpoint.size_bytes)
+
+
+def _check_memory(checkpoint: Checkpoint, device: Device) -> None:
+    """Refuses before a byte of weight is read, rather than being killed half way."""
+    if device.memory is not None and checkpoint.size_bytes > device.memory:
+        sizes = f"found {checkpoint.size_bytes / 2**30:.1f} GiB of weights, expected at most {device.memory / 2**30:.1f} GiB"
+        raise Refused(
+            Refusal("not-enough-memory", "never", str(checkpoint.path), f"it does not fit into {device.name}", sizes,
+                    "Free memory, use a larger device, or quantize the model to fewer bits.")
+        )  # fmt: skip
+
+
+def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float32}
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in known:
+        raise Refused(Refusal("bad-argument", "usage", "dtype", "this is not a data type to compute in",
+                              f"found {dtype!r}", "Use float32, bfloat16 or float16."))  # fmt: skip
+    return known[dtype]

@@ -1,0 +1,62 @@
+"""Platform: a column of the matrix. Device: one that was found on this host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qcore.refusal import Refusal, Refused
+
+
+@dataclass(frozen=True)
+class Platform:
+    """One column of the matrix, declared by the plugin that owns it (`qcore_platforms`)."""
+
+    id: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of this host (`qcore_devices`).
+
+    torch_device: what torch calls it ("cpu", "cuda:0"). features: instruction sets and capabilities, in the words that
+    the plugin's kernels use in `Kernel.features`. memory: free bytes for weights, if known. fast_dtype: the floating
+    dtype in which it runs models fastest without losing range.
+    """
+
+    id: str
+    platform: str
+    name: str
+    torch_device: str
+    features: frozenset[str] = frozenset()
+    memory: int | None = None
+    fast_dtype: str = "float32"
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+PLATFORM_PLUGINS: dict[str, str] = {
+    "volta": "cuda",
+    "turing": "cuda",
+    "ampere": "cuda",
+    "ada": "cuda",
+    "hopper": "cuda",
+    "blackwell": "cuda",
+    "amd": "rocm",
+    "xpu": "xpu",
+    "gaudi": "gaudi",
+    "x86_cpu": "cpu",
+    "arm_cpu": "cpu",
+    "neuron": "neuron",
+    "tpu": "tpu",
+}
+"""The identifiers of the matrix's columns and the plugin that owns each, so that a platform whose plugin is absent can
+still be named and the answer says what to install."""
+
+
+def known_platform(name: str) -> str:
+    """`name` if it is a column of the matrix. Raises Refused (unknown-platform)."""
+    if name in PLATFORM_PLUGINS:
+        return name
+    fix = f"Name one of: {', '.join(PLATFORM_PLUGINS)}."
+    raise Refused(Refusal("unknown-platform", "usage", name, "no platform has this name", fix=fix))
