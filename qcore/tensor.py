@@ -77,11 +77,15 @@ class QuantizedTensor:
             raise ValueError(f"codes of {self.scheme} are {list(expected)}, not {list(self.codes.shape)}")
         if len(self.scales) != len(self.scheme.weight.scales):
             raise ValueError(f"{self.scheme} has {len(self.scheme.weight.scales)} levels of scales")
-        if self.first_row == 0:
-            for level, scale in zip(self.scheme.weight.scales, self.scales, strict=True):
+        for level, scale in zip(self.scheme.weight.scales, self.scales, strict=True):
+            wanted = (*self.shape[:-2], *scale_shape(level.granularity, self.first_row + rows, columns))
+            if isinstance(level.granularity, FlatGroup):  # rows of a larger weight keep all its scales
+                fits = scale.dim() == len(wanted) and scale.shape[-1] >= wanted[-1]
+            else:
                 wanted = (*self.shape[:-2], *scale_shape(level.granularity, rows, columns))
-                if tuple(scale.shape) != wanted:
-                    raise ValueError(f"scales of {self.scheme} are {list(wanted)}, not {list(scale.shape)}")
+                fits = tuple(scale.shape) == wanted
+            if not fits:
+                raise ValueError(f"scales of {self.scheme} are {list(wanted)}, not {list(scale.shape)}")
 
     @property
     def nbytes(self) -> int:

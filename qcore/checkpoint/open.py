@@ -167,9 +167,10 @@ def _container(path: Path) -> Path:
         if path.suffix in _PICKLES:
             raise _pickled(path)
         return path
-    if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
-        return path
     ggufs = sorted(path.glob("*.gguf"))
+    weights = any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))
+    if weights and ((path / "config.json").is_file() or not ggufs):
+        return path
     first_shards = [file for file in ggufs if "-of-" not in file.stem or "-00001-of-" in file.stem]
     if len(first_shards) == 1:
         return first_shards[0]

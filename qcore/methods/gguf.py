@@ -31,7 +31,11 @@ class Gguf(Method):
         return f"v{files.source.metadata['GGUF.version']}"
 
     def model_config(self, files: CheckpointFiles) -> dict[str, Any]:
-        return model_config(files.source.metadata, files.source.tensors)
+        def read(name: str) -> list[float]:
+            values: list[float] = files.source.read(name).flatten().tolist()
+            return values
+
+        return model_config(files.source.metadata, files.source.tensors, read)
 
     def load_tokenizer(self, files: CheckpointFiles) -> PreTrainedTokenizerBase:
         from qcore.gguf.tokenizer import build_tokenizer
@@ -87,9 +91,9 @@ class Gguf(Method):
 
 def _in_order(tensor: torch.Tensor, source: GgufParameter) -> torch.Tensor:
     """Rows in transformers' order: files of some architectures hold q and k in the order of ggml's rotary embedding."""
-    if source.rows is None:
+    if source.heads is None:
         return tensor
-    return tensor[row_permutation(tensor.shape[0], source.rows)]
+    return tensor[row_permutation(tensor.shape[0], source.heads)]
 
 
 METHOD = Gguf()

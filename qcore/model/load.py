@@ -110,7 +110,8 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     values.pop("auto_map", None)
     try:
         config = type(config).from_dict(values)
-        config.torch_dtype = dtype  # both the old and the new name of the key read it
+        # transformers renamed the key in 4.56
+        setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
         before = torch.get_default_dtype()
         with _MetaParameters():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

