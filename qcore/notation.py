@@ -51,9 +51,7 @@ def _dynamic(element: Element, *levels: Level) -> TensorScheme:
 
 SHORTHANDS: dict[str, Scheme] = {
     "W8A8-int8-dyn": Scheme(TensorScheme(_INT8, (Level(PerChannel()),)), _dynamic(_INT8, Level(PerToken()))),
-    "W8A8-int8-static": Scheme(
-        TensorScheme(_INT8, (Level(PerChannel()),)), TensorScheme(_INT8, (Level(PerTensor()),))
-    ),
+    "W8A8-int8-static": Scheme(TensorScheme(_INT8, (Level(PerChannel()),)), TensorScheme(_INT8, (Level(PerTensor()),))),
     "W8A8-fp8-dyn": Scheme(TensorScheme(_FP8, (Level(PerChannel()),)), _dynamic(_FP8, Level(PerToken()))),
     "W8A8-fp8-static": Scheme(TensorScheme(_FP8, (Level(PerTensor()),)), TensorScheme(_FP8, (Level(PerTensor()),))),
     "W8A8-fp8-block128": Scheme(TensorScheme(_FP8, (Level(Tile(128, 128)),)), _dynamic(_FP8, Level(Group(128)))),

@@ -131,7 +131,9 @@ def bad_file(
     fix: str = "Download or export the checkpoint again; the file is damaged or was not written by the tool it names.",
 ) -> Refused:
     """A `Refused` of kind bad-file, with the place and what was found there; long values are cut to 200 characters."""
-    parts = [f"{word} {_short(value)}" for word, value in (("found", found), ("expected", expected)) if value is not None]
+    parts = [
+        f"{word} {_short(value)}" for word, value in (("found", found), ("expected", expected)) if value is not None
+    ]
     refusal = Refusal(code, "bad-file", str(file), reason, ", ".join(parts), fix, str(file), _name(tensor), field)
     return Refused(refusal)
 

@@ -97,7 +97,10 @@ class QuantizedTensor:
         """Rows start..stop of a weight [N, K], sharing memory. A Tile boundary must lie at `start`."""
         levels = self.scheme.weight.scales
         count = min(stop, self.shape[-2]) - start
-        cut = [_cut(level.granularity, scale, start, start + count) for level, scale in zip(levels, self.scales, strict=True)]
+        cut = [
+            _cut(level.granularity, scale, start, start + count)
+            for level, scale in zip(levels, self.scales, strict=True)
+        ]
         zeros = None if self.zeros is None else _cut(levels[0].granularity, self.zeros, start, start + count)
         return replace(
             self,
@@ -197,7 +200,9 @@ class QuantizedTensor:
                 return part.index_select(-1, self.index)
             return part.repeat_interleave(granularity.size, -1)[..., :columns]
         if isinstance(granularity, Tile):
-            return part.repeat_interleave(granularity.rows, -2)[..., :rows, :].repeat_interleave(granularity.cols, -1)[..., :columns]
+            return part.repeat_interleave(granularity.rows, -2)[..., :rows, :].repeat_interleave(granularity.cols, -1)[
+                ..., :columns
+            ]
         if isinstance(granularity, FlatGroup):
             first = self.first_row * columns
             element = torch.arange(first, first + rows * columns, device=part.device)
@@ -266,4 +271,3 @@ class LayerTensors:
     input_scale: torch.Tensor | None = None
     input_zero: torch.Tensor | None = None
     input_multiplier: torch.Tensor | None = None
-

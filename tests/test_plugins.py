@@ -35,8 +35,12 @@ BROKEN = {
     "new_api": (GOOD.replace("(1, 0)", "(1, 99)"), "incompatible", "found 1.99"),
     "unknown_hook": (GOOD + "\n@hookimpl\ndef qcore_magic():\n    return 1\n", "broken", "qcore_magic"),
     "wrong_argument": (GOOD + "\n@hookimpl\ndef qcore_report(colour):\n    return {}\n", "broken", "colour"),
-    "wrong_type": (GOOD.replace("[Platform(\"tpu\", \"Google TPU\")]", "['tpu']"), "broken", "Platform"),
-    "hook_raises": (GOOD.replace("return [Kernel(", "raise OSError('driver gone') or [Kernel("), "broken", "driver gone"),
+    "wrong_type": (GOOD.replace('[Platform("tpu", "Google TPU")]', "['tpu']"), "broken", "Platform"),
+    "hook_raises": (
+        GOOD.replace("return [Kernel(", "raise OSError('driver gone') or [Kernel("),
+        "broken",
+        "driver gone",
+    ),
     "hook_exits": (GOOD.replace("return [Kernel(", "raise SystemExit(1) or [Kernel("), "broken", "SystemExit"),
     "devices_raise": (GOOD.replace("return [Device(", "raise OSError('no driver') or [Device("), "broken", "no driver"),
     "same_kernel": (GOOD.replace("toy_linear", "reference_linear"), "broken", "reference_linear"),
@@ -67,7 +71,10 @@ def install(folder: Path, name: str, source: str) -> None:
 def probe(folder: Path, **environment: str) -> dict[str, object]:
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", PROBE], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **environment}
+        [sys.executable, "-c", PROBE],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, **environment},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
@@ -108,7 +115,11 @@ def test_the_environment_restricts_and_blocks(tmp_path: Path) -> None:
     only = by_name(probe(tmp_path, QCORE_PLUGINS="toy"))
     assert (only["core"]["status"], only["toy"]["status"], only["cpu"]["status"]) == ("loaded", "loaded", "disabled")
     blocked = by_name(probe(tmp_path, QCORE_DISABLE="toy,core"))
-    assert (blocked["core"]["status"], blocked["toy"]["status"], blocked["cpu"]["status"]) == ("loaded", "disabled", "loaded")
+    assert (blocked["core"]["status"], blocked["toy"]["status"], blocked["cpu"]["status"]) == (
+        "loaded",
+        "disabled",
+        "loaded",
+    )
     assert blocked["toy"]["refusal"]["code"] == "plugin-disabled"  # type: ignore[index]
 
 

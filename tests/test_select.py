@@ -11,15 +11,28 @@ from qcore.select import LayerRequest, select
 INT4 = Accepts(("int4",), ("g32", "g128"))
 HOST = Device("sim:0", "hopper", "a simulated device", "cpu", features=frozenset({"fp8", "wgmma"}))
 FAST = Kernel("fast", "sim", "linear", ("hopper",), INT4, ("bfloat16",), 0.2, "x:y", multiples=(16, 64))
-SLOW = Kernel("slow", "sim", "linear", ("*",), Accepts(("*",), zeros=(None, "stored"), ordered=True), ("bfloat16", "float32"), 9.0, "x:y")
+SLOW = Kernel(
+    "slow",
+    "sim",
+    "linear",
+    ("*",),
+    Accepts(("*",), zeros=(None, "stored"), ordered=True),
+    ("bfloat16", "float32"),
+    9.0,
+    "x:y",
+)
 ROUGH = Kernel("rough", "sim", "linear", ("hopper",), INT4, ("bfloat16",), 0.1, "x:y", quantizes_input=True)
 NEEDY = Kernel("needy", "sim", "linear", ("hopper",), INT4, ("bfloat16",), 0.1, "x:y", features=(frozenset({"tmem"}),))
-ABSENT = Kernel("absent", "sim", "linear", ("hopper",), INT4, ("bfloat16",), 0.1, "x:y", requires=(("no-such-dist", "3.1"),))
+ABSENT = Kernel(
+    "absent", "sim", "linear", ("hopper",), INT4, ("bfloat16",), 0.1, "x:y", requires=(("no-such-dist", "3.1"),)
+)
 EMBED = Kernel("embed", "sim", "embedding", ("*",), Accepts(("*",)), ("bfloat16",), 0.1, "x:y")
 ALL = [(kernel, "sim") for kernel in (SLOW, ABSENT, EMBED, NEEDY, ROUGH, FAST)]
 
 
-def request(scheme: str = "W4A16-g128-sym", shape: tuple[int, int] = (64, 128), dtype: str = "bfloat16", **rest: object) -> LayerRequest:
+def request(
+    scheme: str = "W4A16-g128-sym", shape: tuple[int, int] = (64, 128), dtype: str = "bfloat16", **rest: object
+) -> LayerRequest:
     return LayerRequest("linear", Scheme.parse(scheme), shape, dtype, **rest)  # type: ignore[arg-type]
 
 
@@ -32,7 +45,13 @@ def test_the_cheapest_wins_and_every_candidate_is_traced() -> None:
     selection = select(request(), "hopper", ALL, HOST)
     assert selection.kernel is FAST and selection.refusal is None
     assert [c.kernel.name for c in selection.candidates] == ["fast", "slow", "absent", "needy", "rough"]
-    assert reasons(request()) == {"fast": None, "slow": None, "absent": "missing-requirement", "needy": "wrong-device", "rough": "inexact"}
+    assert reasons(request()) == {
+        "fast": None,
+        "slow": None,
+        "absent": "missing-requirement",
+        "needy": "wrong-device",
+        "rough": "inexact",
+    }
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,15 @@ FORBIDDEN = {
     "kernels": ("qcore.methods", "qcore.checkpoint", "qcore.model", "qcore.cli", "qcore.gguf", "qcore.select"),
     "checkpoint": ("qcore.kernels", "qcore.model", "qcore.cli", "qcore.methods", "qcore.select"),
     "gguf": ("qcore.kernels", "qcore.model", "qcore.cli", "qcore.methods", "qcore.tensor", "qcore.select"),
-    "blocks": ("qcore.kernels", "qcore.model", "qcore.cli", "qcore.methods", "qcore.checkpoint", "qcore.tensor", "qcore.scheme"),
+    "blocks": (
+        "qcore.kernels",
+        "qcore.model",
+        "qcore.cli",
+        "qcore.methods",
+        "qcore.checkpoint",
+        "qcore.tensor",
+        "qcore.scheme",
+    ),
     "model": ("qcore.methods", "qcore.cli"),
 }
 VENDOR_WORDS = ("cuda", "rocm", "gaudi", "neuron", "tpu", "xpu", "hpu", "avx", "amx")
@@ -58,7 +66,9 @@ def test_the_core_imports_no_plugin_and_plugins_do_not_import_each_other() -> No
 def test_no_import_circles_at_module_level() -> None:
     graph = {}
     for path in SOURCES:
-        name = ".".join(path.relative_to(ROOT if path.is_relative_to(ROOT / "qcore") else path.parents[-2]).with_suffix("").parts)
+        name = ".".join(
+            path.relative_to(ROOT if path.is_relative_to(ROOT / "qcore") else path.parents[-2]).with_suffix("").parts
+        )
         top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom) and node.module]
         graph[name.removesuffix(".__init__")] = {node.module for node in top if node.module.startswith("qcore")}
     state: dict[str, int] = {}

@@ -7,7 +7,6 @@ import torch
 
 from qcore.bits import pack, packed_bytes, unpack
 from qcore.scheme import (
-    Codebook,
     FlatGroup,
     Float,
     Group,
@@ -54,7 +53,9 @@ def test_bit_streams(bits: int, count: int) -> None:
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("zero", [None, "stored", "float"])
-@pytest.mark.parametrize(("bits", "signed"), [(1, False), (2, True), (3, False), (4, True), (5, True), (8, True), (8, False)])
+@pytest.mark.parametrize(
+    ("bits", "signed"), [(1, False), (2, True), (3, False), (4, True), (5, True), (8, True), (8, False)]
+)
 def test_integers(grid: object, zero: str | None, bits: int, signed: bool) -> None:
     offset = 1 << (bits - 1) if signed else 0
     stored = torch.randint(0, 1 << bits, (ROWS, COLUMNS), dtype=torch.uint8)
@@ -148,7 +149,13 @@ def test_codebook_with_nested_scales() -> None:
     coarse = torch.rand(1, 3)  # one for each 4 fine scales, over the flattened weight
     scheme = Scheme.parse("W4A16-nf4-g64:dynamic8+flat256")
     tensor = QuantizedTensor(
-        scheme, (rows, columns), pack(stored, 4), (absmax, coarse), table=table, scale_table=nested, offset=torch.tensor(0.25)
+        scheme,
+        (rows, columns),
+        pack(stored, 4),
+        (absmax, coarse),
+        table=table,
+        scale_table=nested,
+        offset=torch.tensor(0.25),
     )
     got = tensor.dequantize()
     for row in range(rows):
@@ -188,4 +195,6 @@ def test_wrong_shapes_are_errors() -> None:
         QuantizedTensor(scheme, (4, 32), torch.zeros(4, 15, dtype=torch.uint8), (torch.ones(4, 2),))
     with pytest.raises(ValueError, match="scales"):
         QuantizedTensor(scheme, (4, 32), torch.zeros(4, 16, dtype=torch.uint8), (torch.ones(4, 3),))
-    assert math.isfinite(QuantizedTensor(scheme, (4, 32), torch.zeros(4, 16, dtype=torch.uint8), (torch.ones(4, 2),)).nbytes)
+    assert math.isfinite(
+        QuantizedTensor(scheme, (4, 32), torch.zeros(4, 16, dtype=torch.uint8), (torch.ones(4, 2),)).nbytes
+    )

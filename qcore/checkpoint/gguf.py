@@ -181,7 +181,13 @@ class _Header:
     def name(self, field: str) -> str:
         length = self.number("Q", field)
         if length > limits.GGUF_NAME:
-            raise self.no("limit-exceeded", field, "a name is longer than any real one", length, f"at most {limits.GGUF_NAME} bytes")
+            raise self.no(
+                "limit-exceeded",
+                field,
+                "a name is longer than any real one",
+                length,
+                f"at most {limits.GGUF_NAME} bytes",
+            )
         data = self.take(length, field)
         try:
             text = data.decode()
@@ -216,14 +222,18 @@ class _Header:
 
     def array(self, key: str, depth: int) -> list[Any]:
         if depth >= limits.GGUF_ARRAY_DEPTH:
-            raise self.no("limit-exceeded", key, "arrays nest too deeply", depth + 1, f"at most {limits.GGUF_ARRAY_DEPTH}")
+            raise self.no(
+                "limit-exceeded", key, "arrays nest too deeply", depth + 1, f"at most {limits.GGUF_ARRAY_DEPTH}"
+            )
         kind, count = self.number("I", key), self.number("Q", key)
         least = {_STRING: 8, _ARRAY: 12}.get(kind) or (_SCALARS[kind][1] if kind in _SCALARS else 0)
         if not least:
             raise self.no("bad-field", key, "the array's type is unknown", kind, "0 to 12")
         self.count(key, count, limits.GGUF_ARRAY, least)
         if kind in (_STRING, _ARRAY):
-            one: Callable[[], Any] = (lambda: self.text(key)) if kind == _STRING else (lambda: self.array(key, depth + 1))
+            one: Callable[[], Any] = (
+                (lambda: self.text(key)) if kind == _STRING else (lambda: self.array(key, depth + 1))
+            )
             return [one() for _ in range(count)]
         values: list[Any] = []
         letter, size = _SCALARS[kind]
@@ -247,7 +257,9 @@ class _Header:
         for size in sizes:
             elements *= size
         if elements == 0 or elements >= 1 << 63:
-            raise self.no("bad-shape", "shape", "the number of elements is not a real one", sizes[::-1], "1 to 2^63", name)
+            raise self.no(
+                "bad-shape", "shape", "the number of elements is not a real one", sizes[::-1], "1 to 2^63", name
+            )
         if kind in BY_ID:
             block = BY_ID[kind]
             if sizes[0] % block.elements:
@@ -272,7 +284,9 @@ class _Header:
             if name in self.tensors:
                 raise self.no("duplicate", "tensor name", "a tensor stands twice", name, "each tensor once", name)
             if offset % alignment:
-                raise self.no("bad-field", "offset", "an offset is not aligned", offset, f"a multiple of {alignment}", name)
+                raise self.no(
+                    "bad-field", "offset", "an offset is not aligned", offset, f"a multiple of {alignment}", name
+                )
             if offset < end:
                 raise self.no("overlap", "offset", f"it overlaps {before}", offset, f"at least {end}", name)
             end, before = offset + nbytes, name

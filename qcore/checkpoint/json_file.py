@@ -10,6 +10,7 @@ from qcore.checkpoint import limits
 from qcore.checkpoint.pread import FileState, unreadable, wrong_magic
 from qcore.refusal import bad_file
 
+
 def read_json(path: Path, max_bytes: int = limits.JSON_FILE) -> dict[str, Any]:
     """The object in a JSON file. Raises Refused (path-not-found, limit-exceeded, bad-json, bad-text)."""
     size = FileState.of(path).size

@@ -56,7 +56,9 @@ def wrong_magic(path: Path, start: bytes, expected: str) -> Refused:
     """The refusal for a file of another kind, with a guess at what it is."""
     for magic, look, fix in _LOOKS:
         if start.lower().startswith(magic.lower()):
-            return bad_file("bad-magic", f"it is {look}", file=path, field="magic", found=start[:24], expected=expected, fix=fix)
+            return bad_file(
+                "bad-magic", f"it is {look}", file=path, field="magic", found=start[:24], expected=expected, fix=fix
+            )
     if not start:
         return bad_file("bad-magic", "the file is empty", file=path, field="magic", found="0 bytes", expected=expected)
     return bad_file("bad-magic", "it does not begin as such a file does", file=path, field="magic",

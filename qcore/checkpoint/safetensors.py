@@ -54,7 +54,11 @@ class SafetensorsSource:
     """An opened checkpoint of one or more safetensors files."""
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, Any], states: Mapping[Path, FileState]
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, Any],
+        states: Mapping[Path, FileState],
     ) -> None:
         self.path, self.tensors, self.metadata = path, tensors, metadata
         self._states = states
@@ -206,7 +210,11 @@ def _read_header(file: Path, size: int) -> tuple[dict[str, TensorInfo], dict[str
     end = begin
     for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
         if info.offset != end:
-            code, reason = ("overlap", "two tensors claim the same bytes") if info.offset < end else ("hole", "bytes before it belong to no tensor")
+            code, reason = (
+                ("overlap", "two tensors claim the same bytes")
+                if info.offset < end
+                else ("hole", "bytes before it belong to no tensor")
+            )
             raise bad_file(code, reason, file=file, tensor=info.name, field="data_offsets", found=info.offset - begin,
                            expected=end - begin)  # fmt: skip
         end += info.nbytes
@@ -239,7 +247,9 @@ def _tensor(file: Path, name: str, entry: object, begin: int, data: int) -> Tens
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise no("bad-dtype", "dtype", "the data type is unknown", dtype, ", ".join(DTYPES))
     if not isinstance(shape, list) or len(shape) > limits.DIMENSIONS or not all(_is_size(s) for s in shape):
-        raise no("bad-shape", "shape", "a shape is a short list of sizes", shape, f"at most {limits.DIMENSIONS} sizes >= 0")
+        raise no(
+            "bad-shape", "shape", "a shape is a short list of sizes", shape, f"at most {limits.DIMENSIONS} sizes >= 0"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(o) for o in offsets):
         raise no("bad-field", "data_offsets", "offsets are two numbers", offsets, "[begin, end]")
     count = 1

@@ -25,7 +25,9 @@ def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
     embedding = tensors.get("token_embd.weight")
     file = next(iter(tensors.values())).file if tensors else None
     if embedding is None or file is None:
-        raise bad_file("missing-tensor", "the file holds no token embedding", file=file or "GGUF", tensor="token_embd.weight")
+        raise bad_file(
+            "missing-tensor", "the file holds no token embedding", file=file or "GGUF", tensor="token_embd.weight"
+        )
     fields = Fields(metadata, file)
     heads = fields.size("attention.head_count", most=1 << 14)
     hidden = fields.size("embedding_length")
@@ -91,7 +93,9 @@ def _gemma(fields: Fields, config: Mapping[str, Any]) -> dict[str, Any]:
     if fields.architecture.name == "gemma3":
         extras["rope_local_base_freq"] = fields.number("rope.freq_base_swa", 10000.0)
         # Five local layers, then a global one.
-        kinds = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config["num_hidden_layers"])]
+        kinds = [
+            "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config["num_hidden_layers"])
+        ]
         extras["layer_types"] = kinds
     return extras
 
@@ -142,7 +146,9 @@ def _llama3(fields: Fields, config: Mapping[str, Any], info: TensorInfo, read: R
     stored = list(read(info.name))
     scaling = {"rope_type": "llama3", "factor": max(stored), **_LLAMA3}
     expected = _llama3_factors(config["rope_theta"], config["head_dim"], max(stored))
-    if len(stored) != len(expected) or any(not math.isclose(a, b, rel_tol=1e-4) for a, b in zip(stored, expected, strict=True)):
+    if len(stored) != len(expected) or any(
+        not math.isclose(a, b, rel_tol=1e-4) for a, b in zip(stored, expected, strict=True)
+    ):
         raise bad_file("unknown-variant", "the rotary factors are not those of Llama 3.1's formula", file=info.file,
                        tensor=info.name, field="values", found=[round(value, 4) for value in stored[-4:]],
                        expected=[round(value, 4) for value in expected[-4:]],
@@ -152,7 +158,11 @@ def _llama3(fields: Fields, config: Mapping[str, Any], info: TensorInfo, read: R
 
 def _llama3_factors(theta: float, head_dim: int, factor: float) -> list[float]:
     """What each frequency is divided by (transformers' modeling_rope_utils, llama3)."""
-    low, high, length = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"], _LLAMA3["original_max_position_embeddings"]
+    low, high, length = (
+        _LLAMA3["low_freq_factor"],
+        _LLAMA3["high_freq_factor"],
+        _LLAMA3["original_max_position_embeddings"],
+    )
     factors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (i / head_dim)

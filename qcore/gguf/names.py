@@ -75,7 +75,11 @@ def _place(tensor: str, architecture: Architecture, layers: int) -> tuple[str, s
     if block := _BLOCK.fullmatch(tensor):
         inner = architecture.layer.get(block[2])
         # norms end in "layernorm", except q_norm and k_norm
-        return None if inner is None or int(block[1]) >= layers else (block[2], f"model.layers.{int(block[1])}.{inner}.{block[3]}")
+        return (
+            None
+            if inner is None or int(block[1]) >= layers
+            else (block[2], f"model.layers.{int(block[1])}.{inner}.{block[3]}")
+        )
     outer = _OUTER.fullmatch(tensor)
     if outer is None or outer[1] not in OUTER:
         return None

@@ -233,7 +233,9 @@ class CompressedTensors(Method):
         given = group.input_activations
         if given is None:
             return Scheme(weight)
-        return Scheme(weight, self._tensor_scheme(files, given, f"config_groups ({name}).input_activations", weight=False))
+        return Scheme(
+            weight, self._tensor_scheme(files, given, f"config_groups ({name}).input_activations", weight=False)
+        )
 
     def _tensor_scheme(self, files: CheckpointFiles, given: Arguments, field: str, *, weight: bool) -> TensorScheme:
         try:

@@ -44,7 +44,12 @@ class QuantizedEmbedding(torch.nn.Module):
     """Replaces torch.nn.Embedding; `scale` is what some models (gemma) multiply their embeddings by."""
 
     def __init__(
-        self, scheme: Scheme, shape: tuple[int, int], kernel: Kernel, packed: torch.nn.Module, scale: float | None = None
+        self,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        kernel: Kernel,
+        packed: torch.nn.Module,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.scheme, self.kernel_name, self.scale = scheme, kernel.name, scale

@@ -6,8 +6,10 @@ the largest tensor.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ from qcore.select import LayerRequest, select
 from qcore.tensor import LayerTensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger("qcore")
 Progress = Callable[[str, int, int], None]
@@ -72,7 +74,11 @@ def own_dtype(checkpoint: Checkpoint) -> torch.dtype:
     stored = {info.dtype for info in checkpoint.parameters.values()}
     if stored & {"F32", "F64"}:
         return torch.float32
-    return torch.float32 if len(stored & {"F16", "BF16"}) != 1 else _torch_dtype({"F16": "float16"}.get(stored.pop(), "bfloat16"))
+    return (
+        torch.float32
+        if len(stored & {"F16", "BF16"}) != 1
+        else _torch_dtype({"F16": "float16"}.get(stored.pop(), "bfloat16"))
+    )
 
 
 def layer_request(
@@ -92,33 +98,63 @@ class _MetaParameters(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The model's classes, with parameters on the meta device. Code from the checkpoint is never run."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+def kernel_counts(model: torch.nn.Module) -> dict[str, int]:
+    """How many modules of a loaded model each kernel runs."""
+    names = Counter(m.kernel_name for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding))
+    return dict(names.most_common())
 
-    values = {key: value for key, value in checkpoint.config.items() if key not in ("dtype", "torch_dtype")}
+
+def model_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The transformers class that the config asks for, imported, and the config. Code from the checkpoint is never run.
+
+    Raises Refused (unknown-architecture, remote-code, bad-field).
+    """
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    values = {k: v for k, v in checkpoint.config.items() if k not in ("dtype", "torch_dtype", "auto_map")}
     model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING or type(config := CONFIG_MAPPING[model_type]()) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+    if config_class is None or config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
         code, reason = "unknown-architecture", "the installed transformers has no causal language model of this type"
-        if "auto_map" in values:
+        if "auto_map" in checkpoint.config:
             code, reason = "remote-code", "its classes are Python code in the checkpoint, which is never run"
         raise Refused(
             Refusal(code, "notyet", str(checkpoint.path), reason, f"found model_type {model_type!r}",
                     "Upgrade transformers if a newer one has this type.", str(checkpoint.files.quantization_file),
                     field="model_type")
         )  # fmt: skip
-    values.pop("auto_map", None)
     try:
-        config = type(config).from_dict(values)
-        # transformers renamed the key in 4.56
-        setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
-        before = torch.get_default_dtype()
+        config = config_class.from_dict(values)
+    except _BUILD_ERRORS as error:
+        raise _unbuildable(checkpoint, error) from error
+    return MODEL_FOR_CAUSAL_LM_MAPPING[config_class], config
+
+
+_BUILD_ERRORS = (TypeError, ValueError, ArithmeticError, KeyError, AttributeError, RuntimeError, AssertionError)
+"""What transformers raises, depending on which value of a config is impossible."""
+
+
+def _unbuildable(checkpoint: Checkpoint, error: Exception) -> Refused:
+    return bad_file("bad-field", "transformers cannot build a model from the config", file=checkpoint.path,
+                    field="config", found=f"{type(error).__name__}: {error}")  # fmt: skip
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model, with parameters on the meta device."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    _, config = model_class(checkpoint)
+    # transformers renamed the key in 4.56
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
+    try:
         with _MetaParameters():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        torch.set_default_dtype(before)
-    except (TypeError, ValueError, ArithmeticError, KeyError, AttributeError, RuntimeError) as error:
-        raise bad_file("bad-field", "transformers cannot build a model from the config", file=checkpoint.path,
-                       field="config", found=f"{type(error).__name__}: {error}") from error  # fmt: skip
+    except _BUILD_ERRORS as error:
+        raise _unbuildable(checkpoint, error) from error
+    folder = checkpoint.files.folder
+    if (folder / "generation_config.json").is_file() and checkpoint.config is not None:
+        with contextlib.suppress(*_BUILD_ERRORS, OSError):  # only end tokens are taken from it
+            model.generation_config = GenerationConfig.from_pretrained(str(folder))
     return model.eval()
 
 
@@ -169,9 +205,7 @@ class _Loader:
         new: torch.nn.Module
         if op == "embedding":
             scale = getattr(old, "embed_scale", None)
-            new = QuantizedEmbedding(
-                weight.scheme, shape, kernel, packed, None if scale is None else float(scale)
-            )
+            new = QuantizedEmbedding(weight.scheme, shape, kernel, packed, None if scale is None else float(scale))
         else:
             bias = None if layer.bias is None else layer.bias.to(self.dtype)
             new = QuantizedLinear(weight.scheme, shape, kernel, packed, bias, layer.input_multiplier)

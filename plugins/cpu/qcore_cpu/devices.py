@@ -12,8 +12,25 @@ from qcore.platform import Device
 _MACHINES = {"x86_64": "x86_cpu", "amd64": "x86_cpu", "aarch64": "arm_cpu", "arm64": "arm_cpu"}
 
 FEATURES = frozenset(
-    "avx2 fma avx_vnni avx512f avx512bw avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 "
-    "asimd asimddp i8mm bf16 sve sve2".split()
+    [
+        "avx2",
+        "fma",
+        "avx_vnni",
+        "avx512f",
+        "avx512bw",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_tile",
+        "amx_int8",
+        "amx_bf16",
+        "asimd",
+        "asimddp",
+        "i8mm",
+        "bf16",
+        "sve",
+        "sve2",
+    ]
 )
 """The flags that kernels ask for, in Linux's spelling (/proc/cpuinfo)."""
 

@@ -138,5 +138,3 @@ def _sorted_by_group(index: torch.Tensor, group_size: int) -> torch.Tensor:
                     "Another kernel takes this layer.")
         )  # fmt: skip
     return torch.argsort(index, stable=True)
-
-

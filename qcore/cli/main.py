@@ -1,0 +1,85 @@
+"""The `qcore` command. Heavy libraries are imported by the command that needs them, when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import click
+import typer
+
+from qcore.cli import bench, doctor, evaluate, explain, inspect, plugins, run
+from qcore.cli.output import note, print_refusal
+from qcore.refusal import Refused
+
+DONE, FAULT, USAGE, REFUSED, BAD_FILE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+app = typer.Typer(
+    name="qcore",
+    help="Which quantization runs here, how well, and why not the others - and then runs it.",
+    epilog="Exit codes: 0 done, 1 a fault of qcore's, 2 wrong usage, 3 refused, 4 a bad checkpoint or input file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run)
+app.command("inspect")(inspect.inspect)
+app.command("explain")(explain.explain_command)
+app.command("eval")(evaluate.evaluate_command)
+app.command("plugins")(plugins.plugins_command)
+app.command("doctor")(doctor.doctor)
+app.add_typer(bench.app, name="bench")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from qcore import __version__
+
+        print(f"qcore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The entry point: runs a command and turns what it raises into an exit code and a readable message."""
+    try:
+        code = app(standalone_mode=False)
+        _exit(code if isinstance(code, int) else DONE)
+    except Refused as error:
+        print_refusal(error.refusal, as_json="--json" in sys.argv)
+        _exit({"bad-file": BAD_FILE, "usage": USAGE}.get(error.refusal.kind, REFUSED))
+    except click.exceptions.Exit as stop:
+        _exit(stop.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        note("interrupted")
+        _exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        _exit(USAGE)
+    except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _exit(DONE)
+    except Exception as error:
+        note(f"This is a fault of qcore's: {type(error).__name__}: {error}")
+        if os.environ.get("QCORE_TRACEBACK"):
+            traceback.print_exc()
+        else:
+            note("Run it again with QCORE_TRACEBACK=1 and report what it prints.")
+        _exit(FAULT)
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.exit(code)

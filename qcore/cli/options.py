@@ -1,0 +1,30 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qcore.refusal import Refusal, Refused
+
+Path = Annotated[str, typer.Argument(help="A safetensors folder, a .gguf file, or a folder with one.", metavar="PATH")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
+Device = Annotated[str, typer.Option(help="A device that `qcore doctor` lists; auto takes the best.")]
+Dtype = Annotated[
+    str, typer.Option(help="Activations: auto (what the device runs fastest), checkpoint, float32, bfloat16, float16.")
+]
+Activations = Annotated[str, typer.Option(help="exact, or int8: kernels may round activations to 8 bits.")]
+
+
+def checked(name: str, value: str, *known: str) -> str:
+    """`value`, if it is one of `known`. Raises Refused (bad-argument)."""
+    if value not in known:
+        raise Refused(Refusal("bad-argument", "usage", f"--{name}", "the option does not take this value",
+                              f"found {value!r}", f"Use one of: {', '.join(known)}."))  # fmt: skip
+    return value
+
+
+def checked_dtype(value: str) -> str:
+    """A value of --dtype."""
+    return checked("dtype", value, "auto", "checkpoint", "float32", "bfloat16", "float16")

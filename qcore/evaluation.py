@@ -1,0 +1,85 @@
+"""Perplexity of a model on a text, and its distance from a reference model.
+
+The text is cut into windows of `context` tokens that do not overlap; every token of a window but its first is scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qcore.refusal import Refusal, Refused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROWS = 256
+"""Positions whose distributions are held in float32 at once."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """losses: -ln p of each scored token, [tokens] float32. divergences: KL(reference || model) of each, in nats, and
+    agreements: whether both find the same token likeliest; None without a reference."""
+
+    losses: torch.Tensor
+    divergences: torch.Tensor | None
+    agreements: torch.Tensor | None
+
+    def summary(self) -> dict[str, float | int]:
+        """perplexity and tokens; with a reference also kld_mean, kld_p99, kld_p999 and top1_agreement."""
+        result: dict[str, float | int] = {
+            "perplexity": math.exp(float(self.losses.double().mean())),
+            "tokens": self.losses.numel(),
+        }
+        if self.divergences is not None and self.agreements is not None:
+            result["kld_mean"] = float(self.divergences.double().mean())
+            for name, part in (("kld_p99", 0.99), ("kld_p999", 0.999)):
+                result[name] = float(self.divergences.double().quantile(part))
+            result["top1_agreement"] = float(self.agreements.double().mean())
+        return result
+
+
+@torch.inference_mode()
+def evaluate(
+    model: PreTrainedModel,
+    tokens: list[int],
+    *,
+    reference: PreTrainedModel | None = None,
+    context: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Scores `tokens`. Raises Refused (bad-argument) where there is nothing to score or the vocabularies differ."""
+    if len(tokens) < 2 or context < 2:
+        raise Refused(Refusal("bad-argument", "usage", "text", "there is nothing to score",
+                              f"found {len(tokens)} tokens in windows of {context}, expected at least 2",
+                              "Give a longer text."))  # fmt: skip
+    if reference is not None and reference.config.vocab_size != model.config.vocab_size:
+        sizes = f"found {model.config.vocab_size} and {reference.config.vocab_size} tokens"
+        raise Refused(Refusal("bad-argument", "usage", "reference", "the models have different vocabularies", sizes,
+                              "Compare with the model that the checkpoint was made from."))  # fmt: skip
+    losses, divergences, agreements = [], [], []
+    for start in range(0, len(tokens) - 1, context):
+        window = torch.tensor([tokens[start : start + context]], device=model.device)
+        if window.shape[1] < 2:
+            break
+        logits = model(input_ids=window, use_cache=False).logits[0, :-1]
+        others = None if reference is None else reference(input_ids=window, use_cache=False).logits[0, :-1]
+        for row in range(0, logits.shape[0], _ROWS):
+            part = logits[row : row + _ROWS].float().log_softmax(-1)
+            targets = window[0, 1:][row : row + _ROWS]
+            losses.append(-part.gather(-1, targets[:, None])[:, 0].cpu())
+            if others is not None:
+                true = others[row : row + _ROWS].float().log_softmax(-1)
+                divergences.append((true.exp() * (true - part)).sum(-1).clamp(min=0).cpu())
+                agreements.append((true.argmax(-1) == part.argmax(-1)).cpu())
+        if progress is not None:
+            progress(start + window.shape[1], len(tokens))
+    compared = reference is not None
+    return Evaluation(
+        torch.cat(losses), torch.cat(divergences) if compared else None, torch.cat(agreements) if compared else None
+    )

@@ -1,0 +1,127 @@
+"""Text generation, one token at a time, streamed and timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qcore.refusal import Refusal, Refused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+"""Tokens that end an answer in chat formats, besides the model's own end token."""
+
+
+@dataclass
+class Timing:
+    """Filled while generating; rates are tokens per second of wall time."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """The first token comes with the prompt, so that decoding counts from the second."""
+        return (self.new_tokens - 1) / self.decode_s if self.decode_s else 0.0
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> list[int]:
+    """The prompt's tokens; as a user's turn where `chat` is wanted and the tokenizer has a chat template.
+
+    Raises Refused (bad-argument) for an empty prompt.
+    """
+    if not prompt.strip():
+        raise Refused(Refusal("bad-argument", "usage", "prompt", "the prompt is empty", fix="Say something with -p."))
+    if chat and tokenizer.chat_template:
+        turn = [{"role": "user", "content": prompt}]
+        text = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(prompt)["input_ids"])
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    timing: Timing | None = None,
+) -> Iterator[str]:
+    """Pieces of text as they become certain. temperature 0 takes the likeliest token; otherwise `seed` decides.
+
+    Raises Refused (bad-argument) where the prompt does not fit into the model's context.
+    """
+    timing = Timing() if timing is None else timing
+    timing.prompt_tokens = len(prompt)
+    room = int(getattr(model.config, "max_position_embeddings", 1 << 30)) - len(prompt)
+    if room < 1:
+        raise Refused(
+            Refusal("bad-argument", "usage", "prompt", "the prompt is longer than the model's context",
+                    f"found {len(prompt)} tokens, expected fewer than {room + len(prompt)}", "Shorten the prompt.")
+        )  # fmt: skip
+    ends = end_tokens(model, tokenizer)
+    random = torch.Generator().manual_seed(seed)
+    cache: Any = None
+    step = torch.tensor([prompt], device=model.device)
+    tokens: list[int] = []
+    shown = ""
+    for _ in range(min(max_new_tokens, room)):
+        began = time.perf_counter()
+        out = model(input_ids=step, past_key_values=cache, use_cache=True, **_last_only(model))
+        cache = out.past_key_values
+        token = _pick(out.logits[0, -1].float().cpu(), temperature, random)
+        spent = time.perf_counter() - began
+        if not timing.new_tokens:
+            timing.prefill_s = spent
+        else:
+            timing.decode_s += spent
+        timing.new_tokens += 1
+        if token in ends:
+            break
+        tokens.append(token)
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        if not text.endswith("\ufffd") and len(text) > len(shown):  # not in the middle of a character
+            yield text[len(shown) :]
+            shown = text
+        step = torch.tensor([[token]], device=model.device)
+    rest = str(tokenizer.decode(tokens, skip_special_tokens=True))[len(shown) :]
+    if rest:
+        yield rest
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token that ends an answer: the generation config's, the tokenizer's, and the chat formats' turn ends."""
+    ends: set[int] = set()
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        ends |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    known = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
+    return ends | {int(tokenizer.convert_tokens_to_ids(token)) for token in _TURN_ENDS if token in known}
+
+
+def _last_only(model: PreTrainedModel) -> dict[str, int]:
+    """Asks for the last position's logits alone, where the model's forward can (transformers 4.55 and later can)."""
+    import inspect
+
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def _pick(logits: torch.Tensor, temperature: float, random: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    chances = torch.softmax(logits / temperature, -1)
+    return int(torch.multinomial(chances, 1, generator=random))
