@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcore.checkpoint.open import Checkpoint, open_checkpoint
-    from qcore.explain import explain
+    from qcore.explanation import explain
     from qcore.hookspecs import hookimpl
     from qcore.inventory import devices, plugins
     from qcore.model.load import load_model
@@ -33,7 +33,7 @@ _HOMES = {
     "Scheme": "qcore.scheme",
     "TensorScheme": "qcore.scheme",
     "devices": "qcore.inventory",
-    "explain": "qcore.explain",
+    "explain": "qcore.explanation",
     "hookimpl": "qcore.hookspecs",
     "load_model": "qcore.model.load",
     "load_tokenizer": "qcore.model.tokenizer",

@@ -23,7 +23,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits in (1, 2, 4):
         per_byte = 8 // bits
         runs = torch.nn.functional.pad(codes, (0, -count % per_byte)).unflatten(-1, (-1, per_byte))
-        packed = runs[..., 0].clone()
+        packed: torch.Tensor = runs[..., 0].clone()
         for i in range(1, per_byte):
             packed |= runs[..., i] << (bits * i)
         return packed

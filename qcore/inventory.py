@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from qcore.discovery import Plugin, registry
 from qcore.platform import Device
-from qcore.plugins import Plugin, registry
 
 
 def plugins() -> list[Plugin]:

@@ -200,13 +200,12 @@ class QuantizedTensor:
                 return part.index_select(-1, self.index)
             return part.repeat_interleave(granularity.size, -1)[..., :columns]
         if isinstance(granularity, Tile):
-            return part.repeat_interleave(granularity.rows, -2)[..., :rows, :].repeat_interleave(granularity.cols, -1)[
-                ..., :columns
-            ]
+            tall = part.repeat_interleave(granularity.rows, -2)[..., :rows, :]
+            return tall.repeat_interleave(granularity.cols, -1)[..., :columns]
         if isinstance(granularity, FlatGroup):
             first = self.first_row * columns
             element = torch.arange(first, first + rows * columns, device=part.device)
-            return part.flatten(-2)[..., element // granularity.size].unflatten(-1, (rows, columns))
+            return part.flatten(-2)[..., element // granularity.size].reshape(self.shape)
         return part
 
 

@@ -49,7 +49,7 @@ BROKEN = {
 PROBE = """
 import json, sys
 import qcore
-from qcore.plugins import registry
+from qcore.discovery import registry
 devices = [device.id for device in qcore.devices()]
 rows = [
     {"name": p.name, "status": p.status, "kernels": [k.name for k in p.kernels], "refusal": p.refusal and p.refusal.to_dict()}

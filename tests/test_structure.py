@@ -20,7 +20,7 @@ PARTS = {
     "blocks": "qcore.blocks",
 }
 FORBIDDEN = {
-    "methods": ("qcore.kernels", "qcore.cli", "qcore.select", "qcore.plugins", "qcore.methods."),
+    "methods": ("qcore.kernels", "qcore.cli", "qcore.select", "qcore.discovery", "qcore.methods."),
     "kernels": ("qcore.methods", "qcore.checkpoint", "qcore.model", "qcore.cli", "qcore.gguf", "qcore.select"),
     "checkpoint": ("qcore.kernels", "qcore.model", "qcore.cli", "qcore.methods", "qcore.select"),
     "gguf": ("qcore.kernels", "qcore.model", "qcore.cli", "qcore.methods", "qcore.tensor", "qcore.select"),
@@ -101,7 +101,9 @@ def test_the_core_names_no_vendor() -> None:
                 assert not any(f"'{word}" in text for word in VENDOR_WORDS), f"{path.name}: {text}"
 
 
-@pytest.mark.parametrize("module", ["qcore", "qcore.plugins", "qcore.select", "qcore.scheme", "qcore.builtin"])
+@pytest.mark.parametrize(
+    "module", ["qcore", "qcore.discovery", "qcore.explanation", "qcore.select", "qcore.scheme", "qcore.builtin"]
+)
 def test_facts_import_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*(name for name in ('torch', 'transformers', 'numpy') if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -153,7 +153,7 @@ class _Header:
            fix: str | None = None) -> Refused:  # fmt: skip
         more = {} if fix is None else {"fix": fix}
         return bad_file(code, f"{reason} (byte {self.at})", file=self.file, tensor=tensor, field=field, found=found,
-                        expected=expected, **more)  # type: ignore[arg-type]  # fmt: skip
+                        expected=expected, **more)  # fmt: skip
 
     def take(self, count: int, field: str) -> bytes:
         """The next bytes, once they are known to be there."""

@@ -11,8 +11,8 @@ from qcore.checkpoint.gguf import GgufSource
 from qcore.checkpoint.json_file import read_json
 from qcore.checkpoint.safetensors import SafetensorsSource
 from qcore.checkpoint.source import TensorInfo, TensorSource
+from qcore.discovery import registry
 from qcore.method import CheckpointFiles, Method, ModulePlan
-from qcore.plugins import registry
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
 

@@ -73,7 +73,7 @@ def read_tensor_bytes(path: Path, state: FileState, offset: int, count: int) -> 
         raise bad_file("truncated", "the file has changed since it was opened", file=path,
                        fix="Open the checkpoint again once nothing writes to it.")  # fmt: skip
     buffer = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy().data)
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:

@@ -42,8 +42,8 @@ def doctor(json: options.Json = False) -> None:
 
 def examine() -> dict[str, Any]:
     """The command's JSON document."""
+    from qcore.discovery import registry
     from qcore.platform import PLATFORM_PLUGINS
-    from qcore.plugins import registry
 
     plugins = registry()
     devices = plugins.devices()

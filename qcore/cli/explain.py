@@ -12,7 +12,7 @@ from qcore.cli.layers import collapse
 from qcore.cli.output import print_json, styled
 
 if TYPE_CHECKING:
-    from qcore.explain import Explanation, LayerExplanation
+    from qcore.explanation import Explanation, LayerExplanation
 
 
 def explain_command(
@@ -33,7 +33,7 @@ def explain_command(
     """
     options.checked_dtype(dtype)
     options.checked("activations", activations, "exact", "int8")
-    from qcore.explain import explain
+    from qcore.explanation import explain
 
     explanation = explain(path, platform, device, None if dtype == "auto" else dtype, activations)
     if json:

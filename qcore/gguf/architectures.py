@@ -1,13 +1,13 @@
 """The model architectures that are read from GGUF, as rows.
 
-Sources: llama.cpp's convert_hf_to_gguf (what is written) and gguf-py's tensor_mapping (names). tests/test_gguf_model.py
-holds them against gguf-py and transformers.
+Sources: llama.cpp's convert_hf_to_gguf (what is written) and its models (what is assumed where the file is silent), and
+gguf-py's tensor_mapping (names). tests/test_gguf_model.py holds them against gguf-py and transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
 _COMMON = {
@@ -39,33 +39,47 @@ _FUSED = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """One value of `general.architecture`.
+    """One value of `general.architecture`, and what its files leave unsaid.
 
     layer: GGUF's name of each part of a block -> transformers'. permuted: q and k rows are in the order of ggml's
-    rotary embedding. norm_offset: what the converter added to norm weights (gemma's are stored as 1 + w).
+    rotary embedding, which turns neighbouring values (transformers' turns the two halves of a head). norm_offset: what
+    the converter added to norm weights (gemma's are stored as 1 + w). biases: the config's switches for them.
+    global_period: every n-th layer attends globally, the others within a window. no_rope_period: every n-th layer has
+    no rotary embedding. wide_depth: the number of layers of the one model size whose attention is scaled by
+    hidden_size / heads instead of head_dim.
     """
 
     name: str
     model_type: str
     model_class: str
-    layer: Mapping[str, str] = field(default_factory=lambda: MappingProxyType(_COMMON))
+    layer: Mapping[str, str]
     permuted: bool = False
     norm_offset: float = 0.0
+    biases: tuple[str, ...] = ()
+    global_period: int = 0
+    no_rope_period: int = 0
+    wide_depth: int = 0
 
 
 _ROWS = (
-    Architecture("llama", "llama", "LlamaForCausalLM", permuted=True),
-    Architecture("mistral", "mistral", "MistralForCausalLM", permuted=True),
-    Architecture("smollm3", "smollm3", "SmolLM3ForCausalLM", permuted=True),
-    Architecture("qwen2", "qwen2", "Qwen2ForCausalLM"),
-    Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", MappingProxyType({**_COMMON, **_QK_NORMS})),
-    Architecture("gemma2", "gemma2", "Gemma2ForCausalLM", MappingProxyType({**_COMMON, **_GEMMA_NORMS}), norm_offset=1.0),
-    Architecture("gemma3", "gemma3_text", "Gemma3ForCausalLM",
-                 MappingProxyType({**_COMMON, **_GEMMA_NORMS, **_QK_NORMS}), norm_offset=1.0),
-    Architecture("phi3", "phi3", "Phi3ForCausalLM", MappingProxyType(_FUSED)),
+    # Llama, and everything of its shape: Mistral, SmolLM, TinyLlama, Yi...
+    Architecture("llama", "llama", "LlamaForCausalLM", _COMMON, permuted=True, biases=("attention_bias", "mlp_bias")),
+    Architecture("mistral3", "mistral", "MistralForCausalLM", _COMMON, permuted=True),
+    Architecture("smollm3", "smollm3", "SmolLM3ForCausalLM", _COMMON, permuted=True,
+                 biases=("attention_bias", "mlp_bias"), no_rope_period=4),
+    Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", _COMMON),
+    Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", _COMMON | _QK_NORMS, biases=("attention_bias",)),
+    Architecture("gemma2", "gemma2", "Gemma2ForCausalLM", _COMMON | _GEMMA_NORMS, norm_offset=1.0,
+                 biases=("attention_bias",), global_period=2, wide_depth=46),
+    Architecture("gemma3", "gemma3_text", "Gemma3ForCausalLM", _COMMON | _GEMMA_NORMS | _QK_NORMS, norm_offset=1.0,
+                 biases=("attention_bias",), global_period=6, wide_depth=62),
+    Architecture("phi3", "phi3", "Phi3ForCausalLM", _FUSED),
 )  # fmt: skip
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.name: row for row in _ROWS})
+
+BIAS_TENSORS = MappingProxyType({"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"})
+"""The tensor of block 0 that shows whether a model has these biases."""
 
 OUTER = MappingProxyType({"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"})
 """The parts outside the blocks, the same in every architecture here."""

@@ -2,175 +2,141 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from qcore.checkpoint.source import TensorInfo
+from qcore.gguf.architectures import BIAS_TENSORS
 from qcore.gguf.fields import Fields
+from qcore.gguf.rope import Read, rope_config
 from qcore.refusal import bad_file
 
-Read = Callable[[str], Sequence[float]]
-"""Reads a small tensor's values by name."""
-
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Llama 3.1's rope scaling: the same in every model that uses it, but for the factor (8 or 32)."""
+_END_OF_TURN = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"})
+"""Control tokens that end an answer. Files name one end-of-text id; chat models stop at these too (as in llama.cpp)."""
+_CONTROL = 3
+"""The token type of control tokens."""
 
 
 def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo], read: Read) -> dict[str, Any]:
-    """Keys of a transformers config (in the spelling that 4.55 and later read).
+    """Keys of a transformers config (in the spelling that 4.55 and later read), without a dtype.
 
-    Raises Refused: unknown-architecture, bad-field, unknown-variant, missing-tensor.
+    read: called for the few values of the rotary factors, where the file stores those as tensors.
+    Raises Refused: unknown-architecture, bad-field, bad-shape, unknown-variant, missing-tensor.
     """
-    embedding = tensors.get("token_embd.weight")
-    file = next(iter(tensors.values())).file if tensors else None
-    if embedding is None or file is None:
-        raise bad_file(
-            "missing-tensor", "the file holds no token embedding", file=file or "GGUF", tensor="token_embd.weight"
-        )
-    fields = Fields(metadata, file)
-    heads = fields.size("attention.head_count", most=1 << 14)
-    hidden = fields.size("embedding_length")
-    head_dim = fields.size("attention.key_length", max(1, hidden // heads))
+    fields = Fields(metadata, tensors)
+    architecture = fields.architecture
+    layers = fields.size("block_count", most=1 << 14)
+    for needed in ("token_embd.weight", f"blk.{layers - 1}.attn_norm.weight"):
+        if needed not in tensors:
+            raise bad_file("missing-tensor", f"a model of {layers} layers has this tensor", file=fields.file, tensor=needed,
+                           fix="Download the file again, with all its shards.")  # fmt: skip
+    if fields.size("expert_count", 0, least=0):
+        raise fields.not_read("expert_count", "mixtures of experts are not read from GGUF yet",
+                              fields.get("expert_count"), "a dense model")  # fmt: skip
     config: dict[str, Any] = {
-        "model_type": fields.architecture.model_type,
-        "architectures": [fields.architecture.model_class],
-        "vocab_size": embedding.shape[0],
-        "hidden_size": hidden,
+        "model_type": architecture.model_type,
+        "architectures": [architecture.model_class],
+        "vocab_size": _vocabulary_size(fields, tensors["token_embd.weight"]),
         "intermediate_size": fields.size("feed_forward_length"),
-        "num_hidden_layers": fields.size("block_count", most=1 << 14),
-        "num_attention_heads": heads,
-        "num_key_value_heads": fields.size("attention.head_count_kv", heads, most=1 << 14),
-        "head_dim": head_dim,
+        "num_hidden_layers": layers,
         "max_position_embeddings": fields.size("context_length", most=1 << 30),
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": fields.number("rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "use_cache": True,
-        **_special_tokens(fields, embedding.shape[0]),
+        **_heads(fields),
+        **{switch: f"blk.0.{BIAS_TENSORS[switch]}" in tensors for switch in architecture.biases},
     }
-    biases = any(name.endswith("attn_q.bias") for name in tensors)
-    if fields.architecture.model_type in ("llama", "smollm3"):
-        config["attention_bias"] = biases
-    config |= _EXTRAS.get(fields.architecture.name, _no_extras)(fields, config)
-    scaling = _rope_scaling(fields, config, tensors, read)
-    if scaling is not None:
-        config["rope_scaling"] = scaling
-    return config
+    config |= _token_ids(fields, config["vocab_size"])
+    config |= _attention(fields, config)
+    return config | rope_config(fields, config, tensors, read)
 
 
-def _special_tokens(fields: Fields, vocabulary: int) -> dict[str, int | None]:
-    """Ids that lie in the vocabulary; a wrong one is refused, for the tokenizer would stop at the wrong place."""
+def _heads(fields: Fields) -> dict[str, Any]:
+    """Sizes of the attention, checked against each other."""
+    hidden = fields.size("embedding_length")
+    heads = fields.size("attention.head_count", most=1 << 14)
+    kv_heads = fields.size("attention.head_count_kv", heads, most=1 << 14)
+    if heads % kv_heads:
+        raise fields.wrong("attention.head_count_kv", kv_heads, f"a divisor of {heads} heads")
+    if not fields.has("attention.key_length") and hidden % heads:
+        raise fields.wrong("attention.head_count", heads, f"a divisor of the embedding length {hidden}")
+    head_dim = fields.size("attention.key_length", hidden // heads, most=1 << 14)
+    if fields.size("attention.value_length", head_dim, most=1 << 14) != head_dim:
+        raise fields.not_read("attention.value_length", "keys and values of different lengths are not read",
+                              fields.get("attention.value_length"), str(head_dim))  # fmt: skip
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+
+
+def _vocabulary_size(fields: Fields, embedding: TensorInfo) -> int:
+    tokens = fields.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) != embedding.shape[0]:
+        raise bad_file("bad-shape", "the tokenizer and the embedding disagree on the vocabulary", file=fields.file,
+                       tensor=embedding.name, field="shape", found=list(embedding.shape),
+                       expected=f"{len(tokens)} rows")  # fmt: skip
+    return embedding.shape[0]
+
+
+def _token_ids(fields: Fields, vocabulary: int) -> dict[str, int | list[int] | None]:
+    """Ids that lie in the vocabulary; a wrong one is refused, for the model would stop at the wrong place."""
     ids: dict[str, int | None] = {}
-    for ours, theirs in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-        value = fields.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+    for key in ("bos", "eos", "eot", "eom", "padding"):
+        name = f"tokenizer.ggml.{key}_token_id"
+        value = fields.metadata.get(name)
         if value is not None and (type(value) is not int or not 0 <= value < vocabulary):
-            raise fields.wrong(f"tokenizer.ggml.{theirs}_token_id", value, f"an id below {vocabulary}")
-        ids[ours] = value
-    return ids
+            raise fields.wrong(name, value, f"an id below {vocabulary}")
+        ids[key] = value
+    tokens = fields.metadata.get("tokenizer.ggml.tokens")
+    types = fields.metadata.get("tokenizer.ggml.token_type")
+    ends = [ids["eos"], ids["eot"], ids["eom"]]
+    if isinstance(tokens, list) and isinstance(types, list):
+        pairs = enumerate(zip(tokens, types, strict=False))
+        ends += [i for i, (token, kind) in pairs if kind == _CONTROL and token in _END_OF_TURN]
+    distinct = list(dict.fromkeys(end for end in ends if end is not None))
+    end = distinct if len(distinct) > 1 else next(iter(distinct), None)
+    return {"bos_token_id": ids["bos"], "eos_token_id": end, "pad_token_id": ids["padding"]}
 
 
-def _no_extras(fields: Fields, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
-
-
-def _sliding_window(fields: Fields, config: Mapping[str, Any]) -> dict[str, Any]:
-    window = fields.size("attention.sliding_window", 0, least=0, most=1 << 30)
-    return {"sliding_window": window or None}
-
-
-def _gemma(fields: Fields, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The attention's scale is not in the file: llama.cpp knows the largest models, which differ, by their depth."""
-    largest = {"gemma2": 46, "gemma3": 62}[fields.architecture.name]
-    divided = config["hidden_size"] // config["num_attention_heads"]
-    extras: dict[str, Any] = {
-        "query_pre_attn_scalar": divided if config["num_hidden_layers"] == largest else config["head_dim"],
-        "sliding_window": fields.size("attention.sliding_window", most=1 << 30),
-        "hidden_activation": "gelu_pytorch_tanh",
-    }
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        extras[key] = fields.number(key) if fields.has(key) else None
-    if fields.architecture.name == "gemma3":
-        extras["rope_local_base_freq"] = fields.number("rope.freq_base_swa", 10000.0)
-        # Five local layers, then a global one.
-        kinds = [
-            "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config["num_hidden_layers"])
-        ]
-        extras["layer_types"] = kinds
+def _attention(fields: Fields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Windows, scales and caps of the attention: what differs between the architectures."""
+    row, layers = fields.architecture, config["num_hidden_layers"]
+    extras: dict[str, Any] = {}
+    if fields.has("attention.temperature_scale"):
+        raise fields.not_read("attention.temperature_scale", "a scale that grows with the position is not read",
+                              fields.get("attention.temperature_scale"), "none")  # fmt: skip
+    if row.model_type in ("mistral", "phi3", "gemma2", "gemma3_text"):
+        window = fields.size("attention.sliding_window", 0, least=0, most=1 << 30)
+        if window or not row.global_period:
+            extras["sliding_window"] = window or None
+    if row.no_rope_period:
+        extras["no_rope_layers"] = [int((i + 1) % row.no_rope_period != 0) for i in range(layers)]
+        extras["no_rope_layer_interval"] = row.no_rope_period
+    if row.global_period:
+        extras["layer_types"] = _layer_types(fields, layers)
+        wide = layers == row.wide_depth
+        extras["query_pre_attn_scalar"] = (
+            config["hidden_size"] // config["num_attention_heads"] if wide else config["head_dim"]
+        )
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if fields.has(key):
+                extras[key] = fields.number(key)
     return extras
 
 
-def _phi3(fields: Fields, config: Mapping[str, Any]) -> dict[str, Any]:
-    rotated = fields.size("rope.dimension_count", config["head_dim"])
-    original = fields.size("rope.scaling.original_context_length", config["max_position_embeddings"], most=1 << 30)
-    return {
-        **_sliding_window(fields, config),
-        "partial_rotary_factor": rotated / config["head_dim"],
-        "original_max_position_embeddings": original,
-    }
-
-
-_EXTRAS: dict[str, Callable[[Fields, Mapping[str, Any]], dict[str, Any]]] = {
-    "mistral": _sliding_window,
-    "gemma2": _gemma,
-    "gemma3": _gemma,
-    "phi3": _phi3,
-}
-
-
-def _rope_scaling(
-    fields: Fields, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], read: Read
-) -> dict[str, Any] | None:
-    """The config's rope_scaling, from the fields or from the factors that the file stores as tensors."""
-    if "rope_freqs.weight" in tensors:
-        return _llama3(fields, config, tensors["rope_freqs.weight"], read)
-    if "rope_factors_long.weight" in tensors:
-        long, short = (list(read(f"rope_factors_{length}.weight")) for length in ("long", "short"))
-        return {"rope_type": "longrope", "type": "longrope", "long_factor": long, "short_factor": short}
-    kind = fields.metadata.get(f"{fields.architecture.name}.rope.scaling.type", "none")
-    if kind == "none" or (kind == "longrope" and fields.architecture.name == "phi3"):
-        return None
-    if kind not in ("linear", "yarn"):
-        raise bad_file("unknown-variant", "this rope scaling is not read", file=fields.file,
-                       field=f"{fields.architecture.name}.rope.scaling.type", found=kind, expected="none, linear or yarn",
-                       fix="Use the model's safetensors checkpoint.")  # fmt: skip
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": fields.number("rope.scaling.factor")}
-    if kind == "yarn":
-        length = fields.size("rope.scaling.original_context_length", most=1 << 30)
-        scaling["original_max_position_embeddings"] = length
-    return scaling
-
-
-def _llama3(fields: Fields, config: Mapping[str, Any], info: TensorInfo, read: Read) -> dict[str, Any]:
-    """The file stores the factors that Llama 3.1's formula gives; the formula's parameters are found again from them."""
-    stored = list(read(info.name))
-    scaling = {"rope_type": "llama3", "factor": max(stored), **_LLAMA3}
-    expected = _llama3_factors(config["rope_theta"], config["head_dim"], max(stored))
-    if len(stored) != len(expected) or any(
-        not math.isclose(a, b, rel_tol=1e-4) for a, b in zip(stored, expected, strict=True)
-    ):
-        raise bad_file("unknown-variant", "the rotary factors are not those of Llama 3.1's formula", file=info.file,
-                       tensor=info.name, field="values", found=[round(value, 4) for value in stored[-4:]],
-                       expected=[round(value, 4) for value in expected[-4:]],
-                       fix="Use the model's safetensors checkpoint.")  # fmt: skip
-    return scaling
-
-
-def _llama3_factors(theta: float, head_dim: int, factor: float) -> list[float]:
-    """What each frequency is divided by (transformers' modeling_rope_utils, llama3)."""
-    low, high, length = (
-        _LLAMA3["low_freq_factor"],
-        _LLAMA3["high_freq_factor"],
-        _LLAMA3["original_max_position_embeddings"],
-    )
-    factors = []
-    for i in range(0, head_dim, 2):
-        wavelength = 2 * math.pi * theta ** (i / head_dim)
-        if wavelength < length / high:
-            factors.append(1.0)
-        elif wavelength > length / low:
-            factors.append(factor)
-        else:
-            smooth = (length / wavelength - low) / (high - low)
-            factors.append(1 / ((1 - smooth) / factor + smooth))
-    return factors
+def _layer_types(fields: Fields, layers: int) -> list[str]:
+    """Which layers attend within the window: a list or a period in the file, or else the architecture's period."""
+    key = "attention.sliding_window_pattern"
+    pattern = fields.get(key)
+    if isinstance(pattern, list):
+        if len(pattern) != layers or not all(type(local) is bool for local in pattern):
+            raise fields.wrong(key, pattern, f"{layers} truth values")
+        local_layers = pattern
+    else:
+        period = fields.size(key, fields.architecture.global_period, most=1 << 14)
+        # Gemma 3's smallest variants have no window at all, and say so by leaving it out.
+        windowed = fields.architecture.name != "gemma3" or fields.get("attention.sliding_window", 0) != 0
+        local_layers = [windowed and (i + 1) % period != 0 for i in range(layers)]
+    return ["sliding_attention" if local else "full_attention" for local in local_layers]

@@ -15,8 +15,7 @@ from qcore.refusal import bad_file
 if TYPE_CHECKING:
     import torch
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_OUTER = re.compile(r"(\w+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z0-9_]+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,10 @@ class GgufParameter:
 def parameter_names(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, GgufParameter]:
     """Every parameter of the transformers model that the file holds, by name.
 
-    Raises Refused: unknown-architecture; unexpected-tensor for a tensor that the architecture does not have; bad-field.
+    Raises Refused: unknown-architecture; unexpected-tensor for a tensor that the architecture does not have; bad-field;
+    bad-shape.
     """
-    fields = Fields(metadata, next(iter(tensors.values())).file if tensors else _nowhere())
+    fields = Fields(metadata, tensors)
     architecture = fields.architecture
     layers = fields.size("block_count", most=1 << 14)
     heads = fields.size("attention.head_count", most=1 << 14)
@@ -47,14 +47,13 @@ def parameter_names(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInf
             continue
         place = _place(tensor, architecture, layers)
         if place is None:
-            raise bad_file("unexpected-tensor", f"a {architecture.name} model has no such tensor", file=info.file,
-                           tensor=tensor, fix="Use the model's safetensors checkpoint.")  # fmt: skip
+            raise bad_file("unexpected-tensor", f"a {architecture.name} model of {layers} layers has no such tensor",
+                           file=info.file, tensor=tensor, fix="Use the model's safetensors checkpoint.")  # fmt: skip
         part, name = place
-        rows = info.shape[0]
-        if part in permuted and rows % (2 * permuted[part]):
+        if part in permuted and (not info.shape or info.shape[0] % (2 * permuted[part])):
             raise bad_file("bad-shape", "rows do not divide into heads", file=info.file, tensor=tensor, field="shape",
                            found=list(info.shape), expected=f"a multiple of {2 * permuted[part]} rows")  # fmt: skip
-        offset = -architecture.norm_offset if name.endswith("norm.weight") else 0.0
+        offset = -architecture.norm_offset if part.endswith("norm") else 0.0
         names[name] = GgufParameter(tensor, permuted.get(part), offset)
     return names
 
@@ -62,7 +61,7 @@ def parameter_names(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInf
 def row_permutation(rows: int, heads: int) -> torch.Tensor:
     """int64 [rows]: the file's row that each of transformers' rows is.
 
-    ggml rotates neighbouring pairs, transformers the two halves of a head: within a head of d rows, the file's row
+    ggml turns neighbouring pairs, transformers the two halves of a head: within a head of d rows, the file's row
     2 j + i is transformers' row i d / 2 + j.
     """
     import torch
@@ -71,21 +70,13 @@ def row_permutation(rows: int, heads: int) -> torch.Tensor:
 
 
 def _place(tensor: str, architecture: Architecture, layers: int) -> tuple[str, str] | None:
-    """The part's name in GGUF and the parameter's in transformers."""
-    if block := _BLOCK.fullmatch(tensor):
-        inner = architecture.layer.get(block[2])
-        # norms end in "layernorm", except q_norm and k_norm
-        return (
-            None
-            if inner is None or int(block[1]) >= layers
-            else (block[2], f"model.layers.{int(block[1])}.{inner}.{block[3]}")
-        )
-    outer = _OUTER.fullmatch(tensor)
-    if outer is None or outer[1] not in OUTER:
+    """The part's name in GGUF and the parameter's in transformers; None where the architecture has no such tensor."""
+    part = tensor.removesuffix(".weight")
+    if part != tensor and part in OUTER:
+        return part, f"{OUTER[part]}.weight"
+    block = _BLOCK.fullmatch(tensor)
+    if block is None or int(block[1]) >= layers or block[2] not in architecture.layer:
         return None
-    return outer[1], f"{OUTER[outer[1]]}.{outer[2]}"
-
-
-def _nowhere() -> Any:
-    raise bad_file("missing-tensor", "the file holds no tensors", file="GGUF", expected="a model's weights",
-                   fix="Vocabulary-only files cannot be run; use the model's own file.")  # fmt: skip
+    if block[3] == "bias" and block[2].endswith("norm"):
+        return None
+    return block[2], f"model.layers.{block[1]}.{architecture.layer[block[2]]}.{block[3]}"

@@ -38,6 +38,9 @@ class PackedWeight(torch.nn.Module):
 class ReferenceLinear(PackedWeight):
     """y = x W^T with W dequantized a block of rows at a time; activations are quantized where the scheme says so."""
 
+    input_scale: torch.Tensor | None
+    input_zero: torch.Tensor | None
+
     def __init__(self, layer: LayerTensors) -> None:
         super().__init__(layer.weight)
         self.register_buffer("input_scale", layer.input_scale)

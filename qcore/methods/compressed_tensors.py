@@ -65,9 +65,7 @@ class Arguments(Settings):
 
     def tensor_scheme(self, *, weight: bool) -> TensorScheme:
         """Raises ValueError where no kernel's words describe it."""
-        strategy = self.strategy
-        if strategy is None:
-            strategy = {None: "tensor", -1: "channel"}.get(self.group_size, "group")
+        strategy = self.strategy or {None: "tensor", -1: "channel"}.get(self.group_size, "group")
         size = self.group_size or 0
         granularities: dict[str, Granularity | None] = {
             "tensor": PerTensor(),

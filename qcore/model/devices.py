@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from qcore.discovery import registry
 from qcore.platform import Device
-from qcore.plugins import registry
 from qcore.refusal import Refusal, Refused
 
 

@@ -14,6 +14,9 @@ class QuantizedLinear(torch.nn.Module):
     kernel_name says which kernel runs it; `packed` is that kernel's module, which holds the weight.
     """
 
+    bias: torch.Tensor | None
+    input_multiplier: torch.Tensor | None
+
     def __init__(
         self,
         scheme: Scheme,

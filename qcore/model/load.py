@@ -18,11 +18,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
+from qcore.discovery import registry
 from qcore.kernel import Kernel, Op
 from qcore.model.devices import find_device
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.platform import Device
-from qcore.plugins import registry
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme
 from qcore.select import LayerRequest, select
@@ -113,7 +113,8 @@ def model_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretrain
 
     values = {k: v for k, v in checkpoint.config.items() if k not in ("dtype", "torch_dtype", "auto_map")}
     model_type = values.get("model_type")
-    config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    config_class = CONFIG_MAPPING[model_type] if known else None
     if config_class is None or config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
         code, reason = "unknown-architecture", "the installed transformers has no causal language model of this type"
         if "auto_map" in checkpoint.config:

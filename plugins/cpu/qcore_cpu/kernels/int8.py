@@ -60,7 +60,7 @@ class OnednnInt8Linear(torch.nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         codes, scale = dynamic_int8(flat) if self.input_scale is None else static_int8(flat, self.input_scale)
         unsigned = codes.view(torch.uint8) ^ 0x80
-        out = torch.ops.onednn.qlinear_pointwise(
+        out: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
             unsigned, 1.0, 128, self.packed, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return (out * scale).to(x.dtype).reshape(*x.shape[:-1], out.shape[-1])

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
+from qcore.discovery import registry
 from qcore.kernel import Op
 from qcore.platform import PLATFORM_PLUGINS, Device, known_platform
-from qcore.plugins import registry
 from qcore.refusal import Refusal
 from qcore.scheme import Scheme
 from qcore.select import LayerRequest, Selection, select
