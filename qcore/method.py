@@ -60,6 +60,8 @@ class Method(ABC):
     """The values of `quant_method` in a quantization config that mean this format."""
     side_files: tuple[str, ...] = ()
     """Files beside config.json that may hold the quantization config instead."""
+    parts: frozenset[str] = frozenset()
+    """The tensors that a quantized module may have; empty where names are checked otherwise."""
 
     def recognizes(self, files: CheckpointFiles) -> bool:
         """Whether the files are of this format; decides on the config alone unless overridden."""

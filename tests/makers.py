@@ -72,13 +72,17 @@ def dense_llama(seed: int = 0, **changes: Any) -> dict[str, torch.Tensor]:
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         tensors |= {f"{prefix}{name}.weight": random(*shape) for name, shape in LINEARS.items()}
-        tensors |= {f"{prefix}{name}.weight": 1 + random(64) for name in ("input_layernorm", "post_attention_layernorm")}
+        tensors |= {
+            f"{prefix}{name}.weight": 1 + random(64) for name in ("input_layernorm", "post_attention_layernorm")
+        }
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = random(config["vocab_size"], 64)
     return tensors
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any] | None = None, **config: Any) -> Path:
+def write(
+    folder: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any] | None = None, **config: Any
+) -> Path:
     """A safetensors folder."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {**LLAMA, **config}

@@ -1,7 +1,6 @@
 """The readers against the reference libraries on valid files, and against mutations of them."""
 
 import json
-import os
 import struct
 from pathlib import Path
 
@@ -97,7 +96,10 @@ def write_gguf(path: Path, endian: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE) -> 
     writer.add_array("a.numbers", [1, 2, 3])
     writer.add_array("a.floats", [0.5, -1.0])
     rng = np.random.default_rng(0)
-    held = {"f32": rng.standard_normal((3, 4)).astype(np.float32), "f16": rng.standard_normal((2, 32)).astype(np.float16)}
+    held = {
+        "f32": rng.standard_normal((3, 4)).astype(np.float32),
+        "f16": rng.standard_normal((2, 32)).astype(np.float16),
+    }
     for name, array in held.items():
         writer.add_tensor(name, array)
     for kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_1"):
@@ -119,7 +121,9 @@ def swap_blocks(data: np.ndarray, kind: str) -> np.ndarray:
     """The float16 fields (and Q5_1's bit word) of every block, byte-swapped; written out by hand."""
     size = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_1": 24}[kind]
     blocks = data.reshape(-1, size).copy()
-    for start, stop in {"Q8_0": [(0, 2)], "Q4_0": [(0, 2)], "Q4_1": [(0, 2), (2, 4)], "Q5_1": [(0, 2), (2, 4), (4, 8)]}[kind]:
+    for start, stop in {"Q8_0": [(0, 2)], "Q4_0": [(0, 2)], "Q4_1": [(0, 2), (2, 4)], "Q5_1": [(0, 2), (2, 4), (4, 8)]}[
+        kind
+    ]:
         blocks[:, start:stop] = blocks[:, start:stop][:, ::-1]
     return blocks.reshape(data.shape)
 
@@ -163,10 +167,10 @@ def test_gguf_shards(tmp_path: Path) -> None:
 def test_nothing_stays_open_or_mapped(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1 << 20)}, tmp_path / "model.safetensors")
     write_gguf(tmp_path / "m.gguf")
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     sources = [SafetensorsSource.open(tmp_path / "model.safetensors"), GgufSource.open(tmp_path / "m.gguf")]
     held = [source.read(name) for source in sources for name in source.tensors]
-    assert held and len(os.listdir("/proc/self/fd")) == before
+    assert held and len(list(Path("/proc/self/fd").iterdir())) == before
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
@@ -189,7 +193,9 @@ def small_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 mutations = st.lists(
-    st.tuples(st.sampled_from(["cut", "flip", "set", "insert", "drop", "grow"]), st.integers(0, 4000), st.integers(0, 255)),
+    st.tuples(
+        st.sampled_from(["cut", "flip", "set", "insert", "drop", "grow"]), st.integers(0, 4000), st.integers(0, 255)
+    ),
     min_size=1,
     max_size=6,
 )
@@ -199,7 +205,10 @@ mutations = st.lists(
 @settings(derandomize=True, max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changes=mutations)
 def test_mutated_files_are_refused_or_read(
-    small_files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, suffix: str, changes: list[tuple[str, int, int]]
+    small_files: dict[str, bytes],
+    tmp_path_factory: pytest.TempPathFactory,
+    suffix: str,
+    changes: list[tuple[str, int, int]],
 ) -> None:
     data = bytearray(small_files[suffix])
     for kind, place, value in changes:

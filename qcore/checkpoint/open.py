@@ -124,7 +124,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     for method in methods:
         if method.recognizes(files):
             checkpoint = Checkpoint(files, method)
-            _ = checkpoint.layers  # a checkpoint whose headers contradict its config is refused here, not later
+            _check_parts(
+                checkpoint, method
+            )  # plans too: headers that contradict the config are refused here, not later
             return checkpoint
     found = files.quantization.get("quant_method", "no quant_method") if files.quantization else "no quantization"
     known = sorted({name for method in methods for name in (method.quant_methods or (method.name,))})
@@ -136,6 +138,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             str(files.quantization_file), field="quantization_config.quant_method",
         )
     )  # fmt: skip
+
+
+def _check_parts(checkpoint: Checkpoint, method: Method) -> None:
+    """A part that the method does not know might change the numbers: it is refused rather than ignored."""
+    layers = checkpoint.layers
+    for name, info in checkpoint.files.source.tensors.items():
+        module, _, part = name.rpartition(".")
+        if method.parts and part not in method.parts and module in layers and layers[module].scheme is not None:
+            raise bad_file("unexpected-tensor", f"{method.name} has no such part of a layer", file=info.file, tensor=name,
+                           field="name", found=part, expected=", ".join(sorted(method.parts)),
+                           fix="Check which tool wrote the checkpoint; its variant of the format is not read yet.")  # fmt: skip
 
 
 def _find(path: Path) -> CheckpointFiles:

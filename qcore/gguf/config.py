@@ -136,7 +136,7 @@ def _layer_types(fields: Fields, layers: int) -> list[str]:
         local_layers = pattern
     else:
         period = fields.size(key, fields.architecture.global_period, most=1 << 14)
-        # Gemma 3's smallest variants have no window at all, and say so by leaving it out.
+        # A Gemma 3 file that names no window has none; a Gemma 2 file has the default one.
         windowed = fields.architecture.name != "gemma3" or fields.get("attention.sliding_window", 0) != 0
         local_layers = [windowed and (i + 1) % period != 0 for i in range(layers)]
     return ["sliding_attention" if local else "full_attention" for local in local_layers]

@@ -63,9 +63,11 @@ class Fields:
         return bad_file("bad-field", "a metadata field has a value that the model cannot have", file=self.file,
                         field=self.name(key), found="nothing" if found is None else found, expected=expected)  # fmt: skip
 
-    def not_read(self, key: str, reason: str, found: object, expected: str) -> Refused:
-        """The refusal of a variant that is not implemented."""
+    def not_read(
+        self, key: str | None, reason: str, found: object, expected: str, *, tensor: str | None = None
+    ) -> Refused:
+        """The refusal of a variant that is not implemented, for a field or for a tensor's values."""
         return Refused(
             Refusal("unknown-variant", "notimpl", str(self.file), reason, f"found {found!r:.200}, expected {expected}",
-                    "Use the model's safetensors checkpoint.", str(self.file), field=self.name(key))
+                    "Use the model's safetensors checkpoint.", str(self.file), tensor, key and self.name(key))
         )  # fmt: skip

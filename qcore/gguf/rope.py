@@ -34,7 +34,8 @@ def rope_config(
     if fields.architecture.name == "phi3":
         return rope | _phi3(fields, config, rotated, tensors, read)
     if rotated != head_dim:
-        raise fields.not_read("rope.dimension_count", "heads that are rotated in part are not read", rotated, str(head_dim))
+        raise fields.not_read("rope.dimension_count", "heads that are rotated in part are not read", rotated,
+                              str(head_dim))  # fmt: skip
     if fields.architecture.name == "gemma3":
         rope["rope_local_base_freq"] = fields.number("rope.freq_base_swa", 10000.0)
     if "rope_freqs.weight" in tensors:
@@ -53,7 +54,8 @@ def _scaling(fields: Fields) -> dict[str, Any] | None:
     if kind == "none" or (kind == "linear" and key is None):
         return None
     if kind not in ("linear", "yarn"):
-        raise fields.not_read("rope.scaling.type", "this scaling of positions is not read", kind, "none, linear or yarn")
+        raise fields.not_read("rope.scaling.type", "this scaling of positions is not read", kind,
+                              "none, linear or yarn")  # fmt: skip
     scaling: dict[str, Any] = {"rope_type": kind, "factor": fields.number(key or "rope.scaling.factor")}
     if kind == "linear":
         return scaling if scaling["factor"] != 1.0 else None
@@ -97,14 +99,13 @@ def _llama3(fields: Fields, info: TensorInfo, theta: float, head_dim: int, read:
     factor = max(stored)
     expected = _llama3_factors(theta, head_dim, factor)
     if any(not math.isclose(a, b, rel_tol=1e-5) for a, b in zip(stored, expected, strict=True)):
-        raise fields.not_read(info.name, "the rotary factors are not those of Llama 3.1's formula",
-                              [round(value, 4) for value in stored[-4:]], str([round(value, 4) for value in expected[-4:]]))  # fmt: skip
+        raise fields.not_read(None, "the rotary factors are not those of Llama 3.1's formula",
+                              [round(value, 4) for value in stored[-4:]],
+                              str([round(value, 4) for value in expected[-4:]]), tensor=info.name)  # fmt: skip
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3} if factor != 1.0 else None
 
 
-def _factors(
-    fields: Fields, tensors: Mapping[str, TensorInfo], name: str, count: int, read: Read
-) -> list[float]:
+def _factors(fields: Fields, tensors: Mapping[str, TensorInfo], name: str, count: int, read: Read) -> list[float]:
     """The positive, finite values of a tensor of `count` factors."""
     if name not in tensors:
         raise bad_file("missing-tensor", "the other list of rotary factors is missing", file=fields.file, tensor=name)

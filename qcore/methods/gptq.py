@@ -69,6 +69,7 @@ class Gptq(Method):
     name = "gptq"
     quant_methods = ("gptq",)
     side_files = ("quantize_config.json",)
+    parts = frozenset({"qweight", "qzeros", "scales", "g_idx", "bias"})
 
     def recognizes(self, files: CheckpointFiles) -> bool:
         config = files.quantization or {}

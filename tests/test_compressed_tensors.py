@@ -1,0 +1,229 @@
+"""compressed-tensors from codes that the test chooses, and against the library's own compressors."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize
+from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
+
+import qcore
+from makers import dense_llama, words, write
+from qcore.kernels.activations import quantize_input
+from qcore.scheme import TensorScheme
+
+MODULE = "model.layers.0.mlp.down_proj"
+ROWS, COLUMNS = 64, 96
+LINEAR = {"targets": ["Linear"]}
+
+
+def arguments(**values: Any) -> dict[str, Any]:
+    return {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, **values}
+
+
+def checkpoint(
+    folder: Path, parts: dict[str, torch.Tensor], weights: dict[str, Any], *, layout: str = "pack-quantized", **config: Any
+) -> Path:
+    """A llama whose down_proj is quantized; every other layer is ignored."""
+    tensors = dense_llama()
+    del tensors[f"{MODULE}.weight"]
+    tensors |= {f"{MODULE}.{part}": tensor for part, tensor in parts.items()}
+    group = {"targets": ["re:.*down_proj"], "weights": weights, **config.pop("group", {})}
+    quantization = {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}, **config}
+    return write(folder, tensors, quantization)
+
+
+def scales_for(strategy: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    shape = {"tensor": (1,), "channel": (ROWS, 1), "group": (ROWS, 3), "block": (2, 3)}[strategy]
+    return (torch.rand(shape) * 0.01 + 0.001).to(dtype)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("strategy", ["group", "channel"])
+def test_packed_integers(tmp_path: Path, bits: int, symmetric: bool, strategy: str) -> None:
+    offset = 1 << (bits - 1)
+    codes = torch.randint(-offset, offset, (ROWS, COLUMNS))
+    scale = scales_for(strategy)
+    zeros = torch.randint(-offset, offset, scale.shape)
+    parts = {
+        "weight_packed": words(codes + offset, bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([ROWS, COLUMNS]),
+    }
+    if not symmetric:
+        parts["weight_zero_point"] = words((zeros + offset).t(), bits).t()
+    size = 32 if strategy == "group" else None
+    path = checkpoint(tmp_path, parts, arguments(num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=size))
+    opened = qcore.open_checkpoint(path)
+    wide = torch.Tensor.repeat_interleave(scale.float(), COLUMNS // scale.shape[1], 1)
+    shift = 0 if symmetric else zeros.float().repeat_interleave(COLUMNS // scale.shape[1], 1)
+    assert torch.equal(opened.dequantize(MODULE), (codes - shift) * wide)
+    assert opened.weight(MODULE).scheme == opened.plan[MODULE]
+    grid = "g32" if strategy == "group" else "channel"
+    assert str(opened.plan[MODULE]) == f"W{bits}A16-{grid}-{'sym' if symmetric else 'asym'}"
+    if bits == 4:
+        assert torch.equal(pack_to_int32(codes.to(torch.int8), bits), parts["weight_packed"])
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_the_older_packing_of_odd_widths(tmp_path: Path, bits: int) -> None:
+    """Until late 2025 no code crossed a word."""
+    offset, per_word = 1 << (bits - 1), 32 // bits
+    codes = torch.randint(-offset, offset, (ROWS, COLUMNS))
+    padded = torch.nn.functional.pad(codes + offset, (0, -COLUMNS % per_word)).view(ROWS, -1, per_word)
+    packed = (padded << (torch.arange(per_word) * bits)).sum(-1).to(torch.int32)
+    scale = scales_for("group")
+    parts = {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor([ROWS, COLUMNS])}
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, arguments(num_bits=bits)))
+    assert torch.equal(opened.dequantize(MODULE), codes * scale.float().repeat_interleave(32, 1))
+
+
+def test_act_order(tmp_path: Path) -> None:
+    codes, scale = torch.randint(-8, 8, (ROWS, COLUMNS)), scales_for("group")
+    index = (torch.arange(COLUMNS) // 32)[torch.randperm(COLUMNS)].int()
+    parts = {
+        "weight_packed": words(codes + 8, 4),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([ROWS, COLUMNS]),
+        "weight_g_idx": index,
+    }
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, arguments(actorder="group")))
+    assert torch.equal(opened.dequantize(MODULE), codes * scale.float()[:, index])
+    parts["weight_g_idx"] = torch.full_like(index, -1)
+    with pytest.raises(qcore.Refused, match="bad-content"):
+        qcore.open_checkpoint(checkpoint(tmp_path / "b", parts, arguments(actorder="group"))).weight(MODULE)
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group", "block"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_one_to_a_byte(tmp_path: Path, strategy: str, bits: int) -> None:
+    limit = 1 << (bits - 1)
+    codes = torch.randint(-limit, limit, (ROWS, COLUMNS), dtype=torch.int8)
+    scale = scales_for(strategy)
+    given = arguments(num_bits=bits, strategy=strategy, group_size=32 if strategy == "group" else None)
+    if strategy == "block":
+        given["block_structure"] = [32, 32]
+    opened = qcore.open_checkpoint(
+        checkpoint(tmp_path, {"weight": codes, "weight_scale": scale}, given, layout="int-quantized")
+    )
+    assert torch.equal(opened.dequantize(MODULE), dequantize(codes, scale.float(), None, QuantizationArgs(**given)))
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
+def test_fp8(tmp_path: Path, strategy: str) -> None:
+    codes = (torch.randn(ROWS, COLUMNS) * 50).to(torch.float8_e4m3fn)
+    given = {"num_bits": 8, "type": "float", "strategy": strategy}
+    scale = scales_for(strategy)
+    if strategy == "block":  # ragged in both directions
+        given["block_structure"] = [40, 40]
+        scale = (torch.rand(2, 3) * 0.01).to(torch.bfloat16)
+    opened = qcore.open_checkpoint(
+        checkpoint(tmp_path, {"weight": codes, "weight_scale": scale}, given, layout="float-quantized")
+    )
+    wide = scale.float()
+    if strategy == "block":
+        wide = wide.repeat_interleave(40, 0)[:ROWS].repeat_interleave(40, 1)[:, :COLUMNS]
+    assert torch.equal(opened.dequantize(MODULE), codes.float() * wide)
+
+
+@pytest.mark.parametrize("strategy", ["token", "tensor", "group"])
+@pytest.mark.parametrize("kind", ["int", "float"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_activations_are_quantized_as_the_library_does(strategy: str, kind: str, symmetric: bool) -> None:
+    if kind == "float" and not symmetric:
+        symmetric = True
+    given = QuantizationArgs(
+        num_bits=8, type=kind, strategy=strategy, symmetric=symmetric, dynamic=True, group_size=32 if strategy == "group" else None
+    )
+    x = torch.randn(2, 5, 96) * torch.rand(2, 5, 1) * 10
+    x[0, 0] = 0
+    scale, zero = compute_dynamic_scales_and_zp(x, given, torch.nn.Module())
+    expected = fake_quantize(x, scale, zero, given)
+    element = "int8" if kind == "int" else "fp8"
+    grid = {"token": "token", "tensor": "tensor", "group": "g32"}[strategy]
+    sign = "" if kind == "float" else "-sym" if symmetric else "-asym"
+    got = quantize_input(x, TensorScheme.parse(f"{element}-{grid}{sign}-dyn"))
+    assert torch.allclose(got, expected, rtol=0, atol=1e-6)
+
+
+def test_static_activations(tmp_path: Path) -> None:
+    x, scale = torch.randn(4, 96) * 3, torch.tensor([0.02])
+    for sign, zero in (("sym", None), ("asym", torch.tensor([17], dtype=torch.int8))):
+        given = QuantizationArgs(num_bits=8, strategy="tensor", symmetric=zero is None)
+        got = quantize_input(x, TensorScheme.parse(f"int8-tensor-{sign}"), scale, zero)
+        assert torch.allclose(got, fake_quantize(x, scale, zero, given), rtol=0, atol=1e-6)
+
+
+def test_ignore_targets_and_their_order(tmp_path: Path) -> None:
+    codes = torch.randint(-128, 128, (ROWS, COLUMNS), dtype=torch.int8)
+    parts = {"weight": codes, "weight_scale": scales_for("channel")}
+    given = arguments(num_bits=8, strategy="channel", group_size=None)
+    path = checkpoint(tmp_path, parts, given, layout="int-quantized", group={"targets": ["Linear"]}, ignore=["lm_head", "re:.*up_proj"])
+    layers = qcore.open_checkpoint(path).layers
+    assert str(layers[MODULE].scheme) == "W8A16-channel-sym"
+    assert layers["lm_head"].reason == "in the ignore list as 'lm_head'"
+    assert "re:.*up_proj" in layers["model.layers.0.mlp.up_proj"].reason
+    assert "stored unquantized" in layers["model.layers.0.mlp.gate_proj"].reason
+    assert layers["model.embed_tokens"].scheme is None
+
+
+def test_presets_by_name(tmp_path: Path) -> None:
+    codes = torch.randint(-8, 8, (ROWS, COLUMNS))
+    parts = {"weight_packed": words(codes + 8, 4), "weight_shape": torch.tensor([ROWS, COLUMNS]),
+             "weight_scale": torch.ones(ROWS, 1, dtype=torch.bfloat16)}  # fmt: skip
+    tensors = {**dense_llama(), **{f"{MODULE}.{part}": tensor for part, tensor in parts.items()}}
+    del tensors[f"{MODULE}.weight"]
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"W4A16": ["re:.*down_proj"]}}
+    opened = qcore.open_checkpoint(write(tmp_path, tensors, quantization))
+    assert str(opened.plan[MODULE]) == "W4A16-g128-sym" and torch.equal(opened.dequantize(MODULE), codes.float())
+
+
+PACKED = {
+    "weight_packed": words(torch.zeros(ROWS, COLUMNS, dtype=torch.int64), 4),
+    "weight_scale": torch.ones(ROWS, 3),
+    "weight_shape": torch.tensor([ROWS, COLUMNS]),
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "parts", "config"),
+    [
+        ("missing-tensor", {"weight_scale": None}, {}),
+        ("missing-tensor", {"weight_shape": None}, {}),
+        ("missing-tensor", {}, {"weights": arguments(symmetric=False)}),
+        ("missing-tensor", {}, {"weights": arguments(actorder="group")}),
+        ("missing-tensor", {}, {"group": {"input_activations": {"num_bits": 8, "strategy": "tensor"}}}),
+        ("bad-shape", {"weight_scale": torch.ones(ROWS, 4)}, {}),
+        ("bad-shape", {"weight_shape": torch.tensor([ROWS, 1 << 40])}, {}),
+        ("bad-shape", {"weight_shape": torch.tensor([ROWS, -1])}, {}),
+        ("bad-shape", {"weight_shape": torch.tensor([ROWS, 60])}, {}),
+        ("bad-dtype", {"weight_packed": torch.zeros(ROWS, 12, dtype=torch.int64)}, {}),
+        ("bad-dtype", {"weight_scale": torch.ones(ROWS, 3, dtype=torch.int32)}, {}),
+        ("bad-content", {"weight_scale": torch.full((ROWS, 3), float("nan"))}, {}),
+        ("unexpected-tensor", {"weight_global_scale": torch.ones(1)}, {}),
+        ("bad-field", {}, {"weights": arguments(num_bits=9)}),
+        ("bad-field", {}, {"weights": arguments(type="complex")}),
+        ("bad-field", {}, {"weights": arguments(strategy="diagonal")}),
+        ("bad-field", {}, {"group": {"targets": ["re:("]}}),
+        ("bad-field", {}, {"group": {"targets": ["nothing"]}}),
+        ("bad-field", {}, {"ignore": ["re:.*down_proj"]}),
+        ("unknown-variant", {}, {"layout": "marlin-24"}),
+        ("unknown-variant", {}, {"layout": "nvfp4-pack-quantized"}),
+        ("unknown-variant", {}, {"sparsity_config": {"format": "sparse-24-bitmask"}}),
+        ("unknown-variant", {}, {"transform_config": {"config_groups": {"R1": {}}}}),
+        ("unknown-variant", {}, {"weights": arguments(type="float", num_bits=4)}),
+        ("unknown-variant", {}, {"weights": arguments(strategy="group", group_size=None)}),
+        ("unknown-variant", {}, {"group": {"output_activations": {"num_bits": 8}}}),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, code: str, parts: dict[str, Any], config: dict[str, Any]) -> None:
+    held = {name: tensor for name, tensor in {**PACKED, **parts}.items() if tensor is not None}
+    path = checkpoint(tmp_path, held, config.pop("weights", arguments()), **config)
+    with pytest.raises(qcore.Refused) as caught:
+        qcore.open_checkpoint(path).weight(MODULE)
+    assert caught.value.refusal.code == code
+    assert str(tmp_path) in caught.value.refusal.subject and caught.value.refusal.fix
