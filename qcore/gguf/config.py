@@ -55,10 +55,10 @@ def _heads(fields: Fields) -> dict[str, Any]:
     hidden = fields.size("embedding_length")
     heads = fields.size("attention.head_count", most=1 << 14)
     kv_heads = fields.size("attention.head_count_kv", heads, most=1 << 14)
-    if heads % kv_heads:
-        raise fields.wrong("attention.head_count_kv", kv_heads, f"a divisor of {heads} heads")
     if not fields.has("attention.key_length") and hidden % heads:
         raise fields.wrong("attention.head_count", heads, f"a divisor of the embedding length {hidden}")
+    if heads % kv_heads:
+        raise fields.wrong("attention.head_count_kv", kv_heads, f"a divisor of {heads} heads")
     head_dim = fields.size("attention.key_length", hidden // heads, most=1 << 14)
     if fields.size("attention.value_length", head_dim, most=1 << 14) != head_dim:
         raise fields.not_read("attention.value_length", "keys and values of different lengths are not read",

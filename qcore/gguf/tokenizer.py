@@ -25,6 +25,10 @@ _SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 """SentencePiece's own, where the file names none."""
 _KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 """Phi 3's special tokens take the spaces after them along, but for these."""
+_LONGEST_PIECE = 256
+"""Characters; every way to cut every piece is looked at. Real pieces have at most a few dozen."""
+_PLACEHOLDERS = ("unused", "reserved", "placeholder")
+"""Special tokens without a meaning. Gemma has 6 000, and transformers 4 takes quadratic time to list special tokens."""
 
 
 def build_tokenizer(metadata: Mapping[str, Any], *, file: Path) -> PreTrainedTokenizerBase:
@@ -63,7 +67,11 @@ def build_tokenizer(metadata: Mapping[str, Any], *, file: Path) -> PreTrainedTok
     wrapped: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
-        additional_special_tokens=[token for token in special if token.content not in named.values()],
+        additional_special_tokens=[
+            token
+            for token in special
+            if token.content not in named.values() and not any(word in token.content for word in _PLACEHOLDERS)
+        ],
         **named,
     )
     wrapped.chat_template = _chat_templates(metadata, file)
@@ -117,14 +125,18 @@ def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     as in the merges that transformers makes from the same model. Files converted from a tokenizer.json give all pieces
     one score; their ids are in the order of the merges.
     """
-    scores = vocabulary.scores()
-    pieces = {
-        token: 0.0 if kind == TokenType.USER_DEFINED else score
-        for token, kind, score in zip(vocabulary.tokens, vocabulary.types, scores, strict=True)
-        if kind in (TokenType.NORMAL, TokenType.USER_DEFINED)
-    }
-    if len(set(vocabulary_scores := list(pieces.values()))) == 1 and len(vocabulary_scores) > 1:
-        pieces = {token: -float(vocabulary.ids[token]) for token in pieces}
+    scored = zip(vocabulary.tokens, vocabulary.scores(), vocabulary.types, strict=True)
+    normal, defined = {}, {}
+    for token, score, kind in scored:
+        if kind == TokenType.NORMAL:
+            normal[token] = score
+        elif kind == TokenType.USER_DEFINED:
+            defined[token] = 0.0
+    if len(set(normal.values())) == 1:
+        normal = {token: -float(vocabulary.ids[token]) for token in normal}
+    pieces = normal | defined
+    if (longest := max(pieces, key=len, default="")) and len(longest) > _LONGEST_PIECE:
+        raise vocabulary.wrong("tokens", f"a piece of {len(longest)} characters", f"at most {_LONGEST_PIECE}")
     ranked = [
         (-score, -cut, token[:cut], token[cut:])
         for token, score in pieces.items()

@@ -22,6 +22,7 @@ from qcore.discovery import registry
 from qcore.kernel import Kernel, Op
 from qcore.model.devices import find_device
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
+from qcore.model.memory import released_buffers
 from qcore.platform import Device
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme
@@ -62,7 +63,8 @@ def load_model(
     if checkpoint.kv_cache is not None:
         log.warning("%s declares a %s kv cache; the cache is kept in %s", checkpoint.path, checkpoint.kv_cache, wanted)
     model = _skeleton(checkpoint, wanted)
-    _Loader(checkpoint, model, target, wanted, kernel, activations == "exact", progress).run()
+    with released_buffers():
+        _Loader(checkpoint, model, target, wanted, kernel, activations == "exact", progress).run()
     return model
 
 
@@ -126,13 +128,9 @@ def model_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretrain
         )  # fmt: skip
     try:
         config = config_class.from_dict(values)
-    except _BUILD_ERRORS as error:
+    except Exception as error:  # which one depends on the value and on transformers' version
         raise _unbuildable(checkpoint, error) from error
     return MODEL_FOR_CAUSAL_LM_MAPPING[config_class], config
-
-
-_BUILD_ERRORS = (TypeError, ValueError, ArithmeticError, KeyError, AttributeError, RuntimeError, AssertionError)
-"""What transformers raises, depending on which value of a config is impossible."""
 
 
 def _unbuildable(checkpoint: Checkpoint, error: Exception) -> Refused:
@@ -150,11 +148,11 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with _MetaParameters():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except _BUILD_ERRORS as error:
+    except Exception as error:  # which one depends on the value and on transformers' version
         raise _unbuildable(checkpoint, error) from error
     folder = checkpoint.files.folder
     if (folder / "generation_config.json").is_file() and checkpoint.config is not None:
-        with contextlib.suppress(*_BUILD_ERRORS, OSError):  # only end tokens are taken from it
+        with contextlib.suppress(Exception):  # only end tokens are taken from it, and the config has them too
             model.generation_config = GenerationConfig.from_pretrained(str(folder))
     return model.eval()
 
