@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
 import typer.main
 
 from qcore.cli.main import app
@@ -33,27 +33,26 @@ def pages() -> dict[str, str]:
 
 
 def _command_page() -> str:
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
+    group: Any = typer.main.get_command(app)
     text = f"{_NOTE}# The command line\n\n```\n{_help(group, 'qcore')}\n```\n"
     for name, command in _commands(group, "qcore"):
         text += f"\n## {name}\n\n```\n{_help(command, name)}\n```\n"
     return text
 
 
-def _commands(group: click.Group, prefix: str) -> list[tuple[str, click.Command]]:
-    found = []
+def _commands(group: Any, prefix: str) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
     for name, command in group.commands.items():
-        if isinstance(command, click.Group):
+        if hasattr(command, "commands"):
             found += _commands(command, f"{prefix} {name}")
         else:
             found.append((f"{prefix} {name}", command))
     return found
 
 
-def _help(command: click.Command, name: str) -> str:
-    context = click.Context(command, info_name=name, max_content_width=100, terminal_width=100)
-    return command.get_help(context)
+def _help(command: Any, name: str) -> str:
+    context = command.context_class(command, info_name=name, max_content_width=100, terminal_width=100)
+    return str(command.get_help(context))
 
 
 def _refusal_page() -> str:

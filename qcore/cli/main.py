@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from qcore.cli import bench, doctor, evaluate, explain, inspect, plugins, run
@@ -15,6 +14,9 @@ from qcore.cli.output import note, print_refusal
 from qcore.refusal import Refused
 
 DONE, FAULT, USAGE, REFUSED, BAD_FILE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+# The base of all of typer's complaints about a command line; newer versions bundle the click that it comes from.
+_UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     name="qcore",
@@ -60,12 +62,12 @@ def main() -> None:
     except Refused as error:
         print_refusal(error.refusal, as_json="--json" in sys.argv)
         _exit({"bad-file": BAD_FILE, "usage": USAGE}.get(error.refusal.kind, REFUSED))
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         _exit(stop.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         note("interrupted")
         _exit(INTERRUPTED)
-    except click.ClickException as error:
+    except _UsageError as error:
         error.show()
         _exit(USAGE)
     except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell

@@ -125,9 +125,8 @@ def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     as in the merges that transformers makes from the same model. Files converted from a tokenizer.json give all pieces
     one score; their ids are in the order of the merges.
     """
-    scored = zip(vocabulary.tokens, vocabulary.scores(), vocabulary.types, strict=True)
     normal, defined = {}, {}
-    for token, score, kind in scored:
+    for token, score, kind in zip(vocabulary.tokens, vocabulary.scores(), vocabulary.types, strict=True):
         if kind == TokenType.NORMAL:
             normal[token] = score
         elif kind == TokenType.USER_DEFINED:

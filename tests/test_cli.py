@@ -1,0 +1,277 @@
+"""The command line as a user meets it: each command in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+GOLDEN = Path(__file__).parent / "golden"
+GGUF, GPTQ, PACKED = (GOLDEN / name for name in ("gguf-q4_0", "gptqmodel-gptq-4bit-sym", "llmcompressor-w4a16-gptq"))
+COMMANDS = ("run", "inspect", "explain", "eval", "plugins", "doctor", "bench", "bench load")
+
+
+def qcore(*arguments: object, text: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qcore", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, input=text, env={**os.environ, **environment}, check=False)
+
+
+def answer(*arguments: object, code: int = 0) -> Any:
+    done = qcore(*arguments, "--json")
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout)
+
+
+# --- Help -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_quick_and_has_an_example(command: str) -> None:
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = qcore(*command.split(), "--help")
+        times.append(time.perf_counter() - began)
+    assert done.returncode == 0 and "Usage" in done.stdout
+    assert command in ("", "bench") or "Example: qcore" in done.stdout
+    assert min(times) < 0.3
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; sys.argv = ['qcore', '--help']\ntry:\n    from qcore.cli.main import main; main()\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('torch', 'transformers', 'numpy', 'pydantic', 'pluggy') if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["explain", "inspect"])
+def test_questions_about_a_checkpoint_import_no_torch(command: str) -> None:
+    code = f"import sys; sys.argv = ['qcore', {command!r}, {str(GPTQ)!r}]\ntry:\n    from qcore.cli.main import main; main()\n"
+    code += "except SystemExit as stop: print(stop.code, 'torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "0 False"
+
+
+def test_version() -> None:
+    import qcore as package
+
+    assert qcore("--version").stdout.strip() == f"qcore {package.__version__}"
+
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [GGUF, GGUF / "tiny-q4_0.gguf", GPTQ, PACKED])
+def test_run_answers(path: Path) -> None:
+    found = answer("run", path, "-p", "the quick brown", "--max-new-tokens", 6)
+    assert found.keys() >= {"text", "prompt_tokens", "new_tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "load_s",
+                            "peak_rss_mib", "kernels"}  # fmt: skip
+    assert found["text"] and 1 <= found["new_tokens"] <= 6 and found["prompt_tokens"] >= 3
+    assert found["peak_rss_mib"] > 50 and sum(found["kernels"].values()) >= 14
+
+
+def test_run_streams_text_on_stdout_and_figures_on_stderr() -> None:
+    done = qcore("run", GGUF, "-p", "-", "--max-new-tokens", 5, "--dtype", "checkpoint", text="the quick brown")
+    assert done.returncode == 0
+    assert "tokens/s" in done.stderr and "float32 activations" in done.stderr and "tokens/s" not in done.stdout
+    assert done.stdout.strip() == answer("run", GGUF, "-p", "the quick brown", "--max-new-tokens", 5, "--dtype", "checkpoint")["text"].strip()
+
+
+def test_run_repeats_itself_for_a_seed() -> None:
+    sampled = ["run", GGUF, "-p", "the quick brown", "--max-new-tokens", 12, "--temperature", 2.0]
+    texts = [answer(*sampled, "--seed", seed)["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_run_takes_the_kernel_that_is_named() -> None:
+    found = answer("run", GPTQ, "-p", "hi", "--max-new-tokens", 2, "--kernel", "reference_linear")
+    assert found["kernels"] == {"reference_linear": 14}
+
+
+# --- inspect, explain -----------------------------------------------------------------------------------------------
+
+
+def test_inspect() -> None:
+    found = answer("inspect", PACKED)
+    assert found["method"] == "compressed-tensors" and found["format_version"].startswith("pack-quantized")
+    assert found["schemes"] == {"W4A16-g128-sym": 14, "not quantized": 2}
+    assert found["parameters"] == 1_705_216 and 7.7 < found["bits_per_weight"] < 7.8
+    assert {"module", "scheme", "reason"} == found["layers"][0].keys()
+    ignored = next(layer for layer in found["layers"] if layer["module"] == "lm_head")
+    assert ignored["scheme"] is None and "ignore" in ignored["reason"]
+    text = qcore("inspect", PACKED).stdout
+    assert "model.layers.{0-1}.self_attn.q_proj" in text and "W4A16-g128-sym" in text
+
+
+def test_inspect_counts_parameters_alike_in_every_format() -> None:
+    counts = {path.name: answer("inspect", path)["parameters"] for path in (GGUF, GPTQ, PACKED, GOLDEN / "base")}
+    assert len(set(counts.values())) == 1, counts
+
+
+def test_explain_traces_every_candidate() -> None:
+    found = answer("explain", GPTQ, "--platform", "x86_cpu")
+    assert found["runs"] is True and found["platform"] == "x86_cpu"
+    layer = next(layer for layer in found["layers"] if layer["scheme"])
+    assert layer["kernel"] in {candidate["kernel"] for candidate in layer["candidates"] if candidate["accepted"]}
+    for candidate in layer["candidates"]:
+        assert candidate["accepted"] == (candidate["refusal"] is None)
+        assert candidate["accepted"] or candidate["refusal"]["fix"]
+    assert {"reference_linear", "torch_int4pack", "onednn_int8"} <= {candidate["kernel"] for candidate in layer["candidates"]}
+
+
+def test_explain_says_what_to_install_for_a_platform_without_a_plugin() -> None:
+    found = answer("explain", GPTQ, "--platform", "hopper", code=3)
+    assert found["runs"] is False and found["refusal"]["code"] == "plugin-missing"
+    assert "qcore[cuda]" in found["refusal"]["fix"]
+
+
+def test_explain_in_words() -> None:
+    text = qcore("explain", GGUF).stdout
+    assert "W4A16-gguf:q4_0" in text and "runs on" in text and "model.layers.{0-1}.mlp.up_proj" in text
+
+
+# --- eval, plugins, doctor, bench -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 20)
+    return path
+
+
+def test_eval_with_a_reference(text: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "kld.png"
+    found = answer("eval", GPTQ, "--text", text, "--reference", GOLDEN / "base", "--context", 64, "--max-tokens", 200, "--plot", picture)
+    assert found.keys() == {"perplexity", "tokens", "bits_per_weight", "kld_mean", "kld_p99", "kld_p999", "top1_agreement"}
+    assert found["tokens"] == 200 - 4 and 1 < found["perplexity"] < 2000
+    assert 0 < found["kld_mean"] < found["kld_p99"] <= found["kld_p999"] < 0.1 and found["top1_agreement"] > 0.8
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_of_a_model_against_itself_is_zero(text: Path) -> None:
+    found = answer("eval", GGUF, "--text", text, "--reference", GGUF, "--max-tokens", 60)
+    assert found["kld_mean"] == 0 and found["top1_agreement"] == 1
+
+
+def test_perplexity_is_that_of_transformers(text: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(GOLDEN / "base")(text.read_text(), return_tensors="pt")["input_ids"][:, :100]
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / "base", dtype=torch.float32)
+    with torch.inference_mode():
+        loss = model(tokens, labels=tokens).loss
+    found = answer("eval", GOLDEN / "base", "--text", text, "--max-tokens", 100, "--dtype", "float32")
+    assert found["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+def test_plugins_and_doctor() -> None:
+    plugins = {plugin["name"]: plugin for plugin in answer("plugins")}
+    assert plugins["core"]["status"] == plugins["cpu"]["status"] == "loaded"
+    assert plugins["cpu"]["api"] == [1, 0] and "x86_cpu" in plugins["cpu"]["platforms"]
+    assert set(plugins["core"]["methods"]) >= {"gguf", "gptq", "compressed-tensors", "dense"}
+    doctor = answer("doctor")
+    assert doctor["versions"]["torch"] == torch.__version__
+    missing = {row["platform"]: row["fix"] for row in doctor["missing"]}
+    assert missing["gaudi"] == "pip install 'qcore[gaudi]'" and len(missing) + len({d["platform"] for d in doctor["devices"]}) == 13
+    for command in ("plugins", "doctor"):
+        assert qcore(command).returncode == 0
+
+
+def test_bench_load() -> None:
+    found = answer("bench", "load", GPTQ)
+    assert found.keys() >= {"load_s", "peak_rss_mib", "quantized_mib", "largest_tensor_mib"}
+    assert found["above_baseline_mib"] < found["limit_mib"]
+
+
+# --- Mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mistakes(tmp_path: Path) -> Path:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.gguf").write_text("this is a text\n")
+    (tmp_path / "notes.txt").write_text("hello")
+    for name, quantization in (("unknown", {"quant_method": "foo"}), ("bad", {"quant_method": "gptq", "bits": "four"})):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": quantization}))
+        save_file({"a.weight": torch.ones(2, 2)}, folder / "model.safetensors")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "config.json").write_text("{}")
+    save_file({"a.weight": torch.ones(2, 2)}, shards / "model-00001-of-00002.safetensors")
+    (shards / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a.weight": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["inspect", "explain", "run", "bench load"])
+@pytest.mark.parametrize(
+    ("name", "code", "status"),
+    [
+        ("nowhere", "path-not-found", 4),
+        ("empty", "not-a-checkpoint", 4),
+        ("text.gguf", "bad-magic", 4),
+        ("notes.txt", "bad-magic", 4),
+        ("unknown", "unknown-method", 3),
+        ("bad", "bad-field", 4),
+        ("shards", "shard-missing", 4),
+    ],
+)
+def test_bad_paths(mistakes: Path, command: str, name: str, code: str, status: int) -> None:
+    extra = ["-p", "hi"] if command == "run" else []
+    done = qcore(*command.split(), mistakes / name, *extra)
+    assert done.returncode == status
+    assert code in done.stderr and "fix:" in done.stderr and name in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    found = json.loads(qcore(*command.split(), mistakes / name, *extra, "--json").stdout)
+    assert found["refusal"]["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "clue"),
+    [
+        (["run", GGUF], 2, "prompt"),
+        (["run", GGUF, "-p", ""], 2, "prompt is empty"),
+        (["run", GGUF, "-p", "hi", "--max-new-tokens", "0"], 2, "max-new-tokens"),
+        (["run", GGUF, "-p", "hi", "--kernel", "warp"], 2, "unknown-kernel"),
+        (["run", GGUF, "-p", "hi", "--device", "cuda:9"], 3, "no-device"),
+        (["run", GGUF, "-p", "hi", "--dtype", "int3"], 2, "bad-argument"),
+        (["run", GGUF, "-p", "hi", "--activations", "wild"], 2, "bad-argument"),
+        (["run", GGUF, "-p", "word " * 600], 2, "context"),
+        (["explain", GGUF, "--platform", "abacus"], 2, "unknown-platform"),
+        (["explain", GGUF, "--dtype", "int3"], 2, "bad-argument"),
+        (["eval", GGUF, "--text", "/no/such/file"], 4, "path-not-found"),
+        (["eval", GGUF, "--text", GGUF / "tiny-q4_0.gguf"], 4, "bad-text"),
+        (["frobnicate"], 2, "frobnicate"),
+        ([], 2, "Usage"),
+    ],
+)
+def test_wrong_usage(arguments: list[object], status: int, clue: str) -> None:
+    done = qcore(*arguments)
+    assert done.returncode == status, done.stderr
+    assert clue in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+def test_without_a_device_the_answer_says_what_to_install() -> None:
+    done = qcore("run", GGUF, "-p", "hi", QCORE_DISABLE="cpu")
+    assert done.returncode == 3 and "qcore[cpu]" in done.stderr
+
+
+def test_a_closed_pipe_is_no_fault() -> None:
+    command = f"{sys.executable} -m qcore inspect {GGUF} --json | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr and done.stdout.strip() == "{"
+
+
+def test_generated_docs_are_current() -> None:
+    done = subprocess.run([sys.executable, "-m", "qcore.cli.docs", "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
