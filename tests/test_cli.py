@@ -19,7 +19,9 @@ COMMANDS = ("run", "inspect", "explain", "eval", "plugins", "doctor", "bench", "
 
 def qcore(*arguments: object, text: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qcore", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, input=text, env={**os.environ, **environment}, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, input=text, env={**os.environ, **environment}, check=False
+    )
 
 
 def answer(*arguments: object, code: int = 0) -> Any:
@@ -80,7 +82,10 @@ def test_run_streams_text_on_stdout_and_figures_on_stderr() -> None:
     done = qcore("run", GGUF, "-p", "-", "--max-new-tokens", 5, "--dtype", "checkpoint", text="the quick brown")
     assert done.returncode == 0
     assert "tokens/s" in done.stderr and "float32 activations" in done.stderr and "tokens/s" not in done.stdout
-    assert done.stdout.strip() == answer("run", GGUF, "-p", "the quick brown", "--max-new-tokens", 5, "--dtype", "checkpoint")["text"].strip()
+    assert (
+        done.stdout.strip()
+        == answer("run", GGUF, "-p", "the quick brown", "--max-new-tokens", 5, "--dtype", "checkpoint")["text"].strip()
+    )
 
 
 def test_run_repeats_itself_for_a_seed() -> None:
@@ -122,7 +127,9 @@ def test_explain_traces_every_candidate() -> None:
     for candidate in layer["candidates"]:
         assert candidate["accepted"] == (candidate["refusal"] is None)
         assert candidate["accepted"] or candidate["refusal"]["fix"]
-    assert {"reference_linear", "torch_int4pack", "onednn_int8"} <= {candidate["kernel"] for candidate in layer["candidates"]}
+    assert {"reference_linear", "torch_int4pack", "onednn_int8"} <= {
+        candidate["kernel"] for candidate in layer["candidates"]
+    }
 
 
 def test_explain_says_what_to_install_for_a_platform_without_a_plugin() -> None:
@@ -148,8 +155,29 @@ def text(tmp_path: Path) -> Path:
 
 def test_eval_with_a_reference(text: Path, tmp_path: Path) -> None:
     picture = tmp_path / "kld.png"
-    found = answer("eval", GPTQ, "--text", text, "--reference", GOLDEN / "base", "--context", 64, "--max-tokens", 200, "--plot", picture)
-    assert found.keys() == {"perplexity", "tokens", "bits_per_weight", "kld_mean", "kld_p99", "kld_p999", "top1_agreement"}
+    found = answer(
+        "eval",
+        GPTQ,
+        "--text",
+        text,
+        "--reference",
+        GOLDEN / "base",
+        "--context",
+        64,
+        "--max-tokens",
+        200,
+        "--plot",
+        picture,
+    )
+    assert found.keys() == {
+        "perplexity",
+        "tokens",
+        "bits_per_weight",
+        "kld_mean",
+        "kld_p99",
+        "kld_p999",
+        "top1_agreement",
+    }
     assert found["tokens"] == 200 - 4 and 1 < found["perplexity"] < 2000
     assert 0 < found["kld_mean"] < found["kld_p99"] <= found["kld_p999"] < 0.1 and found["top1_agreement"] > 0.8
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -179,7 +207,10 @@ def test_plugins_and_doctor() -> None:
     doctor = answer("doctor")
     assert doctor["versions"]["torch"] == torch.__version__
     missing = {row["platform"]: row["fix"] for row in doctor["missing"]}
-    assert missing["gaudi"] == "pip install 'qcore[gaudi]'" and len(missing) + len({d["platform"] for d in doctor["devices"]}) == 13
+    assert (
+        missing["gaudi"] == "pip install 'qcore[gaudi]'"
+        and len(missing) + len({d["platform"] for d in doctor["devices"]}) == 13
+    )
     for command in ("plugins", "doctor"):
         assert qcore(command).returncode == 0
 
@@ -208,7 +239,9 @@ def mistakes(tmp_path: Path) -> Path:
     (shards / "config.json").write_text("{}")
     save_file({"a.weight": torch.ones(2, 2)}, shards / "model-00001-of-00002.safetensors")
     (shards / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a.weight": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
+        json.dumps(
+            {"weight_map": {"a.weight": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+        )
     )
     return tmp_path
 
@@ -273,5 +306,7 @@ def test_a_closed_pipe_is_no_fault() -> None:
 
 
 def test_generated_docs_are_current() -> None:
-    done = subprocess.run([sys.executable, "-m", "qcore.cli.docs", "--check"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "qcore.cli.docs", "--check"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

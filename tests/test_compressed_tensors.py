@@ -9,9 +9,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize
 from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
+from makers import dense_llama, words, write
 
 import qcore
-from makers import dense_llama, words, write
 from qcore.kernels.activations import quantize_input
 from qcore.scheme import TensorScheme
 
@@ -25,14 +25,24 @@ def arguments(**values: Any) -> dict[str, Any]:
 
 
 def checkpoint(
-    folder: Path, parts: dict[str, torch.Tensor], weights: dict[str, Any], *, layout: str = "pack-quantized", **config: Any
+    folder: Path,
+    parts: dict[str, torch.Tensor],
+    weights: dict[str, Any],
+    *,
+    layout: str = "pack-quantized",
+    **config: Any,
 ) -> Path:
     """A llama whose down_proj is quantized; every other layer is ignored."""
     tensors = dense_llama()
     del tensors[f"{MODULE}.weight"]
     tensors |= {f"{MODULE}.{part}": tensor for part, tensor in parts.items()}
     group = {"targets": ["re:.*down_proj"], "weights": weights, **config.pop("group", {})}
-    quantization = {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}, **config}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": group},
+        **config,
+    }
     return write(folder, tensors, quantization)
 
 
@@ -57,7 +67,9 @@ def test_packed_integers(tmp_path: Path, bits: int, symmetric: bool, strategy: s
     if not symmetric:
         parts["weight_zero_point"] = words((zeros + offset).t(), bits).t()
     size = 32 if strategy == "group" else None
-    path = checkpoint(tmp_path, parts, arguments(num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=size))
+    path = checkpoint(
+        tmp_path, parts, arguments(num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=size)
+    )
     opened = qcore.open_checkpoint(path)
     wide = torch.Tensor.repeat_interleave(scale.float(), COLUMNS // scale.shape[1], 1)
     shift = 0 if symmetric else zeros.float().repeat_interleave(COLUMNS // scale.shape[1], 1)
@@ -137,7 +149,12 @@ def test_activations_are_quantized_as_the_library_does(strategy: str, kind: str,
     if kind == "float" and not symmetric:
         symmetric = True
     given = QuantizationArgs(
-        num_bits=8, type=kind, strategy=strategy, symmetric=symmetric, dynamic=True, group_size=32 if strategy == "group" else None
+        num_bits=8,
+        type=kind,
+        strategy=strategy,
+        symmetric=symmetric,
+        dynamic=True,
+        group_size=32 if strategy == "group" else None,
     )
     x = torch.randn(2, 5, 96) * torch.rand(2, 5, 1) * 10
     x[0, 0] = 0
@@ -162,7 +179,14 @@ def test_ignore_targets_and_their_order(tmp_path: Path) -> None:
     codes = torch.randint(-128, 128, (ROWS, COLUMNS), dtype=torch.int8)
     parts = {"weight": codes, "weight_scale": scales_for("channel")}
     given = arguments(num_bits=8, strategy="channel", group_size=None)
-    path = checkpoint(tmp_path, parts, given, layout="int-quantized", group={"targets": ["Linear"]}, ignore=["lm_head", "re:.*up_proj"])
+    path = checkpoint(
+        tmp_path,
+        parts,
+        given,
+        layout="int-quantized",
+        group={"targets": ["Linear"]},
+        ignore=["lm_head", "re:.*up_proj"],
+    )
     layers = qcore.open_checkpoint(path).layers
     assert str(layers[MODULE].scheme) == "W8A16-channel-sym"
     assert layers["lm_head"].reason == "in the ignore list as 'lm_head'"
@@ -177,7 +201,11 @@ def test_presets_by_name(tmp_path: Path) -> None:
              "weight_scale": torch.ones(ROWS, 1, dtype=torch.bfloat16)}  # fmt: skip
     tensors = {**dense_llama(), **{f"{MODULE}.{part}": tensor for part, tensor in parts.items()}}
     del tensors[f"{MODULE}.weight"]
-    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"W4A16": ["re:.*down_proj"]}}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"W4A16": ["re:.*down_proj"]},
+    }
     opened = qcore.open_checkpoint(write(tmp_path, tensors, quantization))
     assert str(opened.plan[MODULE]) == "W4A16-g128-sym" and torch.equal(opened.dequantize(MODULE), codes.float())
 

@@ -270,6 +270,9 @@ def test_vocabulary_and_embedding_agree() -> None:
     with pytest.raises(Refused) as refused:
         model_config(metadata, infos, nothing_read)
     assert refused.value.refusal.code == "bad-shape"
+    flat = {**infos, "token_embd.weight": TensorInfo("token_embd.weight", "F32", (), FILE, 0, 4)}
+    with pytest.raises(Refused, match="matrix"):
+        model_config(metadata_of("llama"), flat, nothing_read)
     for bad in (40, -1, 1.0, "</s>"):
         with pytest.raises(Refused) as refused:
             model_config({**metadata_of("llama"), "tokenizer.ggml.eos_token_id": bad}, infos, nothing_read)

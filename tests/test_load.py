@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from makers import LINEARS, dense_llama, gptq_tensors, write
 from transformers import AutoModelForCausalLM
 
 import qcore
-from makers import LINEARS, dense_llama, gptq_tensors, write
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.model.load import kernel_counts
 
@@ -48,11 +48,17 @@ def reference(path: Path) -> torch.Tensor:
     from transformers import LlamaConfig
 
     opened = qcore.open_checkpoint(path)
-    config = LlamaConfig(**{k: v for k, v in opened.config.items() if k not in ("model_type", "architectures", "dtype")})
+    config = LlamaConfig(
+        **{k: v for k, v in opened.config.items() if k not in ("model_type", "architectures", "dtype")}
+    )
     model = AutoModelForCausalLM.from_config(config).eval().float()
     state = {f"{module}.weight": opened.dequantize(module) for module in opened.plan}
     state |= {name: opened.parameter(name).float() for name in opened.parameters if name not in state}
-    state |= {f"{m}.bias": opened.layer(m).bias.float() for m, s in opened.plan.items() if s and opened.layer(m).bias is not None}
+    state |= {
+        f"{m}.bias": opened.layer(m).bias.float()
+        for m, s in opened.plan.items()
+        if s and opened.layer(m).bias is not None
+    }
     if opened.config["tie_word_embeddings"]:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)
@@ -73,11 +79,17 @@ def reference(path: Path) -> torch.Tensor:
         ({**ALL, "model.embed_tokens": (128, 64), "lm_head": (128, 64)}, False),
     ],
 )
-def test_models_compute_what_their_weights_say(tmp_path: Path, modules: dict[str, tuple[int, int]], tied: bool, bias: bool) -> None:
+def test_models_compute_what_their_weights_say(
+    tmp_path: Path, modules: dict[str, tuple[int, int]], tied: bool, bias: bool
+) -> None:
     if bias:  # biases of the unquantized attention layers come with them
         modules = {**ALL, **modules}
     modules = {name: (rows, columns) for name, (rows, columns) in modules.items() if columns % 32 == 0}
-    path = quantized(tmp_path, modules, tied=tied, bias=bias) if modules else write(tmp_path, dense_llama(tie_word_embeddings=tied), tie_word_embeddings=tied)
+    path = (
+        quantized(tmp_path, modules, tied=tied, bias=bias)
+        if modules
+        else write(tmp_path, dense_llama(tie_word_embeddings=tied), tie_word_embeddings=tied)
+    )
     model = qcore.load_model(path, dtype=torch.float32)
     assert torch.allclose(logits(model), reference(path), atol=1e-5)
     for module in modules:
@@ -124,7 +136,9 @@ def test_generation_is_greedy_and_cached() -> None:
         ("bad-shape", {"lm_head.weight": torch.ones(128, 63)}),
     ],
 )
-def test_tensors_that_do_not_fit_the_model_are_refused(tmp_path: Path, code: str, change: dict[str, torch.Tensor | None]) -> None:
+def test_tensors_that_do_not_fit_the_model_are_refused(
+    tmp_path: Path, code: str, change: dict[str, torch.Tensor | None]
+) -> None:
     tensors = {name: tensor for name, tensor in {**dense_llama(), **change}.items() if tensor is not None}
     with pytest.raises(qcore.Refused) as caught:
         qcore.load_model(write(tmp_path, tensors))
@@ -151,7 +165,9 @@ def test_configs_that_cannot_be_built_are_refused(tmp_path: Path, code: str, con
 
 
 def test_code_in_the_checkpoint_is_never_run(tmp_path: Path) -> None:
-    path = write(tmp_path, dense_llama(), auto_map={"AutoModelForCausalLM": "modeling.Evil", "AutoConfig": "modeling.Evil"})
+    path = write(
+        tmp_path, dense_llama(), auto_map={"AutoModelForCausalLM": "modeling.Evil", "AutoConfig": "modeling.Evil"}
+    )
     (path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     qcore.load_model(path)
     assert not (tmp_path / "ran").exists()
@@ -190,7 +206,9 @@ def test_loading_peaks_at_the_packed_size(tmp_path: Path) -> None:
     config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
     path = write(tmp_path, tensors, config, hidden_size=columns, intermediate_size=columns, num_hidden_layers=layers,
                  num_attention_heads=32, num_key_value_heads=32, vocab_size=512, dtype="bfloat16")  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "qcore", "bench", "load", str(path), "--json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "qcore", "bench", "load", str(path), "--json"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["quantized_mib"] > 400

@@ -73,6 +73,9 @@ def _heads(fields: Fields) -> dict[str, Any]:
 
 def _vocabulary_size(fields: Fields, embedding: TensorInfo) -> int:
     tokens = fields.metadata.get("tokenizer.ggml.tokens")
+    if len(embedding.shape) != 2:
+        raise bad_file("bad-shape", "the token embedding is a matrix", file=fields.file, tensor=embedding.name,
+                       field="shape", found=list(embedding.shape), expected="[vocabulary, hidden size]")  # fmt: skip
     if isinstance(tokens, list) and len(tokens) != embedding.shape[0]:
         raise bad_file("bad-shape", "the tokenizer and the embedding disagree on the vocabulary", file=fields.file,
                        tensor=embedding.name, field="shape", found=list(embedding.shape),

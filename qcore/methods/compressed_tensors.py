@@ -116,7 +116,21 @@ class CompressedTensors(Method):
     name = "compressed-tensors"
     quant_methods = ("compressed-tensors",)
     parts = frozenset(
-        ["weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx", "bias", "input_scale", "input_zero_point", "k_scale", "v_scale", "q_scale", "output_scale"]
+        [
+            "weight",
+            "weight_packed",
+            "weight_shape",
+            "weight_scale",
+            "weight_zero_point",
+            "weight_g_idx",
+            "bias",
+            "input_scale",
+            "input_zero_point",
+            "k_scale",
+            "v_scale",
+            "q_scale",
+            "output_scale",
+        ]
     )
 
     def format_version(self, files: CheckpointFiles) -> str:

@@ -39,7 +39,8 @@ def qcore_kernels() -> Sequence[Kernel]:
                Accepts(("int8",), ("channel", "tensor")),
                ("bfloat16",), cost=0.6, implementation="qcore_cpu.kernels.int8:Int8Linear",
                note="torch's weight-only int8 operator; scales are rounded to bfloat16",
-               features=_VECTORS, requires=(("torch", "2.8"),)),
+               features=_VECTORS, requires=(("torch", "2.8"),),
+               multiples=(1, 32)),  # torch 2.13 reads past rows that are not whole vectors
         Kernel("onednn_int8", "onednn", "linear", _X86,
                Accepts(("int8",), ("channel", "tensor"), inputs=("int8-token-sym-dyn", "int8-tensor-sym")),
                ("float32", "bfloat16", "float16"), cost=0.6, implementation="qcore_cpu.kernels.int8:OnednnInt8Linear",

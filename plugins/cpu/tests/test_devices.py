@@ -4,7 +4,6 @@ import platform
 import time
 
 import pytest
-
 from qcore_cpu.devices import cpu_device, free_memory
 
 SAPPHIRE_RAPIDS = """processor : 0

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from qcore_cpu.devices import cpu_device
 
 import qcore
 from qcore.bits import pack
 from qcore.discovery import registry
 from qcore.kernel import Kernel
 from qcore.kernels.activations import quantize_input
-from qcore.scheme import Block, Group, PerChannel, Scheme, TensorScheme, integer_weight, scale_shape, weight_only
+from qcore.scheme import Block, Group, PerChannel, Scheme, integer_weight, scale_shape, weight_only
 from qcore.select import LayerRequest, select
 from qcore.tensor import LayerTensors, QuantizedTensor
-from qcore_cpu.devices import cpu_device
 
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel, _ in registry().kernels}
 ROUNDED = 0.006
@@ -77,10 +77,19 @@ def test_gguf_int4(kind: str, rows: int) -> None:
     check("torch_int4pack_gguf", LayerTensors(weight), torch.bfloat16, 3 * ROUNDED)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (80, 96), (33, 65), (256, 512)])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (80, 96), (33, 64), (1, 32), (256, 512)])
 def test_int8_weight_only(rows: int, columns: int) -> None:
     scheme = Scheme(integer_weight(8, PerChannel(), symmetric=True))
     check("torch_int8pack", LayerTensors(integers(scheme, rows, columns)), torch.bfloat16, ROUNDED)
+
+
+def test_shapes_that_an_operator_would_read_past_are_refused() -> None:
+    scheme = Scheme(integer_weight(8, PerChannel(), symmetric=True))
+    selection = select(
+        LayerRequest("linear", scheme, (33, 65), "bfloat16"), "x86_cpu", registry().kernels, cpu_device()
+    )
+    refusals = {candidate.kernel.name: candidate.refusal for candidate in selection.candidates}
+    assert refusals["torch_int8pack"] is not None and refusals["torch_int8pack"].code == "shape-unsupported"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -117,5 +126,3 @@ def test_inputs_may_be_strided_and_stay_as_they_are() -> None:
     wide = torch.randn(4, 128, dtype=torch.bfloat16)
     x, before = wide[:, ::2], wide.clone()
     assert torch.equal(packed(x), packed(x.contiguous())) and torch.equal(wide, before)
-
-

@@ -54,7 +54,7 @@ class Int4Linear(torch.nn.Module):
         return cls(_pack(codes, rows, columns), _interleave(scale, zero, dtype), group_size, order)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         if self.order is not None:
             flat = flat[:, self.order]
         out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(

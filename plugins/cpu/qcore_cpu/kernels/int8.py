@@ -24,7 +24,7 @@ class Int8Linear(torch.nn.Module):
         return cls(layer.weight.codes, _channel_scales(layer).to(dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         out: torch.Tensor = torch._weight_int8pack_mm(flat, self.codes, self.scales)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
@@ -57,7 +57,7 @@ class OnednnInt8Linear(torch.nn.Module):
         return cls(packed, _channel_scales(layer), zeros, layer.input_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         codes, scale = dynamic_int8(flat) if self.input_scale is None else static_int8(flat, self.input_scale)
         unsigned = codes.view(torch.uint8) ^ 0x80
         out: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
