@@ -79,7 +79,7 @@ class Method(ABC):
 
     def load_tokenizer(self, files: CheckpointFiles) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
-        from qcore.model.tokenizer import tokenizer_from_folder
+        from qcore.checkpoint.tokenizer import tokenizer_from_folder
 
         return tokenizer_from_folder(files.folder)
 
