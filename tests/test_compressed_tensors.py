@@ -9,9 +9,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize
 from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
-from makers import dense_llama, words, write
 
 import qcore
+from makers import dense_llama, words, write
 from qcore.kernels.activations import quantize_input
 from qcore.scheme import TensorScheme
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from makers import dense_llama, gptq_tensors, write
 
 import qcore
+from makers import dense_llama, gptq_tensors, write
 from qcore.scheme import Scheme
 
 MODULE = "model.layers.0.mlp.down_proj"

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile import Case, cases
 
 import qcore
+from hostile import Case, cases
 
 CASES = cases()
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from makers import LINEARS, dense_llama, gptq_tensors, write
 from transformers import AutoModelForCausalLM
 
 import qcore
+from makers import LINEARS, dense_llama, gptq_tensors, write
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.model.load import kernel_counts
 
@@ -146,6 +146,28 @@ def test_tensors_that_do_not_fit_the_model_are_refused(
     assert next(iter(change)) in (caught.value.refusal.tensor or "")
 
 
+def test_a_head_of_its_own_beats_a_config_that_ties_it(tmp_path: Path) -> None:
+    tensors = dense_llama()
+    model = qcore.load_model(write(tmp_path, tensors, tie_word_embeddings=True))
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(("value", "fits"), [(0.0, True), (0.5, False)])
+def test_biases_of_zeros_are_left_out(tmp_path: Path, value: float, fits: bool) -> None:
+    path = quantized(tmp_path, {"model.layers.0.mlp.up_proj": (96, 64)})
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.bias"] = torch.full((96,), value)
+    save_file(tensors, path / "model.safetensors")
+    if fits:
+        assert qcore.load_model(path).model.layers[0].mlp.up_proj.bias is None
+    else:
+        with pytest.raises(qcore.Refused, match="unexpected-tensor"):
+            qcore.load_model(path)
+
+
 @pytest.mark.parametrize(
     ("code", "config"),
     [
@@ -155,6 +177,7 @@ def test_tensors_that_do_not_fit_the_model_are_refused(
         ("remote-code", {"model_type": "no_such_model", "auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}),
         ("bad-field", {"hidden_size": "large"}),
         ("bad-field", {"num_attention_heads": 0}),
+        ("bad-field", {"num_hidden_layers": 10**9}),
         ("bad-field", {"num_hidden_layers": -1, "rope_theta": "x"}),
     ],
 )

@@ -6,7 +6,6 @@ the largest tensor.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 from collections import Counter
@@ -74,13 +73,9 @@ def own_dtype(checkpoint: Checkpoint) -> torch.dtype:
     if isinstance(stated, str):
         return _torch_dtype(stated)
     stored = {info.dtype for info in checkpoint.parameters.values()}
-    if stored & {"F32", "F64"}:
-        return torch.float32
-    return (
-        torch.float32
-        if len(stored & {"F16", "BF16"}) != 1
-        else _torch_dtype({"F16": "float16"}.get(stored.pop(), "bfloat16"))
-    )
+    narrow = {"F16": torch.float16, "BF16": torch.bfloat16}
+    # Neither of the two narrow types holds the other's values.
+    return narrow[stored.pop()] if len(stored) == 1 and stored <= narrow.keys() else torch.float32
 
 
 def layer_request(
@@ -143,6 +138,10 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     _, config = model_class(checkpoint)
+    layers, tensors = getattr(config, "num_hidden_layers", 0), len(checkpoint.files.source.tensors)
+    if isinstance(layers, int) and layers > tensors:  # building that many would take for ever
+        raise bad_file("bad-field", "the config has more layers than the checkpoint has tensors", file=checkpoint.path,
+                       field="num_hidden_layers", found=layers, expected=f"at most {tensors}")  # fmt: skip
     # transformers renamed the key in 4.56
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
     try:
@@ -151,9 +150,11 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     except Exception as error:  # which one depends on the value and on transformers' version
         raise _unbuildable(checkpoint, error) from error
     folder = checkpoint.files.folder
-    if (folder / "generation_config.json").is_file() and checkpoint.config is not None:
-        with contextlib.suppress(Exception):  # only end tokens are taken from it, and the config has them too
+    if (folder / "generation_config.json").is_file():
+        try:
             model.generation_config = GenerationConfig.from_pretrained(str(folder))
+        except Exception as error:
+            log.warning("%s is not used: %s", folder / "generation_config.json", error)
     return model.eval()
 
 
@@ -168,8 +169,8 @@ class _Loader:
         self.kernel, self.exact, self.progress = kernel, exact, progress
         self.kernels = registry().kernels
         self.done = 0
-        self.expected = {name for name, _ in model.named_parameters()}
-        self.missing = {name for name in model.state_dict() if name in self.expected}
+        self.expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.missing = set(self.expected)
 
     def run(self) -> None:
         self._check_kernel_name()
@@ -206,14 +207,19 @@ class _Loader:
             scale = getattr(old, "embed_scale", None)
             new = QuantizedEmbedding(weight.scheme, shape, kernel, packed, None if scale is None else float(scale))
         else:
-            bias = None if layer.bias is None else layer.bias.to(self.dtype)
+            bias = self._bias(module, layer.bias, wanted=old.bias is not None)
             new = QuantizedLinear(weight.scheme, shape, kernel, packed, bias, layer.input_multiplier)
-            if (bias is None) != (old.bias is None):
-                raise bad_file("missing-tensor" if bias is None else "unexpected-tensor",
-                               "the model and the checkpoint disagree on a bias", file=self.checkpoint.path,
-                               tensor=f"{module}.bias", expected="a bias" if bias is None else "none")  # fmt: skip
         setattr(parent, name, new.to(self.device.torch_device))
         self.missing -= {f"{module}.weight", f"{module}.bias"}
+
+    def _bias(self, module: str, bias: torch.Tensor | None, *, wanted: bool) -> torch.Tensor | None:
+        if bias is not None and not wanted and not bool(bias.any()):
+            return None  # AutoGPTQ writes zeros where a layer has no bias
+        if (bias is not None) != wanted:
+            raise bad_file("missing-tensor" if wanted else "unexpected-tensor",
+                           "the model and the checkpoint disagree on a bias", file=self.checkpoint.path,
+                           tensor=f"{module}.bias", expected="a bias" if wanted else "none")  # fmt: skip
+        return None if bias is None else bias.to(self.dtype)
 
     def _pack(self, op: Op, layer: LayerTensors, shape: tuple[int, int]) -> tuple[Kernel, torch.nn.Module]:
         """The layer on its kernel. A kernel that refuses the tensors' contents gives way to the next, and it is said."""

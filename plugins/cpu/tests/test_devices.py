@@ -4,6 +4,7 @@ import platform
 import time
 
 import pytest
+
 from qcore_cpu.devices import cpu_device, free_memory
 
 SAPPHIRE_RAPIDS = """processor : 0

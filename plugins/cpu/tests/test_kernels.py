@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from qcore_cpu.devices import cpu_device
 
 import qcore
 from qcore.bits import pack
@@ -12,6 +11,7 @@ from qcore.kernels.activations import quantize_input
 from qcore.scheme import Block, Group, PerChannel, Scheme, integer_weight, scale_shape, weight_only
 from qcore.select import LayerRequest, select
 from qcore.tensor import LayerTensors, QuantizedTensor
+from qcore_cpu.devices import cpu_device
 
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel, _ in registry().kernels}
 ROUNDED = 0.006
