@@ -189,9 +189,11 @@ def test_eval_of_a_model_against_itself_is_zero(text: Path) -> None:
 
 
 def test_perplexity_is_that_of_transformers(text: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    tokens = AutoTokenizer.from_pretrained(GOLDEN / "base")(text.read_text(), return_tensors="pt")["input_ids"][:, :100]
+    tokens = PreTrainedTokenizerFast(tokenizer_file=str(GOLDEN / "base" / "tokenizer.json"))(
+        text.read_text(), return_tensors="pt"
+    )["input_ids"][:, :100]
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / "base", dtype=torch.float32)
     with torch.inference_mode():
         loss = model(tokens, labels=tokens).loss
@@ -205,7 +207,7 @@ def test_plugins_and_doctor() -> None:
     assert plugins["cpu"]["api"] == [1, 0] and "x86_cpu" in plugins["cpu"]["platforms"]
     assert set(plugins["core"]["methods"]) >= {"gguf", "gptq", "compressed-tensors", "dense"}
     doctor = answer("doctor")
-    assert doctor["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(doctor["versions"]["torch"].partition("+")[0])
     missing = {row["platform"]: row["fix"] for row in doctor["missing"]}
     assert (
         missing["gaudi"] == "pip install 'qcore[gaudi]'"
