@@ -56,6 +56,7 @@ def _options(
 
 def main() -> None:
     """The entry point: runs a command and turns what it raises into an exit code and a readable message."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for those who call it themselves
     try:
         code = app(standalone_mode=False)
         _exit(code if isinstance(code, int) else DONE)

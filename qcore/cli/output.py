@@ -35,10 +35,12 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> No
     if sys.stdout.isatty():
         from rich import box
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
+        columns = [Column(name, overflow="fold") for name in headings]
+        columns[0].min_width = min(60, max(len(row[0]) for row in [list(headings), *texts]))  # names are to be copied
+        table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
         for row in texts:
             table.add_row(*(Text(cell) for cell in row))
         Console(no_color="NO_COLOR" in os.environ).print(table)
