@@ -7,6 +7,7 @@ compares candidates returns the refusals beside the accepted ones.
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -139,7 +140,7 @@ def bad_file(
 
 
 def _short(value: object) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) else reprlib.repr(value)  # a hostile value may be huge
     return text if len(text) <= 200 else text[:197] + "..."
 
 

@@ -3,160 +3,44 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-U64 = (1 << 64) - 1
+from hostile_gguf import ARCH, U64, array, gguf, gguf_cases, pair, string, tensor
 
 
 @dataclass(frozen=True)
 class Case:
-    """Files to write into a folder, what to open, and the code of the refusal."""
+    """Files to write into a folder, what to open, and the code of the refusal.
+
+    links: symbolic links and where they lead. sizes: files made longer by zeros that take no place on the disk.
+    pipes: named pipes, which would make a careless reader wait for ever.
+    """
 
     name: str
     files: dict[str, bytes]
     opened: str
     code: str
     links: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    pipes: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> Path:
+        for name in (*self.files, *self.links, *self.pipes):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
         for name, target in self.links.items():
             (folder / name).symlink_to(target)
+        for name, size in self.sizes.items():
+            os.truncate(folder / name, size)
+        for name in self.pipes:
+            os.mkfifo(folder / name)
         return folder / self.opened
-
-
-# --- GGUF -----------------------------------------------------------------------------------------------------------
-
-
-def string(text: str | bytes, length: int | None = None) -> bytes:
-    data = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(data) if length is None else length) + data
-
-
-def pair(key: str | bytes, kind: int, value: bytes) -> bytes:
-    return string(key) + struct.pack("<I", kind) + value
-
-
-def tensor(
-    name: str | bytes = "a.weight",
-    shape: tuple[int, ...] = (32, 2),
-    kind: int = 0,
-    offset: int = 0,
-    dims: int | None = None,
-) -> bytes:
-    return (
-        string(name)
-        + struct.pack("<I", len(shape) if dims is None else dims)
-        + b"".join(struct.pack("<Q", size) for size in shape)
-        + struct.pack("<IQ", kind, offset)
-    )
-
-
-ARCH = pair("general.architecture", 8, string("llama"))
-
-
-def gguf(
-    fields: list[bytes] | None = None,
-    tensors: list[bytes] | None = None,
-    data: int = 4096,
-    *,
-    magic: bytes = b"GGUF",
-    version: int = 3,
-    field_count: int | None = None,
-    tensor_count: int | None = None,
-) -> bytes:
-    fields = [ARCH] if fields is None else fields
-    tensors = [tensor()] if tensors is None else tensors
-    head = magic + struct.pack(
-        "<IQQ",
-        version,
-        len(tensors) if tensor_count is None else tensor_count,
-        len(fields) if field_count is None else field_count,
-    )
-    body = head + b"".join(fields) + b"".join(tensors)
-    return body + b"\0" * (-len(body) % 32) + b"\0" * data
-
-
-def gguf_cases() -> Iterator[tuple[str, bytes, str]]:
-    good = gguf()
-    yield "empty", b"", "bad-magic"
-    yield "three bytes", b"GGU", "bad-magic"
-    yield "text", b"hello, this is no model\n" * 10, "bad-magic"
-    yield "lfs pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "bad-magic"
-    yield "web page", b"<!DOCTYPE html><html></html>", "bad-magic"
-    yield "zip", b"PK\x03\x04" + b"\0" * 40, "bad-magic"
-    yield "pickle", b"\x80\x02}q\x00." + b"\0" * 40, "bad-magic"
-    for version in (0, 1, 4, 99, 0xFFFFFFFF, 0x01000000, 0x04000000):
-        yield f"version {version}", gguf(version=version), "bad-version"
-    for cut in (5, 8, 15, 20, 23):
-        yield f"cut in the preamble at {cut}", good[:cut], "truncated"
-    for count in (1 << 20, 1 << 16, 1000):
-        yield f"{count} tensors in a small file", gguf(tensor_count=count, data=0), "truncated"
-    for count in (U64, 1 << 63, 1 << 40):
-        yield f"{count} tensors", gguf(tensor_count=count), "limit-exceeded"
-        yield f"{count} fields", gguf(field_count=count), "limit-exceeded"
-    yield "more fields than bytes", gguf(field_count=60000), "truncated"
-    for length in (U64, 1 << 63, 1 << 40, 2000):
-        yield f"key of {length}", gguf([string("k", length)]), "limit-exceeded"
-        yield f"tensor name of {length}", gguf(tensors=[string("k", length)]), "limit-exceeded"
-    for length in (U64, 1 << 63, 1 << 40, 1 << 20):
-        yield f"string of {length}", gguf([pair("k", 8, string("v", length))]), "truncated"
-        yield (
-            f"string of {length} in an array",
-            gguf([pair("k", 9, struct.pack("<IQ", 8, 1) + string("v", length))]),
-            "truncated",
-        )
-    for count in (U64, 1 << 63, 1 << 40, 1 << 23):
-        for kind in (0, 4, 8, 9, 12):
-            yield (
-                f"array of {count} of type {kind}",
-                gguf([pair("k", 9, struct.pack("<IQ", kind, count))]),
-                "limit-exceeded",
-            )
-    for kind in (0, 4, 8, 9, 12):
-        yield f"long array of type {kind}", gguf([pair("k", 9, struct.pack("<IQ", kind, 1 << 21))]), "truncated"
-    for kind in (13, 255, 0xFFFFFFFF):
-        yield f"field type {kind}", gguf([pair("k", kind, b"\0" * 8)]), "bad-field"
-        yield f"array type {kind}", gguf([pair("k", 9, struct.pack("<IQ", kind, 1))]), "bad-field"
-    nested = struct.pack("<IQ", 0, 0)
-    for _ in range(1000):
-        nested = struct.pack("<IQ", 9, 1) + nested
-    yield "nested arrays", gguf([pair("k", 9, nested)]), "limit-exceeded"
-    yield "boolean of 2", gguf([pair("k", 7, b"\2")]), "bad-field"
-    yield "boolean of 7 in an array", gguf([pair("k", 9, struct.pack("<IQ", 7, 3) + b"\0\7\1")]), "bad-field"
-    yield "key not UTF-8", gguf([pair(b"\xff\xfe", 0, b"\0")]), "bad-text"
-    yield "empty key", gguf([pair("", 0, b"\0")]), "bad-text"
-    yield "key with a NUL", gguf([pair("a\0b", 0, b"\0")]), "bad-text"
-    yield "key twice", gguf([pair("k", 0, b"\0"), pair("k", 0, b"\1")]), "duplicate"
-    yield "tensor name not UTF-8", gguf(tensors=[tensor(b"\xc3\x28")]), "bad-text"
-    yield "empty tensor name", gguf(tensors=[tensor("")]), "bad-text"
-    yield "tensor twice", gguf(tensors=[tensor(), tensor(offset=256)]), "duplicate"
-    for dims in (0, 9, 1 << 20, 0xFFFFFFFF):
-        yield f"{dims} dimensions", gguf(tensors=[tensor(dims=dims)]), "bad-shape"
-    for shape in ((0,), (32, 0), (1 << 40, 1 << 40), (1 << 63,), (U64,), (1 << 32, 1 << 31)):
-        yield f"shape {shape}", gguf(tensors=[tensor(shape=shape)]), "bad-shape"
-    for kind in (4, 5, 9, 31, 33, 36, 43, 1000, 0xFFFFFFFF):
-        yield f"tensor type {kind}", gguf(tensors=[tensor(kind=kind)]), "bad-dtype"
-    for kind, size in ((2, 31), (12, 255), (8, 33), (16, 128), (40, 32), (41, 64)):
-        yield f"partial block of type {kind}", gguf(tensors=[tensor(shape=(size, 2), kind=kind)]), "bad-shape"
-    for offset in (1, 31, 33, U64):
-        yield f"offset {offset}", gguf(tensors=[tensor(offset=offset)]), "bad-field"
-    for offset in (4096, 1 << 40, 1 << 63):
-        yield f"offset past the end {offset}", gguf(tensors=[tensor(offset=offset)]), "truncated"
-    yield "huge tensor", gguf(tensors=[tensor(shape=(1 << 20, 1 << 20))]), "truncated"
-    yield "overlap", gguf(tensors=[tensor(), tensor("b.weight", offset=128)]), "overlap"
-    yield "same place", gguf(tensors=[tensor(), tensor("b.weight")]), "overlap"
-    for value in (0, 3, 48, 1 << 30, 0xFFFFFFFF):
-        yield f"alignment {value}", gguf([pair("general.alignment", 4, struct.pack("<I", value))]), "bad-field"
-    yield "alignment as text", gguf([pair("general.alignment", 8, string("32"))]), "bad-field"
-    for cut in range(24, len(good) - 4096, 7):
-        yield f"cut at {cut}", good[:cut], "truncated"
-    yield "cut in the data", good[:-4000], "truncated"
 
 
 # --- safetensors ----------------------------------------------------------------------------------------------------
@@ -194,8 +78,23 @@ def safetensors_cases() -> Iterator[tuple[str, bytes, str]]:
         "open brackets": b"[" * 200_000,
         "quotes": b'"\\"' * 60_000,
         "two objects": b'{"a":1}{"b":2}',
+        "space before": b' {"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        "zeros after": b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' + b"\0" * 8,
+        "line break in a name": b'{"a\n":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        "deep after strings": b'{"\\\\\\"[[":"' + b"\\\\" * 700_000 + b'","b":' + b"[" * 70,
+        "long number": b'{"a":' + b"1" * 100_000 + b"}",
     }.items():
         yield name, safetensors(None, raw=raw), "bad-json"
+    for name, raw in {
+        "empty lists": b'{"a":[' + b"[]," * 1_000_000 + b"0]}",
+        "zeros": b'{"a":[' + b"0," * 1_000_000 + b"0]}",
+        "empty objects": b'{"a":[' + b"{}," * 1_000_000 + b"0]}",
+    }.items():
+        yield name, safetensors(None, raw=raw), "limit-exceeded"
+    yield "half a surrogate pair", safetensors(None, raw=b'{"\\ud800": 1}'), "bad-text"
+    yield "half a surrogate pair in metadata", safetensors(None, raw=b'{"__metadata__":{"a":"\\udfff"}}'), "bad-text"
+    many = {f"model.layers.{i}.weight": entry(offsets=(i * 8, i * 8 + 8)) for i in range(20_000)}
+    yield "wrong entry at the end of a long header", safetensors({**many, "last": entry("F33")}, 160_000), "bad-dtype"
     yield "not UTF-8", safetensors(None, raw=b'{"\xff\xfe": 1}'), "bad-text"
     yield (
         "tensor twice",
@@ -258,10 +157,29 @@ def folder_cases() -> Iterator[Case]:
     first = "model-00001-of-00001.safetensors"
     for shard in ("../x.safetensors", "/etc/passwd", "..", ".", "", "a/b.safetensors", "a\\b", "x\0y"):
         yield indexed(f"shard {shard!r}", "shard-unsafe", {"a": shard})
-    yield indexed("shard is absent", "shard-missing", {"a": "model-00002-of-00002.safetensors"})
-    yield indexed(
-        "shard is a link out", "shard-unsafe", {"a": "link.safetensors"}, links={"link.safetensors": "/etc/hostname"}
-    )
+    for shard in ("model-00002-of-00002.safetensors", "long" * 2000, " ", "~", "%2e%2e"):
+        yield indexed(f"shard {shard[:40]!r} is absent", "shard-missing", {"a": shard})
+    for name, target, code in (
+        ("out", "/etc/hostname", "shard-unsafe"),
+        ("to a folder", "/etc", "shard-missing"),
+        ("to nothing", "nothing", "shard-missing"),
+        ("to itself", "link", "shard-missing"),
+        ("to the config", "config.json", "bad-magic"),
+    ):
+        yield indexed(f"shard is a link {name}", code, {"a": "link"}, links={"link": target})
+    yield indexed("shard is the index", "bad-magic", {"a": "model.safetensors.index.json"})
+    yield indexed("shard is the config", "bad-magic", {"a": "config.json"})
+    yield indexed("shard is a pipe", "shard-missing", {"a": "pipe"}, pipes=("pipe",))
+    for name, target in (
+        ("another model's", "../../../models--c--d/blobs/0123"),
+        ("no blob", "../../0123"),
+        ("beside the cache", "../../../0123"),
+    ):
+        snapshot = "models--a--b/snapshots/abc"
+        files = {f"{snapshot}/config.json": CONFIG, f"{snapshot}/model.safetensors.index.json": index({"a": "link"})}
+        blobs = {"models--c--d/blobs/0123": SHARD, "models--a--b/0123": SHARD, "0123": SHARD}
+        links = {f"{snapshot}/link": target}
+        yield Case(f"link in a cache to {name}", {**files, **blobs}, snapshot, "shard-unsafe", links)
     yield indexed("index names too much", "index-inconsistent", {"a": first, "b": first})
     yield indexed("index names too little", "index-inconsistent", {"b": "o.safetensors"}, more={"o.safetensors": safetensors({"b": entry(), "c": entry(offsets=(8, 16))}, 16)})  # fmt: skip
     yield indexed(
@@ -295,9 +213,59 @@ def folder_cases() -> Iterator[Case]:
     yield case("codes without a config", "unknown-method", {"model.safetensors": codes})
     yield Case("no config", {"model.safetensors": SHARD}, "", "not-a-checkpoint")
     yield Case("several GGUFs", {"a.gguf": gguf(), "b.gguf": gguf()}, "", "ambiguous-checkpoint")
+    yield Case("safetensors named as GGUF", {"m.gguf": SHARD}, "m.gguf", "bad-magic")
+    yield Case("a folder named as a GGUF file", {"m.gguf/x": b""}, "m.gguf", "not-a-checkpoint")
+    yield case("a pipe named as weights", "bad-magic", {}, pipes=("model.safetensors",))
+    yield case("a folder named as weights", "bad-magic", {"model.safetensors/x": b""})
+    yield Case("a pipe named as a config", {"model.safetensors": SHARD}, "", "not-a-checkpoint", pipes=("config.json",))
     yield Case("GGUF shard is absent", {"m-00001-of-00002.gguf": gguf()}, "m-00001-of-00002.gguf", "shard-missing")
     yield Case("no GGUF shards at all", {"m-00001-of-00000.gguf": gguf()}, "m-00001-of-00000.gguf", "limit-exceeded")
-    yield Case("GGUF tensors twice", {"m-00001-of-00002.gguf": gguf(), "m-00002-of-00002.gguf": gguf()}, "m-00001-of-00002.gguf", "duplicate")  # fmt: skip
+    first, second = "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"
+    yield Case("GGUF tensors twice", {first: gguf(), second: gguf()}, first, "duplicate")
+    yield Case("GGUF shard is a link out", {first: gguf()}, first, "shard-unsafe", {second: "/etc/hostname"})
+    yield Case("GGUF shard is a link to itself", {first: gguf()}, first, "shard-missing", {second: second})
+    for name, fields in {
+        "another count": pair("split.count", 2, b"\3\0"),
+        "another number": pair("split.no", 2, b"\1\0"),
+        "its number as text": pair("split.no", 8, string("0")),
+    }.items():
+        yield Case(f"GGUF shard says {name}", {first: gguf([ARCH, fields]), second: gguf(tensors=[tensor("b")])}, first, "index-inconsistent")  # fmt: skip
+
+
+# --- long files of zeros --------------------------------------------------------------------------------------------
+
+
+def sparse_cases() -> Iterator[Case]:
+    """Files as long as they say: nothing is truncated here, and a reader that believes them fills the memory."""
+
+    def head(*fields: bytes, count: int | None = None, tensors: int = 0) -> bytes:
+        return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(fields) + 1 if count is None else count) + b"".join(fields)
+
+    for name, data, code in (
+        ("a text of 512 MiB", head(pair("k", 8, struct.pack("<Q", 1 << 29))), "limit-exceeded"),
+        ("a text of 60 MiB", head(pair("k", 8, struct.pack("<Q", 60 << 20))), "bad-text"),
+        ("three million texts", head(array(8, 3_000_000)), "bad-text"),
+        ("a text of 512 MiB in an array", head(array(8, 1, struct.pack("<Q", 1 << 29))), "limit-exceeded"),
+        ("four million doubles", head(array(12, 4_000_000)), "bad-text"),
+        ("four million booleans", head(array(7, 4_000_000)), "bad-text"),
+        ("sixty thousand arrays", head(array(9, 60_000)), "bad-text"),
+        ("a million arrays", head(array(9, 1_000_000)), "limit-exceeded"),
+        ("two arrays of numbers, together too many", head(array(0, 1000, b"\0" * 1000), pair("l", 9, struct.pack("<IQ", 0, 4 << 20))), "limit-exceeded"),
+        ("fields of nothing", head(count=1 << 14), "bad-text"),
+        ("tensors of nothing", head(count=0, tensors=1 << 16), "bad-text"),
+    ):  # fmt: skip
+        yield Case(f"gguf: {name}", {"m.gguf": data}, "m.gguf", code, sizes={"m.gguf": 1 << 30})
+    for name, data in (
+        ("zeros for a header", struct.pack("<Q", 99_999_999)),
+        ("zeros in a header", struct.pack("<Q", 99_999_999) + b"{"),
+        ("zeros in a name", struct.pack("<Q", 99_999_999) + b'{"'),
+    ):
+        files = {"config.json": CONFIG, "model.safetensors": data}
+        yield Case(f"safetensors: {name}", files, "", "bad-json", sizes={"model.safetensors": 1 << 30})
+    for size, code in ((60 << 20, "bad-json"), (65 << 20, "limit-exceeded"), (1 << 40, "limit-exceeded")):
+        for file in ("config.json", "model.safetensors.index.json"):
+            files = {"config.json": CONFIG, "model.safetensors.index.json": index({"a": "a"})}
+            yield Case(f"{file} of {size} bytes", files, "", code, sizes={file: size})
 
 
 def cases() -> list[Case]:
@@ -306,4 +274,4 @@ def cases() -> list[Case]:
     for name, data, code in safetensors_cases():
         files = {"config.json": CONFIG, "model.safetensors": data}
         found.append(Case(f"safetensors: {name}", files, "model.safetensors", code))
-    return [*found, *folder_cases()]
+    return [*found, *folder_cases(), *sparse_cases()]

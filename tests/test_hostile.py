@@ -1,6 +1,5 @@
 """Every hostile file is refused by name, within a second and 64 MiB, and never with another exception."""
 
-import os
 import subprocess
 import sys
 import time
@@ -32,29 +31,34 @@ def test_refused(case: Case, tmp_path: Path) -> None:
 
 
 PROBE = """
-import resource, sys
+import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import qcore, qcore.checkpoint.open
 from qcore.discovery import registry
 from hostile import cases
 registry()
-def peak():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-folder = Path(sys.argv[2])
-before, worst = peak(), ("", 0)
+def memory(line):
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(text.split()[1]) for text in status if text.startswith(line))
+def forget_peak():
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # not permitted: peaks then only grow, which hides small cases behind large ones, but no large one
+folder, worst = Path(sys.argv[2]), (0, "")
 for i, case in enumerate(cases()):
     place = folder / str(i)
     place.mkdir()
     path = case.write(place)
-    start = peak()
+    forget_peak()
+    before = memory("VmRSS")
     try:
         qcore.open_checkpoint(path)
     except qcore.Refused:
         pass
-    worst = max(worst, (case.name, peak() - start), key=lambda pair: pair[1])
-print(peak() - before, worst)
+    worst = max(worst, (memory("VmHWM") - before, case.name))
+print(*worst)
 assert "torch" not in sys.modules
 """
 
@@ -62,10 +66,7 @@ assert "torch" not in sys.modules
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_memory_stays_small(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(Path(__file__).parent), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ},
+        [sys.executable, "-c", PROBE, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) < 64 * 1024, done.stdout

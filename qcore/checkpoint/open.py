@@ -176,7 +176,7 @@ def _find(path: Path) -> CheckpointFiles:
 
 def _container(path: Path) -> Path:
     """The file or folder to hand to a reader."""
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix in _PICKLES:
             raise _pickled(path)
         return path

@@ -7,14 +7,16 @@ then the data; offsets count from its first byte, and tensors cover it without o
 
 from __future__ import annotations
 
-import re
+import reprlib
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcore.checkpoint import limits
 from qcore.checkpoint.json_file import parse_json, read_json
-from qcore.checkpoint.pread import FileState, read_tensor_bytes, unreadable, wrong_magic
+from qcore.checkpoint.pread import FileState, opened, read_pieces, read_tensor_bytes, row_span, wrong_magic
+from qcore.checkpoint.shards import gather, safe_shard, shard_of
 from qcore.checkpoint.source import TensorInfo
 from qcore.refusal import Refusal, Refused, bad_file
 
@@ -45,13 +47,14 @@ DTYPES: dict[str, tuple[int, str]] = {
     "F6_E3M2": (6, ""),
     "F4": (4, ""),
 }
-"""Bits of one element and torch's name; types narrower than a byte are read as flat uint8."""
-
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+"""Bits of one element and torch's name; types narrower than a byte, which have none, are read as uint8."""
 
 
 class SafetensorsSource:
-    """An opened checkpoint of one or more safetensors files."""
+    """An opened checkpoint of one or more safetensors files; `metadata` is that of all files together.
+
+    A TensorSource: nothing stays open or mapped between calls.
+    """
 
     def __init__(
         self,
@@ -65,146 +68,144 @@ class SafetensorsSource:
 
     @classmethod
     def open(cls, path: Path) -> SafetensorsSource:
-        """A .safetensors file, or a folder with one of them or with shards. Raises Refused."""
-        files, weight_map = _files(path)
+        """A .safetensors file, or a folder with one of them or with shards, with or without an index.
+
+        Of a folder's files the same are taken as transformers takes: model.safetensors, else those of
+        model.safetensors.index.json, else the only ones there are. Raises Refused.
+        """
+        index = _index(path) if path.is_dir() else None
+        weight_map = _weight_map(index) if index else {}
+        files = _indexed(index, weight_map) if index else _files(path)
         tensors: dict[str, TensorInfo] = {}
-        metadata: dict[str, Any] = {}
+        metadata: dict[str, str] = {}
         states = {}
         for file in files:
-            states[file] = FileState.of(file)
-            found, extra = _read_header(file, states[file].size)
+            with opened(file) as (descriptor, states[file]):
+                found, extra = _read_header(file, descriptor, states[file].size)
             for name, info in found.items():
                 if name in tensors:
                     raise bad_file("duplicate", "two shards hold the same tensor", file=file, tensor=name,
                                    found=tensors[name].file.name, expected="each tensor in one shard")  # fmt: skip
                 tensors[name] = info
             metadata |= extra
-        if weight_map is not None:
-            _check_index(path, weight_map, tensors)
+        if index:
+            _check_index(index, weight_map, tensors)
         return cls(path, tensors, metadata, states)
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, in torch's dtype and its own shape."""
+        """The whole tensor in torch's dtype and its own shape; F4 and F6 as uint8 [rows, bytes per row].
+
+        Raises Refused where the file has changed; KeyError for an unknown name.
+        """
         info = self.tensors[name]
         return self._typed(info, info.offset, info.nbytes, info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop of the first dimension."""
+        """Rows start..stop of the first dimension, as `read` would give them."""
         info = self.tensors[name]
-        stop = min(stop, info.shape[0])
-        row = info.nbytes // info.shape[0]
-        return self._typed(info, info.offset + start * row, (stop - start) * row, (stop - start, *info.shape[1:]))
+        return self._typed(info, *row_span(info, start, stop))
 
     def _typed(self, info: TensorInfo, offset: int, nbytes: int, shape: tuple[int, ...]) -> torch.Tensor:
         import torch
 
+        bits, kind = DTYPES[info.dtype]
+        row = (info.shape[-1] if info.shape else 1) * bits
+        if row % 8:
+            raise bad_file("bad-shape", "its rows are not whole bytes", file=info.file, tensor=info.name,
+                           found=f"{info.dtype} {list(info.shape)}")  # fmt: skip
         data = read_tensor_bytes(info.file, self._states[info.file], offset, nbytes)
-        kind = DTYPES[info.dtype][1]
-        return data.view(getattr(torch, kind)).reshape(shape) if kind else data
+        if not kind:
+            return data.view(prod(shape[:-1]), row // 8)
+        return data.view(getattr(torch, kind)).reshape(shape)
 
 
-def _files(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
-    """The files of the checkpoint and, where there is an index, which tensor it says lies where."""
-    if path.is_file():
-        return (_siblings(path), None) if _SHARD.fullmatch(path.name) else ([path], None)
-    indexes = sorted(path.glob("*.safetensors.index.json"))
-    single = sorted(path.glob("*.safetensors"))
-    preferred = path / "model.safetensors.index.json"
-    if preferred in indexes or len(indexes) == 1:
-        return _indexed(path, preferred if preferred in indexes else indexes[0])
-    if (path / "model.safetensors") in single:
-        return [path / "model.safetensors"], None
-    if len(single) == 1:
-        return _files(single[0])
-    if single and len({match[1] for file in single if (match := _SHARD.fullmatch(file.name))}) == 1:
-        return _siblings(next(file for file in single if _SHARD.fullmatch(file.name))), None
+def _index(folder: Path) -> Path | None:
+    """The folder's shard index, if its tensors are to be found through one."""
+    preferred = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return None
+    if preferred.exists():
+        return preferred
+    others = sorted(folder.glob("*.safetensors.index.json"))
+    return others[0] if len(others) == 1 else None
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a checkpoint without an index."""
+    if not path.is_dir():
+        return gather(path)
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
+    found = sorted(path.glob("*.safetensors"))
+    shards = {file: shard_of(file) for file in found}
+    if len({(shard.stem, shard.count) if shard else file for file, shard in shards.items()}) == 1:
+        return gather(found[0])
+    if found:
+        raise Refused(
+            Refusal("ambiguous-checkpoint", "usage", str(path), "the folder holds several safetensors files and no index",
+                    f"found {', '.join(file.name for file in found[:6])}", "Name the one you mean, or add its index.",
+                    str(path))
+        )  # fmt: skip
     raise Refused(
-        Refusal("ambiguous-checkpoint", "usage", str(path), "the folder holds several safetensors files and no index",
-                f"found {', '.join(file.name for file in single[:6])}", "Name the one you mean, or add its index.")
+        Refusal("not-a-checkpoint", "bad-file", str(path), "the folder holds no safetensors files", "found none",
+                "Name the folder that holds the weights.", str(path))
     )  # fmt: skip
 
 
-def _siblings(path: Path) -> list[Path]:
-    """All shards of the set that `path` is one of."""
-    match = _SHARD.fullmatch(path.name)
-    assert match is not None
-    count = int(match[3])
-    if not 1 <= count <= limits.SHARDS:
-        raise bad_file("limit-exceeded", "the shard count is not a real one", file=path, field="name", found=count)
-    files = [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.safetensors") for i in range(1, count + 1)]
-    for file in files:
-        if not file.is_file():
-            raise _missing_shard(path, file.name)
-    return files
-
-
-def _indexed(folder: Path, index: Path) -> tuple[list[Path], Mapping[str, str]]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which tensor lies in which shard, as the index says."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise bad_file("bad-field", "the index maps no tensors", file=index, field="weight_map",
-                       found=type(weight_map).__name__, expected="an object of tensor names and shard names")  # fmt: skip
-    shards: dict[str, Path] = {}
+                       found=reprlib.repr(weight_map), expected="an object of tensor names and shard names")  # fmt: skip
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise bad_file("bad-field", "a shard's name is not text", file=index, tensor=name, field="weight_map",
-                           found=shard, expected="a file name")  # fmt: skip
-        if shard not in shards:
-            shards[shard] = _safe_shard(folder, index, name, shard)
-    if len(shards) > limits.SHARDS:
-        raise bad_file("limit-exceeded", "the index names too many shards", file=index, found=len(shards))
-    return sorted(shards.values()), weight_map
+                           found=reprlib.repr(shard), expected="a file name")  # fmt: skip
+    return weight_map
 
 
-def _safe_shard(folder: Path, index: Path, tensor: str, shard: str) -> Path:
-    """The shard's path, once it is known to lie in the folder (or, by a link, in the same Hugging Face cache)."""
-    if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
-        raise bad_file("shard-unsafe", "a shard's name leads out of the folder", file=index, tensor=tensor,
-                       field="weight_map", found=shard, expected="a plain file name")  # fmt: skip
-    file = folder / shard
-    if not file.is_file():
-        raise _missing_shard(index, shard, tensor)
-    target, home = file.resolve(), folder.resolve()
-    # models--org--name/snapshots/<revision>/<file> links to models--org--name/blobs/<hash>
-    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if target.parent != home and target.parent != cache:
-        raise bad_file("shard-unsafe", "a shard is a link that leads out of the folder", file=index, tensor=tensor,
-                       field="weight_map", found=str(target), expected=f"a file in {home}")  # fmt: skip
-    return file
-
-
-def _missing_shard(named_by: Path, shard: str, tensor: str | None = None) -> Refused:
-    return bad_file("shard-missing", f"the shard {shard} is not there", file=named_by, tensor=tensor, found="no such file",
-                    expected=shard, fix=f"Download {shard} again into the same folder.")  # fmt: skip
-
-
-def _check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
-    """Every tensor where the index says. Its total_size is not checked: tools count tied weights differently."""
+def _indexed(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    """The shards that the index names, once it is known that they may be opened."""
+    first_use: dict[str, str] = {}
     for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].file.name != shard:
-            raise bad_file("index-inconsistent", "the index names a tensor that the shard does not hold", file=folder,
-                           tensor=name, field="weight_map", found="absent", expected=shard)  # fmt: skip
+        first_use.setdefault(shard, name)
+    if len(first_use) > limits.SHARDS:
+        raise bad_file("limit-exceeded", "the index names too many shards", file=index, field="weight_map",
+                       found=len(first_use), expected=f"at most {limits.SHARDS}")  # fmt: skip
+    return [safe_shard(index.parent, shard, named_by=index, tensor=name) for shard, name in sorted(first_use.items())]
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    """Every tensor is where the index says, and nowhere else.
+
+    metadata.total_size is not looked at: tools count tied weights differently, and no size is ever taken from it.
+    """
+    for name, shard in weight_map.items():
+        held_by = tensors[name].file.name if name in tensors else "none"
+        if held_by != shard:
+            raise bad_file("index-inconsistent", "the index names a tensor that the shard does not hold", file=index,
+                           tensor=name, field="weight_map", found=held_by, expected=shard)  # fmt: skip
     for name, info in tensors.items():
         if name not in weight_map:
-            raise bad_file("index-inconsistent", "a shard holds a tensor that the index does not name", file=info.file,
-                           tensor=name, field="weight_map", found="absent from the index")  # fmt: skip
+            raise bad_file("index-inconsistent", "a shard holds a tensor that the index does not name", file=index,
+                           tensor=name, field="weight_map", found=info.file.name, expected="every tensor named")  # fmt: skip
 
 
-def _read_header(file: Path, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _read_header(file: Path, descriptor: int, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """One file's tensors and metadata, validated."""
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > max(size - 8, 0) or length > limits.SAFETENSORS_HEADER or length < 2:
-                raise _bad_length(file, start, stream.read(32), length, size)
-            text = stream.read(length)
-    except OSError as error:
-        raise unreadable(file, error) from error
-    header = parse_json(text, file=file, field="header")
+    start = b"".join(read_pieces(file, descriptor, 0, min(size, 40)))
+    length = int.from_bytes(start[:8], "little")
+    if not 2 <= length <= min(size - 8, limits.SAFETENSORS_HEADER):
+        raise _bad_length(file, start, length, size)
+    if start[8:9] != b"{":  # the format allows no space before it
+        raise bad_file("bad-json", "the header is not a JSON object", file=file, field="header", found=start[8:],
+                       expected="{")  # fmt: skip
+    header = parse_json(read_pieces(file, descriptor, 8, length), file=file, field="header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise bad_file("bad-field", "metadata maps text to text", file=file, field="__metadata__", found=metadata,
-                       expected="an object of strings")  # fmt: skip
+        raise bad_file("bad-field", "metadata maps text to text", file=file, field="__metadata__",
+                       found=reprlib.repr(metadata), expected="an object of strings")  # fmt: skip
     begin = 8 + length
     tensors = {name: _tensor(file, name, entry, begin, size - begin) for name, entry in header.items()}
     end = begin
@@ -224,10 +225,9 @@ def _read_header(file: Path, size: int) -> tuple[dict[str, TensorInfo], dict[str
     return tensors, metadata
 
 
-def _bad_length(file: Path, start: bytes, more: bytes, length: int, size: int) -> Refused:
-    known = wrong_magic(file, start + more, "a safetensors header length")
-    if size < 8 or not known.refusal.reason.startswith("it does not begin"):
-        return known
+def _bad_length(file: Path, start: bytes, length: int, size: int) -> Refused:
+    if len(start) < 8 or start[8:9] not in (b"", b"{"):
+        return wrong_magic(file, start, "a safetensors header length and {")
     if length > limits.SAFETENSORS_HEADER:
         return bad_file("limit-exceeded", "the header is longer than any real one", file=file, field="header length",
                         found=length, expected=f"at most {limits.SAFETENSORS_HEADER}")  # fmt: skip
@@ -237,7 +237,7 @@ def _bad_length(file: Path, start: bytes, more: bytes, length: int, size: int) -
 
 def _tensor(file: Path, name: str, entry: object, begin: int, data: int) -> TensorInfo:
     def no(code: str, field: str, reason: str, found: object, expected: object) -> Refused:
-        return bad_file(code, reason, file=file, tensor=name, field=field, found=found, expected=expected)
+        return bad_file(code, reason, file=file, tensor=name, field=field, found=reprlib.repr(found), expected=expected)
 
     if not name or not name.isprintable():
         raise no("bad-text", "name", "a tensor's name is not printable text", name, "a parameter's name")

@@ -7,9 +7,10 @@ that is what the rows in plugin.py claim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from qcore.bits import unpack
 from qcore.blocks.types import BLOCK_TYPES
 from qcore.refusal import Refusal, Refused
 from qcore.scheme import Block, Group, Int
@@ -44,14 +45,17 @@ class Int4Linear(torch.nn.Module):
         group_size = scheme.scales[0].granularity.size
         order = None if weight.index is None else _sorted_by_group(weight.index, group_size)
 
-        def codes(start: int, stop: int) -> torch.Tensor:
-            block = unpack(weight.codes[start:stop], 4, columns)
-            return block if order is None else block[:, order]
+        def fill(start: int, stop: int, out: torch.Tensor) -> None:
+            pairs, bytes_ = out.view(stop - start, -1, 2), weight.codes[start:stop]
+            torch.bitwise_and(bytes_, 15, out=pairs[..., 0])
+            torch.bitwise_right_shift(bytes_, 4, out=pairs[..., 1])
+            if order is not None:
+                out.copy_(out[:, order])
 
         scale = weight.scales[0].to(torch.float32)
         # (q - z) * s = (q - 8) * s + (8 - z) * s; signed codes are held as q + 8 already.
         zero = torch.zeros_like(scale) if weight.zeros is None else (8 - weight.zeros.to(torch.float32)) * scale
-        return cls(_pack(codes, rows, columns), _interleave(scale, zero, dtype), group_size, order)
+        return cls(_pack(fill, rows, columns), _interleave(scale, zero, dtype), group_size, order)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -77,15 +81,17 @@ class GgufInt4Linear(Int4Linear):
         def blocks(start: int, stop: int) -> torch.Tensor:
             return weight.codes[start:stop].reshape(-1, columns // block.elements, block.nbytes)
 
-        def codes(start: int, stop: int) -> torch.Tensor:
-            quants = blocks(start, stop)[..., block.nbytes - block.elements // 2 :]
-            # Halves of 32 bytes (q4_k) or 16 (the others): low nibbles first, then high ones.
-            halves = quants.unflatten(-1, (-1, 32 if kind == "q4_k" else 16))
-            return torch.stack([halves & 15, halves >> 4], -2).reshape(-1, columns)
+        def fill(start: int, stop: int, out: torch.Tensor) -> None:
+            # Runs of 32 bytes (q4_k) or 16 (the others): their low nibbles first, then the high ones.
+            run = 32 if kind == "q4_k" else 16
+            quants = blocks(start, stop)[..., block.nbytes - block.elements // 2 :].reshape(stop - start, -1, run)
+            halves = out.view(stop - start, -1, 2, run)
+            torch.bitwise_and(quants, 15, out=halves[..., 0, :])
+            torch.bitwise_right_shift(quants, 4, out=halves[..., 1, :])
 
         parts = [read(blocks(start, min(start + _ROWS, rows))) for start in range(0, rows, _ROWS)]
         scale, zero = (torch.cat(part).reshape(rows, columns // 32) for part in zip(*parts, strict=True))
-        return cls(_pack(codes, rows, columns), _interleave(scale, zero, dtype), 32)
+        return cls(_pack(fill, rows, columns), _interleave(scale, zero, dtype), 32)
 
 
 def _read_q4_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,14 +118,14 @@ def _halves(blocks: torch.Tensor, offset: int) -> torch.Tensor:
     return blocks[..., offset : offset + 2].contiguous().view(torch.float16).squeeze(-1).to(torch.float32)
 
 
-def _pack(codes: object, rows: int, columns: int) -> torch.Tensor:
-    """uint8 [rows, columns / 2] in torch's layout; `codes` gives uint8 rows start..stop."""
-    assert callable(codes)
+def _pack(fill: Callable[[int, int, torch.Tensor], None], rows: int, columns: int) -> torch.Tensor:
+    """uint8 [rows, columns / 2] in torch's layout; `fill` writes the codes of rows start..stop into an int32 matrix."""
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    codes = torch.empty(_ROWS, columns, dtype=torch.int32)
     for start in range(0, rows, _ROWS):
         stop = min(start + _ROWS, rows)
-        block = codes(start, stop).to(torch.int32)
-        packed[start:stop] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(block, 8)
+        fill(start, stop, codes[: stop - start])
+        packed[start:stop] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes[: stop - start], 8)
     return packed
 
 
