@@ -160,7 +160,7 @@ def _find(path: Path) -> CheckpointFiles:
     config_file = folder / "config.json"
     container = _container(path)
     source: TensorSource
-    if container.suffix == ".gguf" or (container.is_file() and container.suffix != ".safetensors"):
+    if container.suffix == ".gguf" or (not container.is_dir() and container.suffix != ".safetensors"):
         source = GgufSource.open(container)
         return CheckpointFiles(path, source, {}, None, container, folder)
     if not config_file.is_file():
