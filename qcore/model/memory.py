@@ -14,7 +14,7 @@ def released_buffers() -> Iterator[None]:
     """Within it, buffers of 128 KiB and more go back to the system as soon as they are freed.
 
     glibc raises its threshold for such buffers as it meets larger ones, up to 32 MiB, and then keeps the heap that
-    they left full of holes: loading 415 MiB of int4 weights peaked at 642 MiB instead of 449. Afterwards the threshold
+    they left full of holes: loading 415 MiB of int4 weights peaked at 642 MiB instead of 446. Afterwards the threshold
     is at the 32 MiB that it would have reached, since reuse is what makes inference fast. Other C libraries have no such
     setting and are left alone.
     """
