@@ -8,7 +8,7 @@ from pathlib import Path
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.discovery import registry
 from qcore.kernel import Op
-from qcore.platform import PLATFORM_PLUGINS, Device, known_platform
+from qcore.platform import PLATFORM_PLUGINS, Device, install_hint, known_platform
 from qcore.refusal import Refusal
 from qcore.scheme import Scheme
 from qcore.select import LayerRequest, Selection, select
@@ -85,4 +85,4 @@ def _op(module: str) -> Op:
 def _plugin_missing(platform: str) -> Refusal:
     owner = PLATFORM_PLUGINS[platform]
     return Refusal("plugin-missing", "missing-dep", f"platform {platform}", "the plugin that owns it is not installed",
-                   f"found no plugin {owner}", f"pip install 'qcore[{owner}]'")  # fmt: skip
+                   f"found no plugin {owner}", install_hint(owner))  # fmt: skip

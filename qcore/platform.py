@@ -54,6 +54,11 @@ PLATFORM_PLUGINS: dict[str, str] = {
 still be named and the answer says what to install."""
 
 
+def install_hint(plugin: str) -> str:
+    """How to get the plugin of this name. Not every plugin is released yet, and the hint says so."""
+    return f"pip install 'qcore[{plugin}]' (if that finds nothing, the plugin is not released yet)"
+
+
 def known_platform(name: str) -> str:
     """`name` if it is a column of the matrix. Raises Refused (unknown-platform)."""
     if name in PLATFORM_PLUGINS:

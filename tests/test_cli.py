@@ -210,7 +210,7 @@ def test_plugins_and_doctor() -> None:
     assert torch.__version__.startswith(doctor["versions"]["torch"].partition("+")[0])
     missing = {row["platform"]: row["fix"] for row in doctor["missing"]}
     assert (
-        missing["gaudi"] == "pip install 'qcore[gaudi]'"
+        missing["gaudi"].startswith("pip install 'qcore[gaudi]'")
         and len(missing) + len({d["platform"] for d in doctor["devices"]}) == 13
     )
     for command in ("plugins", "doctor"):

@@ -43,7 +43,7 @@ def doctor(json: options.Json = False) -> None:
 def examine() -> dict[str, Any]:
     """The command's JSON document."""
     from qcore.discovery import registry
-    from qcore.platform import PLATFORM_PLUGINS
+    from qcore.platform import PLATFORM_PLUGINS, install_hint
 
     plugins = registry()
     devices = plugins.devices()
@@ -55,7 +55,7 @@ def examine() -> dict[str, Any]:
             continue
         plugin = next((plugin for plugin in plugins.plugins if plugin.name == owner), None)
         if plugin is None:
-            row = ("its plugin is not installed", f"pip install 'qcore[{owner}]'")
+            row = ("its plugin is not installed", install_hint(owner))
         elif plugin.refusal is not None:
             row = (f"its plugin is {plugin.status}: {plugin.refusal.reason}", plugin.refusal.fix)
         else:
