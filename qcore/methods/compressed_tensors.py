@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
+from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.method import PLAIN_FLOATS, CheckpointFiles, Method, ModulePlan, require_tensor
 from qcore.notation import PRESETS
@@ -222,11 +223,7 @@ class CompressedTensors(Method):
         def hit(pattern: str) -> bool:
             if not pattern.startswith("re:"):
                 return pattern == module
-            try:
-                return re.match(pattern[3:], module) is not None
-            except re.error as error:
-                raise bad_file("bad-field", "a pattern is not a regular expression", file=files.quantization_file,
-                               field="quantization_config", found=pattern, expected=str(error)) from error  # fmt: skip
+            return matches(pattern[3:], module, file=files.quantization_file, field="quantization_config")
 
         for pattern in config.ignore:
             if hit(pattern):

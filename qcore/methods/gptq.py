@@ -10,11 +10,11 @@ w[n, k] = (q - z[g(k), n]) * s[g(k), n]. Read from AutoGPTQ's and GPTQModel's la
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field
 
+from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, require_tensor
 from qcore.refusal import Refusal, Refused, bad_file
@@ -91,7 +91,7 @@ class Gptq(Method):
             reason = f"dynamic pattern {pattern!r}" if pattern else "quantization_config"
             plan[module] = ModulePlan(settings.scheme(), reason, shape)
         for module, entry in dense_modules(tensors, "").items():
-            plan.setdefault(module, ModulePlan(None, _skip_reason(module, config), entry.shape))
+            plan.setdefault(module, ModulePlan(None, _skip_reason(files, module, config), entry.shape))
         return plan
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
@@ -201,17 +201,14 @@ class Gptq(Method):
 
 def _matches(files: CheckpointFiles, pattern: str, module: str) -> bool:
     """GPTQModel's rule: `+:` and `-:` are prefixes of the sign, the rest is a regular expression anchored at the start."""
-    try:
-        return re.match(pattern.removeprefix("+:").removeprefix("-:"), module) is not None
-    except re.error as error:
-        raise bad_file("bad-field", "a dynamic pattern is not a regular expression", file=files.quantization_file,
-                       field="quantization_config.dynamic", found=pattern, expected=str(error)) from error  # fmt: skip
+    bare = pattern.removeprefix("+:").removeprefix("-:")
+    return matches(bare, module, file=files.quantization_file, field="quantization_config.dynamic")
 
 
-def _skip_reason(module: str, config: GptqConfig) -> str:
+def _skip_reason(files: CheckpointFiles, module: str, config: GptqConfig) -> str:
     """Why a module is stored unquantized, in the config's words."""
     for pattern in config.dynamic or {}:
-        if pattern.startswith("-:") and re.match(pattern[2:], module):
+        if pattern.startswith("-:") and _matches(files, pattern, module):
             return f"excluded by dynamic pattern {pattern!r}"
     allowed = _flatten(config.modules_in_block_to_quantize)
     if allowed and not any(entry in module for entry in allowed):
