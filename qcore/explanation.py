@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.discovery import registry
 from qcore.kernel import Op
+from qcore.method import ModulePlan, is_embedding
+from qcore.model.devices import compute_dtype, find_device
 from qcore.platform import PLATFORM_PLUGINS, Device, install_hint, known_platform
 from qcore.refusal import Refusal
 from qcore.scheme import Scheme
-from qcore.select import LayerRequest, Selection, select
+from qcore.select import LayerRequest, Selection, exact_activations, select
+
+HEAD = "lm_head"
+"""transformers' name of a causal language model's output layer."""
 
 
 @dataclass(frozen=True)
@@ -44,42 +50,47 @@ def explain(
     path: str | Path | Checkpoint,
     platform: str | None = None,
     device: str | None = None,
-    dtype: str | None = None,
+    dtype: str = "auto",
     activations: str = "exact",
 ) -> Explanation:
     """What runs each layer on a platform, or on a device of this host (the default: the one that `run` would take).
 
-    platform: an identifier such as `hopper`; it need not be here. dtype: of activations; None means what `run` would
-    take. Raises Refused (unknown-platform, no-device, and all that opening the checkpoint gives).
+    platform: an identifier such as `hopper`; it need not be here. dtype: of activations, as for `run` (see
+    `compute_dtype`). Raises Refused (unknown-platform, no-device, and all that opening the checkpoint gives).
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     found = _device(known_platform(platform) if platform else None, device)
     where = platform or (found.platform if found else "")
-    chosen = dtype or (found.fast_dtype if found else "bfloat16")
+    computed = compute_dtype(dtype, found, checkpoint)
+    exact = exact_activations(activations)
     kernels = registry().kernels
     layers = []
-    for module, entry in checkpoint.layers.items():
+    for module, op, entry in _modules(checkpoint):
         selection = None
         if entry.scheme is not None:
-            request = LayerRequest(_op(module), entry.scheme, entry.shape, chosen, activations == "exact")
+            request = LayerRequest(op, entry.scheme, entry.shape, computed, exact)
             selection = select(request, where, kernels, found)
         layers.append(LayerExplanation(module, entry.scheme, entry.reason, selection))
     refusal = None if where in registry().platforms else _plugin_missing(where)
-    return Explanation(str(checkpoint.path), where, found.id if found else None, chosen, tuple(layers), refusal)
+    return Explanation(str(checkpoint.path), where, found.id if found else None, computed, tuple(layers), refusal)
 
 
 def _device(platform: str | None, device: str | None) -> Device | None:
     """The device to explain for; for a platform without a device here, None."""
-    from qcore.model.devices import find_device
-
     if platform is None or device is not None:
         return find_device(device or "auto")
     return next((found for found in registry().devices() if found.platform == platform), None)
 
 
-def _op(module: str) -> Op:
-    """Headers do not name classes: transformers' embeddings are called so."""
-    return "embedding" if module.endswith(("embed_tokens", "wte", "word_embeddings")) else "linear"
+def _modules(checkpoint: Checkpoint) -> Iterator[tuple[str, Op, ModulePlan]]:
+    """Every layer that `run` makes; an output layer without weights of its own runs on the embedding's."""
+    tied = None
+    for module, entry in checkpoint.layers.items():
+        embedding = is_embedding(module)
+        yield module, "embedding" if embedding else "linear", entry
+        tied = entry if embedding else tied
+    if tied is not None and HEAD not in checkpoint.layers:
+        yield HEAD, "linear", ModulePlan(tied.scheme, "tied to the embedding", tied.shape)
 
 
 def _plugin_missing(platform: str) -> Refusal:

@@ -6,6 +6,7 @@ recognizes, plans from configs and tensor headers alone (module -> scheme, or wh
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -103,6 +104,11 @@ class Method(ABC):
     def read_parameter(self, files: CheckpointFiles, name: str) -> torch.Tensor:
         """One tensor of `parameters`, as transformers expects it, in the dtype of the file."""
         return files.source.read(name)
+
+
+def is_embedding(module: str) -> bool:
+    """Headers do not name classes; by name, transformers' embeddings are the only matrices that are no linear layers."""
+    return re.search(r"(^|\.)(embed_\w+|\w*embeddings?|wte|wpe)$", module) is not None
 
 
 def dense_modules(tensors: Mapping[str, TensorInfo], reason: str) -> dict[str, ModulePlan]:

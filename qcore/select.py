@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from qcore.kernel import Kernel, Op
 from qcore.platform import Device
-from qcore.refusal import Kind, Refusal
+from qcore.refusal import Kind, Refusal, Refused
 from qcore.scheme import Scheme
 
 
@@ -48,6 +48,14 @@ class Selection:
     kernel: Kernel | None
     candidates: tuple[Candidate, ...]
     refusal: Refusal | None
+
+
+def exact_activations(activations: str) -> bool:
+    """Whether `activations` (exact or int8) keeps kernels from rounding them. Raises Refused (bad-argument)."""
+    if activations not in ("exact", "int8"):
+        raise Refused(Refusal("bad-argument", "usage", "activations", "this is no way to treat activations",
+                              f"found {activations!r}", "Use exact or int8."))  # fmt: skip
+    return activations == "exact"
 
 
 def select(

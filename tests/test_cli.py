@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,16 @@ def test_explain_says_what_to_install_for_a_platform_without_a_plugin() -> None:
     found = answer("explain", GPTQ, "--platform", "hopper", code=3)
     assert found["runs"] is False and found["refusal"]["code"] == "plugin-missing"
     assert "qcore[cuda]" in found["refusal"]["fix"]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "checkpoint", "float32"])
+@pytest.mark.parametrize("path", [GGUF, GPTQ, PACKED])
+def test_explain_says_what_run_does(path: Path, dtype: str) -> None:
+    explained = answer("explain", path, "--dtype", dtype)
+    ran = answer("run", path, "-p", "hi", "--max-new-tokens", 1, "--dtype", dtype)
+    kernels = Counter(layer["kernel"] for layer in explained["layers"] if layer["kernel"])
+    assert explained["runs"] is True and explained["dtype"] == ran["dtype"]
+    assert dict(kernels) == ran["kernels"]
 
 
 def test_explain_in_words() -> None:

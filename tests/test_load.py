@@ -106,6 +106,12 @@ def test_dtype_defaults_to_the_checkpoints_own() -> None:
     assert qcore.load_model(GOLDEN / "base", dtype="float16").dtype == torch.float16
 
 
+def test_misspelt_activations_are_refused() -> None:
+    for ask in (qcore.load_model, qcore.explain):
+        with pytest.raises(qcore.Refused, match="bad-argument"):
+            ask(GOLDEN / "gguf-q4_0", activations="exakt")
+
+
 def test_a_named_kernel_is_used_where_it_can_be() -> None:
     model = qcore.load_model(GOLDEN / "gptqmodel-gptq-4bit-sym", kernel="reference_linear")
     assert kernel_counts(model) == {"reference_linear": 14}

@@ -65,6 +65,18 @@ class Checkpoint:
         return self._method.model_config(self.files)
 
     @cached_property
+    def own_dtype(self) -> str:
+        """The dtype to compute in that the checkpoint was made for, as torch names it: its config's, or else the one
+        that holds the values of all its unquantized tensors."""
+        stated = self.config.get("dtype") or self.config.get("torch_dtype")
+        if isinstance(stated, str):
+            return {"float64": "float32"}.get(name := stated.removeprefix("torch."), name)
+        narrow = {"F16": "float16", "BF16": "bfloat16"}
+        stored = {info.dtype for info in self.parameters.values()}
+        # Neither of the two narrow types holds the other's values.
+        return narrow[stored.pop()] if len(stored) == 1 and stored <= narrow.keys() else "float32"
+
+    @cached_property
     def parameters(self) -> dict[str, TensorInfo]:
         """The tensors outside quantized modules, by transformers' parameter name."""
         return self._method.parameters(self.files, self.layers)

@@ -10,8 +10,11 @@ import typer
 from qcore.cli import options
 from qcore.cli.output import note, print_json, print_table, progress_bar
 from qcore.refusal import Refusal, Refused
+from qcore.select import exact_activations
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qcore.checkpoint.open import Checkpoint
     from qcore.evaluation import Evaluation
 
@@ -33,7 +36,7 @@ def evaluate_command(
     Example: qcore eval ./model-w4a16 --text wiki.txt --reference ./model
     """
     options.checked_dtype(dtype)
-    options.checked("activations", activations, "exact", "int8")
+    exact_activations(activations)
     words = _read(text)
     from qcore.checkpoint.open import open_checkpoint
 
@@ -60,15 +63,18 @@ def _evaluate(
     device: str, dtype: str, activations: str,
 ) -> Evaluation:  # fmt: skip
     from qcore.evaluation import evaluate
-    from qcore.model.devices import find_device
+    from qcore.model.devices import compute_dtype, find_device
     from qcore.model.load import load_model
 
     target = find_device(device)
-    wanted = {"auto": target.fast_dtype, "checkpoint": None}.get(dtype, dtype)
+
+    def loaded(which: Checkpoint) -> PreTrainedModel:
+        computed = compute_dtype(dtype, target, which)
+        return load_model(which, target, computed, activations=activations, progress=progress)
+
     tokens = list(checkpoint.load_tokenizer()(words)["input_ids"])[:max_tokens]
     with progress_bar("loading") as progress:
-        model = load_model(checkpoint, target, wanted, activations=activations, progress=progress)
-        base = load_model(other, target, wanted, activations=activations, progress=progress) if other else None
+        model, base = loaded(checkpoint), loaded(other) if other else None
     with progress_bar("scoring") as progress:
         step = (lambda done, total: progress("", done, total)) if progress else None
         return evaluate(model, tokens, reference=base, context=context, progress=step)

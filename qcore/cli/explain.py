@@ -10,6 +10,7 @@ import typer
 from qcore.cli import options
 from qcore.cli.layers import collapse
 from qcore.cli.output import print_json, styled
+from qcore.select import exact_activations
 
 if TYPE_CHECKING:
     from qcore.explanation import Explanation, LayerExplanation
@@ -32,10 +33,10 @@ def explain_command(
     Example: qcore explain ./model --platform x86_cpu
     """
     options.checked_dtype(dtype)
-    options.checked("activations", activations, "exact", "int8")
+    exact_activations(activations)
     from qcore.explanation import explain
 
-    explanation = explain(path, platform, device, None if dtype == "auto" else dtype, activations)
+    explanation = explain(path, platform, device, dtype, activations)
     if json:
         print_json(document(explanation))
     else:

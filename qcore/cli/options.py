@@ -17,14 +17,12 @@ Dtype = Annotated[
 Activations = Annotated[str, typer.Option(help="exact, or int8: kernels may round activations to 8 bits.")]
 
 
-def checked(name: str, value: str, *known: str) -> str:
-    """`value`, if it is one of `known`. Raises Refused (bad-argument)."""
-    if value not in known:
-        raise Refused(Refusal("bad-argument", "usage", f"--{name}", "the option does not take this value",
-                              f"found {value!r}", f"Use one of: {', '.join(known)}."))  # fmt: skip
-    return value
+_DTYPES = ("auto", "checkpoint", "float32", "bfloat16", "float16")
 
 
 def checked_dtype(value: str) -> str:
-    """A value of --dtype."""
-    return checked("dtype", value, "auto", "checkpoint", "float32", "bfloat16", "float16")
+    """`value`, if it is one of --dtype's. Raises Refused (bad-argument)."""
+    if value not in _DTYPES:
+        raise Refused(Refusal("bad-argument", "usage", "--dtype", "the option does not take this value",
+                              f"found {value!r}", f"Use one of: {', '.join(_DTYPES)}."))  # fmt: skip
+    return value

@@ -11,6 +11,7 @@ import typer
 from qcore.cli import options
 from qcore.cli.output import note, peak_rss_mib, print_json, progress_bar
 from qcore.refusal import Refusal, Refused
+from qcore.select import exact_activations
 
 
 def run(
@@ -31,13 +32,13 @@ def run(
     Example: qcore run SmolLM2-135M-Instruct.Q4_1.gguf -p "Why is the sky blue?"
     """
     options.checked_dtype(dtype)
-    options.checked("activations", activations, "exact", "int8")
+    exact_activations(activations)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise Refused(Refusal("bad-argument", "usage", "--prompt", "the prompt is empty", fix="Say something with -p."))
 
     from qcore.checkpoint.open import open_checkpoint
-    from qcore.model.devices import find_device
+    from qcore.model.devices import compute_dtype, find_device
 
     checkpoint = open_checkpoint(path)
     target = find_device(device)
@@ -47,7 +48,7 @@ def run(
 
     began = time.perf_counter()
     with progress_bar("loading") as progress:
-        wanted = {"auto": target.fast_dtype, "checkpoint": None}.get(dtype, dtype)
+        wanted = compute_dtype(dtype, target, checkpoint)
         model = load_model(checkpoint, target, wanted, kernel=kernel, activations=activations, progress=progress)
         tokenizer = checkpoint.load_tokenizer()
     load_s = time.perf_counter() - began

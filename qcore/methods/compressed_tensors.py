@@ -12,14 +12,13 @@ w = (q - z) * s. Source: the compressed-tensors library (quantization/quant_args
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
-from qcore.method import PLAIN_FLOATS, CheckpointFiles, Method, ModulePlan, require_tensor
+from qcore.method import PLAIN_FLOATS, CheckpointFiles, Method, ModulePlan, is_embedding, require_tensor
 from qcore.notation import PRESETS
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import (
@@ -232,7 +231,7 @@ class CompressedTensors(Method):
         for by_class in (False, True):
             for name, group in groups.items():
                 for target in group.targets:
-                    if (target == "Linear" and not _is_embedding(module)) if by_class else hit(target):
+                    if (target == "Linear" and not is_embedding(module)) if by_class else hit(target):
                         return group, f"config group {name!r}"
         return None, "no config group targets it"
 
@@ -372,11 +371,6 @@ def _arguments(scheme: TensorScheme | None) -> Arguments | None:
         block_structure=(granularity.rows, granularity.cols) if isinstance(granularity, Tile) else None,
         dynamic=scheme.dynamic,
     )
-
-
-def _is_embedding(module: str) -> bool:
-    """Headers do not name classes; transformers' embeddings are the only matrices that are not linear layers."""
-    return re.search(r"(^|\.)(embed_\w+|\w*embeddings?|wte|wpe)$", module) is not None
 
 
 def _word_counts(columns: int, bits: int) -> tuple[int, int]:

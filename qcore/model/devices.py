@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qcore.checkpoint.open import Checkpoint
 from qcore.discovery import registry
 from qcore.platform import Device
 from qcore.refusal import Refusal, Refused
@@ -20,3 +21,11 @@ def find_device(name: str = "auto") -> Device:
     fix = f"Use one of: {found}." if found else "Install a plugin for this host, such as: pip install 'qcore[cpu]'."
     raise Refused(Refusal("no-device", "missing-dep", f"device {name}", "no such device was found on this host",
                           f"found {found or 'none'}", fix))  # fmt: skip
+
+
+def compute_dtype(name: str, device: Device | None, checkpoint: Checkpoint) -> str:
+    """What to compute in: auto is the device's fastest (bfloat16 where no device is known), checkpoint the checkpoint's
+    own, and any other name itself."""
+    if name == "auto":
+        return device.fast_dtype if device else "bfloat16"
+    return checkpoint.own_dtype if name == "checkpoint" else name

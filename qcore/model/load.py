@@ -25,7 +25,7 @@ from qcore.model.memory import released_buffers
 from qcore.platform import Device
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme
-from qcore.select import LayerRequest, select
+from qcore.select import LayerRequest, exact_activations, select
 from qcore.tensor import LayerTensors
 
 if TYPE_CHECKING:
@@ -51,31 +51,21 @@ def load_model(
 ) -> PreTrainedModel:
     """A transformers model of the checkpoint, ready to run, on one device.
 
-    dtype: of activations and unquantized weights; None means the checkpoint's own (see `own_dtype`). kernel: run every
+    dtype: of activations and unquantized weights; None means the checkpoint's own (`Checkpoint.own_dtype`). kernel: run every
     layer that takes it with this kernel. activations: `exact` keeps them in `dtype` unless the scheme quantizes them;
     `int8` lets kernels round them. Raises Refused.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     target = device if isinstance(device, Device) else find_device(device)
-    wanted = own_dtype(checkpoint) if dtype is None else _torch_dtype(dtype)
+    exact = exact_activations(activations)
+    wanted = _torch_dtype(checkpoint.own_dtype if dtype is None else dtype)
     _check_memory(checkpoint, target)
     if checkpoint.kv_cache is not None:
         log.warning("%s declares a %s kv cache; the cache is kept in %s", checkpoint.path, checkpoint.kv_cache, wanted)
     model = _skeleton(checkpoint, wanted)
     with released_buffers():
-        _Loader(checkpoint, model, target, wanted, kernel, activations == "exact", progress).run()
+        _Loader(checkpoint, model, target, wanted, kernel, exact, progress).run()
     return model
-
-
-def own_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that the checkpoint was made for: its config's, or else the widest of its unquantized tensors."""
-    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if isinstance(stated, str):
-        return _torch_dtype(stated)
-    stored = {info.dtype for info in checkpoint.parameters.values()}
-    narrow = {"F16": torch.float16, "BF16": torch.bfloat16}
-    # Neither of the two narrow types holds the other's values.
-    return narrow[stored.pop()] if len(stored) == 1 and stored <= narrow.keys() else torch.float32
 
 
 def layer_request(
@@ -329,7 +319,7 @@ def _check_memory(checkpoint: Checkpoint, device: Device) -> None:
 
 
 def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float32}
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in known:
