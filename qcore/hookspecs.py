@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qcore.algorithm import Algorithm
     from qcore.kernel import Kernel
     from qcore.method import Method
     from qcore.platform import Device, Platform
@@ -44,6 +47,16 @@ def qcore_kernels() -> Sequence[Kernel]:  # type: ignore[empty-body]
 @hookspec
 def qcore_methods() -> Sequence[Method]:  # type: ignore[empty-body]
     """The checkpoint formats that this plugin reads."""
+
+
+@hookspec
+def qcore_algorithms() -> Sequence[Algorithm]:  # type: ignore[empty-body]
+    """The ways of making quantized weights that this plugin brings, as rows."""
+
+
+@hookspec
+def qcore_evidence() -> Path:  # type: ignore[empty-body]
+    """The plugin's evidence.json: what was proved of its cells of the matrix. `qcore verify --record` writes it."""
 
 
 # --- Host: asked when a device is wanted -----------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from qcore.notation import format_tensor_scheme
 from qcore.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ Op = Literal["linear", "embedding"]
 
 @dataclass(frozen=True)
 class Accepts:
-    """A predicate over schemes, in the words of qcore.notation; `*` and `?` match as in shell patterns.
+    """A predicate over schemes, in the words of qcore.scheme; `*` and `?` match as in shell patterns.
 
     elements: `int4`, `uint?`, `fp8`, `gguf:*`. scales: the levels as printed (`g32`, `channel`, `g16:e4m3fn+tensor`).
     zeros: None, `stored`, `float`. inputs: the input's printed scheme; `none` where activations stay as they are.
@@ -39,9 +38,9 @@ class Accepts:
     def refuse(self, scheme: Scheme) -> tuple[str, str] | None:
         """None, or what was found and what is taken."""
         weight = scheme.weight
-        words = format_tensor_scheme(weight).split("-")
+        words = str(weight).split("-")
         levels = words[1] if weight.scales else "none"
-        given = format_tensor_scheme(scheme.input) if scheme.input else "none"
+        given = str(scheme.input) if scheme.input else "none"
         for what, found, taken in (
             ("weights", words[0], self.elements),
             ("scales", levels, self.scales),

@@ -10,25 +10,34 @@ from qcore.refusal import Refusal, Refused
 
 @dataclass(frozen=True)
 class Platform:
-    """One column of the matrix, declared by the plugin that owns it (`qcore_platforms`)."""
+    """One column of the matrix, declared by the plugin that owns it (`qcore_platforms`).
+
+    architectures: what the vendor tells its devices apart by, in its own words, from the oldest to the newest
+    (`gfx90a`, `sm_86`); kernels name those that they run on. portable: torch's own operators run on its devices, so
+    that the core's portable kernels do.
+    """
 
     id: str
     title: str
+    architectures: tuple[str, ...] = ()
+    portable: bool = False
 
 
 @dataclass(frozen=True)
 class Device:
     """One device of this host (`qcore_devices`).
 
-    torch_device: what torch calls it ("cpu", "cuda:0"). features: instruction sets and capabilities, in the words that
-    the plugin's kernels use in `Kernel.features`. memory: free bytes for weights, if known. fast_dtype: the floating
-    dtype in which it runs models fastest without losing range.
+    torch_device: what torch calls it ("cpu", "cuda:0"). architecture: one of its platform's, empty where the platform
+    has none. features: instruction sets and capabilities, in the words that the plugin's kernels use in
+    `Kernel.features`. memory: free bytes for weights, if known. fast_dtype: the floating dtype in which it runs models
+    fastest without losing range. facts: what else a person wants to know of it.
     """
 
     id: str
     platform: str
     name: str
     torch_device: str
+    architecture: str = ""
     features: frozenset[str] = frozenset()
     memory: int | None = None
     fast_dtype: str = "float32"

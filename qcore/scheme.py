@@ -4,148 +4,46 @@ How a checkpoint was made (GPTQ, AWQ), how it is packed on disk and which kernel
 with the same numbers have the same `Scheme` and share kernels. A float scale's own width (f32, f16, bf16) is a property
 of the tensor that holds it, not of the scheme; scales that are quantized themselves are part of it.
 
-Schemes print as `W4A16-g128-sym` and parse back to an equal value; `qcore.notation` defines the notation.
+Every scheme has one printed form, and it parses back to an equal scheme (qcore.elements has the words):
+
+    scheme   W<bits>A<bits> - <weight>                   activations in 16 bits or more
+             W<bits>A<bits> - <weight> / <input>         quantized activations
+             W<bits>A<bits> - <shorthand>                the well-known pairs of SHORTHANDS
+    tensor   [element] - [level + level ...] - [sym | asym | zfloat] - [actorder] - [dyn] - [outliers<threshold>]
+
+A weight-only integer in its normal form (signed and symmetric, or unsigned with a zero point) leaves its element out:
+`W4A16-g128-sym`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from qcore.blocks.types import BLOCK_TYPES
-
-FloatFormat = Literal["e4m3fn", "e4m3fnuz", "e5m2", "e2m1", "e3m2", "e2m3", "bf16", "f16"]
-FLOAT_BITS: dict[str, int] = {
-    "e4m3fn": 8, "e4m3fnuz": 8, "e5m2": 8, "e2m1": 4, "e3m2": 6, "e2m3": 6, "bf16": 16, "f16": 16
-}  # fmt: skip
-
-CodebookName = Literal["nf4", "fp4"]
-CODEBOOK_BITS: dict[str, int] = {"nf4": 4, "fp4": 4}
-
-ScaleType = Literal["float", "e8m0", "e4m3fn", "dynamic8"]
-"""float: f32, f16 or bf16 as stored. e8m0: a power of two. e4m3fn: an 8-bit float. dynamic8: an 8-bit codebook index
-(bitsandbytes' nested absmax)."""
+from qcore.elements import (
+    Block,
+    Element,
+    Float,
+    Granularity,
+    Group,
+    Int,
+    Level,
+    PerChannel,
+    PerTensor,
+    PerToken,
+    Tile,
+    one_of,
+    parse_element,
+    parse_level,
+)
+from qcore.refusal import Refusal, Refused
 
 Zero = Literal["stored", "float"]
 """stored: an integer code z, w = (q - z) * s. float: a float z, w = q * s + z."""
 
-
-@dataclass(frozen=True)
-class Int:
-    """Integers of 1 to 8 bits. Signed codes below 8 bits are held as q + 2^(bits-1)."""
-
-    bits: int
-    signed: bool
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"integers have 1 to 8 bits, not {self.bits}")
-
-
-@dataclass(frozen=True)
-class Float:
-    """Small floating-point numbers (OCP 8-bit and microscaling formats; e4m3fnuz is AMD's)."""
-
-    format: FloatFormat
-
-    def __post_init__(self) -> None:
-        _one_of("float format", self.format, FLOAT_BITS)
-
-    @property
-    def bits(self) -> int:
-        return FLOAT_BITS[self.format]
-
-
-@dataclass(frozen=True)
-class Codebook:
-    """Indexes into a table of float32 values that travels with the tensor."""
-
-    name: CodebookName
-
-    def __post_init__(self) -> None:
-        _one_of("codebook", self.name, CODEBOOK_BITS)
-
-    @property
-    def bits(self) -> int:
-        return CODEBOOK_BITS[self.name]
-
-
-@dataclass(frozen=True)
-class Block:
-    """ggml's self-contained blocks, scales and codes interleaved; `type` is a key of BLOCK_TYPES."""
-
-    type: str
-
-    def __post_init__(self) -> None:
-        _one_of("block type", self.type, BLOCK_TYPES)
-
-    @property
-    def bits(self) -> int:
-        return BLOCK_TYPES[self.type].bits
-
-
-Element = Int | Float | Codebook | Block
-
-
-@dataclass(frozen=True)
-class PerTensor:
-    """One scale for the whole tensor: [1, 1]."""
-
-
-@dataclass(frozen=True)
-class PerChannel:
-    """One scale for each output channel: [N, 1]."""
-
-
-@dataclass(frozen=True)
-class PerToken:
-    """One scale for each row of activations."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """One scale for each run of `size` input channels of a row: [N, ceil(K / size)]."""
-
-    size: int
-
-    def __post_init__(self) -> None:
-        _positive(self.size)
-
-
-@dataclass(frozen=True)
-class FlatGroup:
-    """One scale for each run of `size` elements of the flattened weight, crossing row ends: [1, ceil(N K / size)]."""
-
-    size: int
-
-    def __post_init__(self) -> None:
-        _positive(self.size)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One scale for each rectangle: [ceil(N / rows), ceil(K / cols)]; the last ones may be ragged."""
-
-    rows: int
-    cols: int
-
-    def __post_init__(self) -> None:
-        _positive(self.rows)
-        _positive(self.cols)
-
-
-Granularity = PerTensor | PerChannel | PerToken | Group | FlatGroup | Tile
-
-
-@dataclass(frozen=True)
-class Level:
-    """One level of scales."""
-
-    granularity: Granularity
-    type: ScaleType = "float"
-
-    def __post_init__(self) -> None:
-        _one_of("scale type", self.type, get_args(ScaleType))
+_LEVEL = r"(tensor|channel|token|g\d|flat\d|block\d|tile\d)"
+"""How a level of scales begins."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +67,7 @@ class TensorScheme:
         if isinstance(self.element, Block) and (self.scales or self.zero or self.ordered):
             raise ValueError("a block type holds its scales and zero points inside")
         if self.zero is not None:
-            _one_of("zero", self.zero, get_args(Zero))
+            one_of("zero", self.zero, get_args(Zero))
             if not isinstance(self.element, Int):
                 raise ValueError("only integers have zero points")
         if self.ordered and not any(isinstance(level.granularity, Group) for level in self.scales):
@@ -188,16 +86,26 @@ class TensorScheme:
         return self.scales[0].granularity if self.scales else None
 
     def __str__(self) -> str:
-        from qcore.notation import format_tensor_scheme
-
-        return format_tensor_scheme(self)
+        words = [str(self.element)]
+        if self.scales:
+            words.append("+".join(map(str, self.scales)))
+        if isinstance(self.element, Int):
+            words.append({None: "sym", "stored": "asym", "float": "zfloat"}[self.zero])
+        if self.ordered:
+            words.append("actorder")
+        if self.dynamic:
+            words.append("dyn")
+        if self.outliers is not None:
+            words.append(f"outliers{self.outliers!r}")
+        return "-".join(words)
 
     @classmethod
     def parse(cls, text: str) -> TensorScheme:
         """The inverse of str(). Raises Refused (bad-scheme)."""
-        from qcore.notation import parse_tensor_scheme
-
-        return parse_tensor_scheme(text)
+        try:
+            return _parse_tensor(text)
+        except ValueError as error:
+            raise _bad_scheme(text, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -212,16 +120,36 @@ class Scheme:
             raise ValueError("a weight's scales are stored, and it has no outliers")
 
     def __str__(self) -> str:
-        from qcore.notation import format_scheme
-
-        return format_scheme(self)
+        if self in _SHORT_NAMES:
+            return _SHORT_NAMES[self]
+        weight = str(self.weight)
+        if self.input:
+            weight += f"/{self.input}"
+        elif _normal_form(self.weight):
+            weight = weight.partition("-")[2]
+        return f"W{self.weight.bits}A{self.input.bits if self.input else 16}-{weight}"
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
         """The inverse of str(); preset names such as FP8_DYNAMIC are taken too. Raises Refused (bad-scheme)."""
-        from qcore.notation import parse_scheme
-
-        return parse_scheme(text)
+        known = PRESETS.get(text) or SHORTHANDS.get(text)
+        if known:
+            return known
+        head = re.fullmatch(r"W(\d+)A(\d+)-(.+)", text)
+        if not head:
+            raise _bad_scheme(text, "a scheme begins with W<bits>A<bits>-")
+        weight_text, slash, input_text = head[3].partition("/")
+        if not slash and re.match(_LEVEL, weight_text):
+            sign = "" if "-sym" in weight_text else "u"
+            weight_text = f"{sign}int{head[1]}-{weight_text}"
+        try:
+            scheme = cls(_parse_tensor(weight_text), _parse_tensor(input_text) if slash else None)
+        except ValueError as error:
+            raise _bad_scheme(text, str(error)) from error
+        bits = (scheme.weight.bits, scheme.input.bits if scheme.input else 16)
+        if (int(head[1]), int(head[2])) != bits:
+            raise _bad_scheme(text, f"it says W{head[1]}A{head[2]}, its parts say W{bits[0]}A{bits[1]}")
+        return scheme
 
 
 def weight_only(element: Element, *scales: Level, zero: Zero | None = None, ordered: bool = False) -> Scheme:
@@ -236,26 +164,75 @@ def integer_weight(bits: int, granularity: Granularity, *, symmetric: bool, orde
     return TensorScheme(Int(bits, signed=symmetric), (Level(granularity),), zero, ordered)
 
 
-def scale_shape(granularity: Granularity, rows: int, columns: int) -> tuple[int, int]:
-    """Shape of one level's scales for a weight [rows, columns]; ragged last groups and tiles count as whole ones."""
-    if isinstance(granularity, Group):
-        return rows, -(-columns // granularity.size)
-    if isinstance(granularity, Tile):
-        return -(-rows // granularity.rows), -(-columns // granularity.cols)
-    if isinstance(granularity, FlatGroup):
-        return 1, -(-rows * columns // granularity.size)
-    if isinstance(granularity, PerChannel):
-        return rows, 1
-    if isinstance(granularity, PerTensor):
-        return 1, 1
-    raise ValueError("weights have no scales per token")
+_FP8 = Float("e4m3fn")
+_INT8 = Int(8, signed=True)
+_E2M1 = Float("e2m1")
+_NVFP4 = (Level(Group(16), "e4m3fn"), Level(PerTensor()))
+_MX = (Level(Group(32), "e8m0"),)
 
 
-def _one_of(what: str, value: object, known: object) -> None:
-    if value not in known:  # type: ignore[operator]
-        raise ValueError(f"unknown {what} {value!r}")
+def _dynamic(element: Element, *levels: Level) -> TensorScheme:
+    return TensorScheme(element, levels, dynamic=True)
 
 
-def _positive(size: int) -> None:
-    if size < 1:
-        raise ValueError(f"a group or tile has at least one element, not {size}")
+SHORTHANDS: dict[str, Scheme] = {
+    "W8A8-int8-dyn": Scheme(TensorScheme(_INT8, (Level(PerChannel()),)), _dynamic(_INT8, Level(PerToken()))),
+    "W8A8-int8-static": Scheme(TensorScheme(_INT8, (Level(PerChannel()),)), TensorScheme(_INT8, (Level(PerTensor()),))),
+    "W8A8-fp8-dyn": Scheme(TensorScheme(_FP8, (Level(PerChannel()),)), _dynamic(_FP8, Level(PerToken()))),
+    "W8A8-fp8-static": Scheme(TensorScheme(_FP8, (Level(PerTensor()),)), TensorScheme(_FP8, (Level(PerTensor()),))),
+    "W8A8-fp8-block128": Scheme(TensorScheme(_FP8, (Level(Tile(128, 128)),)), _dynamic(_FP8, Level(Group(128)))),
+    "W4A4-nvfp4": Scheme(TensorScheme(_E2M1, _NVFP4), _dynamic(_E2M1, *_NVFP4)),
+    "W4A16-nvfp4": Scheme(TensorScheme(_E2M1, _NVFP4)),
+    "W4A4-mxfp4": Scheme(TensorScheme(_E2M1, _MX), _dynamic(_E2M1, *_MX)),
+    "W4A16-mxfp4": Scheme(TensorScheme(_E2M1, _MX)),
+    "W8A8-mxfp8": Scheme(TensorScheme(_FP8, _MX), _dynamic(_FP8, *_MX)),
+}
+
+PRESETS: dict[str, Scheme] = {
+    "W4A16": Scheme(integer_weight(4, Group(128), symmetric=True)),
+    "W4A16_ASYM": Scheme(integer_weight(4, Group(128), symmetric=False)),
+    "W8A16": Scheme(integer_weight(8, PerChannel(), symmetric=True)),
+    "INT8": SHORTHANDS["W8A8-int8-dyn"],
+    "W8A8": SHORTHANDS["W8A8-int8-dyn"],
+    "FP8": SHORTHANDS["W8A8-fp8-static"],
+    "FP8_DYNAMIC": SHORTHANDS["W8A8-fp8-dyn"],
+    "FP8_BLOCK": SHORTHANDS["W8A8-fp8-block128"],
+    "NVFP4": SHORTHANDS["W4A4-nvfp4"],
+    "MXFP4": SHORTHANDS["W4A4-mxfp4"],
+}
+"""LLM Compressor's preset names."""
+
+_SHORT_NAMES: dict[Scheme, str] = {scheme: name for name, scheme in SHORTHANDS.items()}
+
+
+def _parse_tensor(text: str) -> TensorScheme:
+    words = re.split(r"-(?!\d)", text)  # a digit after the dash belongs to an exponent
+    element = parse_element(words.pop(0))
+    levels: tuple[Level, ...] = ()
+    if words and re.match(_LEVEL, words[0]):
+        levels = tuple(parse_level(level) for level in words.pop(0).split("+"))
+    zero = None
+    if isinstance(element, Int):
+        word = words.pop(0) if words else ""
+        if word not in ("sym", "asym", "zfloat"):
+            raise ValueError("an integer says sym, asym or zfloat")
+        zero = {"sym": None, "asym": "stored", "zfloat": "float"}[word]
+    ordered, dynamic = (bool(words and words[0] == flag and words.pop(0)) for flag in ("actorder", "dyn"))
+    outliers = float(words.pop(0)[8:]) if words and words[0].startswith("outliers") else None
+    if words:
+        raise ValueError(f"unknown word {words[0]!r}")
+    return TensorScheme(element, levels, zero, ordered, dynamic, outliers)  # type: ignore[arg-type]
+
+
+def _normal_form(scheme: TensorScheme) -> bool:
+    return (
+        isinstance(scheme.element, Int)
+        and bool(scheme.scales)
+        and scheme.element.signed == (scheme.zero is None)
+        and not scheme.dynamic
+    )
+
+
+def _bad_scheme(text: str, why: str) -> Refused:
+    fix = f"Write a scheme such as W4A16-g128-sym, or a preset: {', '.join(PRESETS)}."
+    return Refused(Refusal("bad-scheme", "usage", text, "this is not a scheme", why, fix))

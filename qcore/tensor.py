@@ -19,20 +19,8 @@ import torch
 from qcore.bits import packed_bytes, unpack
 from qcore.blocks.dequantize import dequantize_blocks
 from qcore.blocks.types import BLOCK_TYPES
-from qcore.scheme import (
-    Block,
-    FlatGroup,
-    Float,
-    Granularity,
-    Group,
-    Int,
-    Level,
-    PerTensor,
-    Scheme,
-    TensorScheme,
-    Tile,
-    scale_shape,
-)
+from qcore.elements import Block, FlatGroup, Float, Granularity, Group, Int, Level, PerTensor, Tile, scale_shape
+from qcore.scheme import Scheme, TensorScheme
 
 TORCH_FLOATS: dict[str, torch.dtype] = {
     "e4m3fn": torch.float8_e4m3fn,

@@ -14,7 +14,8 @@ NEW_FORMAT = '''
 """Ternary weights as one byte each, with one scale: the format of an invented tool."""
 
 from qcore.method import Method, ModulePlan, dense_modules, require_tensor
-from qcore.scheme import Int, Level, PerTensor, weight_only
+from qcore.elements import Int, Level, PerTensor
+from qcore.scheme import weight_only
 
 SCHEME = weight_only(Int(2, signed=True), Level(PerTensor()))
 

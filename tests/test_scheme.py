@@ -7,9 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcore.blocks.types import BLOCK_TYPES
-from qcore.notation import PRESETS, SHORTHANDS
-from qcore.refusal import Refused
-from qcore.scheme import (
+from qcore.elements import (
     CODEBOOK_BITS,
     FLOAT_BITS,
     Block,
@@ -22,11 +20,10 @@ from qcore.scheme import (
     PerChannel,
     PerTensor,
     PerToken,
-    Scheme,
-    TensorScheme,
     Tile,
-    integer_weight,
 )
+from qcore.refusal import Refused
+from qcore.scheme import PRESETS, SHORTHANDS, Scheme, TensorScheme, integer_weight
 
 sizes = st.integers(1, 1 << 20)
 granularities = st.one_of(

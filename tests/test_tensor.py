@@ -6,19 +6,8 @@ import pytest
 import torch
 
 from qcore.bits import pack, packed_bytes, unpack
-from qcore.scheme import (
-    FlatGroup,
-    Float,
-    Group,
-    Int,
-    Level,
-    PerChannel,
-    PerTensor,
-    Scheme,
-    TensorScheme,
-    Tile,
-    scale_shape,
-)
+from qcore.elements import FlatGroup, Float, Group, Int, Level, PerChannel, PerTensor, Tile, scale_shape
+from qcore.scheme import Scheme, TensorScheme
 from qcore.tensor import QuantizedTensor, float_table
 
 ROWS, COLUMNS = 5, 27

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from qcore.scheme import Float, Group, Int, PerToken, TensorScheme
+from qcore.elements import Float, Group, Int, PerToken
+from qcore.scheme import TensorScheme
 
 _FP8_MAX = 448.0
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from qcore.elements import Tile
 from qcore.kernels.activations import quantize_input
-from qcore.scheme import Tile
 from qcore.tensor import LayerTensors, QuantizedTensor
 
 _BLOCK_ELEMENTS = 1 << 20

@@ -18,23 +18,10 @@ from pydantic import Field, field_validator
 
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
+from qcore.elements import Float, Granularity, Group, Int, Level, PerChannel, PerTensor, PerToken, Tile, scale_shape
 from qcore.method import PLAIN_FLOATS, CheckpointFiles, Method, ModulePlan, is_embedding, require_tensor
-from qcore.notation import PRESETS
 from qcore.refusal import Refusal, Refused, bad_file
-from qcore.scheme import (
-    Float,
-    Granularity,
-    Group,
-    Int,
-    Level,
-    PerChannel,
-    PerTensor,
-    PerToken,
-    Scheme,
-    TensorScheme,
-    Tile,
-    scale_shape,
-)
+from qcore.scheme import PRESETS, Scheme, TensorScheme
 
 if TYPE_CHECKING:
     import torch

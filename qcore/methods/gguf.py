@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from qcore.blocks.types import BLOCK_TYPES
 from qcore.checkpoint.gguf import GgufSource
 from qcore.checkpoint.source import TensorInfo
+from qcore.elements import Block
 from qcore.gguf.config import model_config
 from qcore.gguf.names import GgufParameter, parameter_names, row_permutation
 from qcore.method import CheckpointFiles, Method, ModulePlan
 from qcore.refusal import bad_file
-from qcore.scheme import Block, weight_only
+from qcore.scheme import weight_only
 
 if TYPE_CHECKING:
     import torch

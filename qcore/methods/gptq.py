@@ -16,9 +16,10 @@ from pydantic import AliasChoices, Field
 
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
+from qcore.elements import Granularity, Group, PerChannel
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, require_tensor
 from qcore.refusal import Refusal, Refused, bad_file
-from qcore.scheme import Granularity, Group, PerChannel, Scheme, integer_weight
+from qcore.scheme import Scheme, integer_weight
 
 if TYPE_CHECKING:
     import torch

@@ -6,9 +6,10 @@ import torch
 import qcore
 from qcore.bits import pack
 from qcore.discovery import registry
+from qcore.elements import Block, Group, PerChannel, scale_shape
 from qcore.kernel import Kernel
 from qcore.kernels.activations import quantize_input
-from qcore.scheme import Block, Group, PerChannel, Scheme, integer_weight, scale_shape, weight_only
+from qcore.scheme import Scheme, integer_weight, weight_only
 from qcore.select import LayerRequest, select
 from qcore.tensor import LayerTensors, QuantizedTensor
 from qcore_cpu.devices import cpu_device

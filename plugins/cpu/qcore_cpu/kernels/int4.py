@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 
 from qcore.blocks.types import BLOCK_TYPES
+from qcore.elements import Block, Group, Int
 from qcore.refusal import Refusal, Refused
-from qcore.scheme import Block, Group, Int
 from qcore.tensor import LayerTensors
 
 _ROWS = 256
