@@ -18,6 +18,8 @@ QCORE_API = API_VERSION
 
 _INPUTS = ("none", "int?-token-*dyn", "int?-tensor-*", "fp8-token-dyn", "fp8-tensor*", "fp8-g*-dyn")
 _ANY = Accepts(elements=("*",), zeros=(None, "stored", "float"), ordered=True, inputs=_INPUTS)
+_ROWS = Accepts(elements=("*",), scales=("[!f]*",), zeros=(None, "stored", "float"), ordered=True, inputs=_INPUTS)
+"""All but flat groups, which cross row ends: their rows cannot be taken apart."""
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -34,8 +36,8 @@ def qcore_kernels() -> Sequence[Kernel]:
     return [
         Kernel("reference_linear", "reference", "linear", ("*",), _ANY, _DTYPES, cost=100.0,
                implementation="qcore.kernels.reference:ReferenceLinear",
-               note="dequantizes by row blocks at every call; exact, slow"),
-        Kernel("reference_embedding", "reference", "embedding", ("*",), _ANY, _DTYPES, cost=1.0,
+               note="dequantizes by row blocks at every call; exact, slow", ragged=True),
+        Kernel("reference_embedding", "reference", "embedding", ("*",), _ROWS, _DTYPES, cost=1.0,
                implementation="qcore.kernels.reference:ReferenceEmbedding",
-               note="dequantizes the rows that are looked up"),
+               note="dequantizes the rows that are looked up", ragged=True),
     ]  # fmt: skip

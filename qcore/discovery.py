@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal
-
-import pluggy
+from pathlib import Path
+from typing import Literal, TypeVar
 
 from qcore import hookspecs
+from qcore.algorithm import Algorithm
+from qcore.hooks import HookFault, Hooks, describe
 from qcore.kernel import Kernel
 from qcore.method import Method
 from qcore.platform import Device, Platform
@@ -27,6 +28,7 @@ from qcore.refusal import Kind, Refusal
 ENTRY_POINT_GROUP = "qcore.plugins"
 CORE_PLUGIN = "core"
 
+Answer = TypeVar("Answer")
 Status = Literal["loaded", "disabled", "incompatible", "broken"]
 
 
@@ -43,20 +45,31 @@ class Plugin:
     platforms: list[Platform] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
     methods: list[Method] = field(default_factory=list)
+    algorithms: list[Algorithm] = field(default_factory=list)
+    evidence: Path | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Every name that it registers, with its kind."""
+        return [
+            *(f"platform {platform.id}" for platform in self.platforms),
+            *(f"kernel {kernel.name}" for kernel in self.kernels),
+            *(f"method {method.name}" for method in self.methods),
+            *(f"algorithm {algorithm.name}" for algorithm in self.algorithms),
+        ]
 
     def refuse(self, status: Status, code: str, kind: Kind, reason: str, fact: str, fix: str) -> None:
         """Takes everything that the plugin registered back and says why."""
         self.status = status
         self.refusal = Refusal(code, kind, f"plugin {self.name}", reason, fact, fix)
-        self.platforms, self.kernels, self.methods = [], [], []
+        self.platforms, self.kernels, self.methods, self.algorithms, self.evidence = [], [], [], [], None
 
 
 class Registry:
     """The loaded plugins and, by plugin, what they registered."""
 
     def __init__(self, entry_points: Iterable[importlib.metadata.EntryPoint]) -> None:
-        self._manager = pluggy.PluginManager("qcore")
-        self._manager.add_hookspecs(hookspecs)
+        self._hooks = Hooks()
         self.plugins: list[Plugin] = []
         # The core first, then by name: an order that does not depend on what was installed last.
         for entry_point in sorted(entry_points, key=lambda e: (e.name != CORE_PLUGIN, e.name, e.value)):
@@ -70,28 +83,40 @@ class Registry:
 
     @property
     def kernels(self) -> list[tuple[Kernel, str]]:
-        """Every kernel with the name of its plugin."""
-        return [(kernel, plugin.name) for plugin in self.plugins for kernel in plugin.kernels]
+        """Every kernel with the name of its plugin; portable ones name the platforms that run torch's own operators."""
+        portable = tuple(platform.id for platform in self.platforms.values() if platform.portable)
+        return [
+            (replace(kernel, platforms=portable) if kernel.platforms == ("*",) else kernel, plugin.name)
+            for plugin in self.plugins
+            for kernel in plugin.kernels
+        ]
 
     @property
     def methods(self) -> list[Method]:
         return [method for plugin in self.plugins for method in plugin.methods]
 
+    @property
+    def algorithms(self) -> list[Algorithm]:
+        return [algorithm for plugin in self.plugins for algorithm in plugin.algorithms]
+
     def devices(self) -> list[Device]:
-        """The devices of this host, as every plugin sees them."""
-        found: list[Device] = []
-        for plugin in self.plugins:
-            found += self._rows(plugin, "qcore_devices", Device)
-        return found
+        """The devices of this host, as every plugin sees them; the plugins look at the same time."""
+        return [device for found in self._ask(self._hooks.devices).values() for device in found]
 
     def reports(self) -> dict[str, dict[str, str]]:
         """What each plugin has to say to `qcore doctor`."""
-        reports = {}
-        for plugin in self.plugins:
-            answer = self._call(plugin, "qcore_report")
-            if isinstance(answer, Mapping):
-                reports[plugin.name] = {str(key): str(value) for key, value in answer.items()}
-        return reports
+        return {name: report for name, report in self._ask(self._hooks.report).items() if report}
+
+    def _ask(self, hook: Callable[[str], Callable[[], Answer]]) -> dict[str, Answer]:
+        """Every loaded plugin's answer to a host hook."""
+        begun = [(plugin, hook(plugin.name)) for plugin in self.plugins if plugin.status == "loaded"]
+        answers = {}
+        for plugin, wait in begun:
+            try:
+                answers[plugin.name] = wait()
+            except HookFault as fault:
+                self._broken(plugin, fault.reason, fault.fact)
+        return answers
 
     def _load(self, entry_point: importlib.metadata.EntryPoint) -> Plugin:
         distribution = entry_point.dist
@@ -103,7 +128,7 @@ class Registry:
         if variable := _switched_off(plugin.name):
             plugin.refuse("disabled", "plugin-disabled", "usage", "it is switched off", variable, f"Unset {variable}.")
             return plugin
-        if self._manager.has_plugin(plugin.name):
+        if self._hooks.has(plugin.name):
             self._broken(plugin, "another plugin has this name", entry_point.value)
             return plugin
         try:
@@ -111,7 +136,7 @@ class Registry:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may even exit while it is imported
-            self._broken(plugin, "it failed while it was imported", _describe(error))
+            self._broken(plugin, "it failed while it was imported", describe(error))
             return plugin
         plugin.api = _api_version(module)
         major, minor = hookspecs.API_VERSION
@@ -124,45 +149,28 @@ class Registry:
             )  # fmt: skip
             return plugin
         try:
-            self._manager.register(module, name=plugin.name)
-            self._manager.check_pending()
-        except (pluggy.PluginValidationError, ValueError) as error:
-            if self._manager.has_plugin(plugin.name):
-                self._manager.unregister(name=plugin.name)
-            self._broken(plugin, "its hooks do not match the contract", _describe(error))
+            self._hooks.register(plugin.name, module)
+        except HookFault as fault:
+            self._broken(plugin, fault.reason, fault.fact)
         return plugin
 
     def _collect(self, plugin: Plugin) -> None:
-        plugin.platforms = self._rows(plugin, "qcore_platforms", Platform)
-        plugin.kernels = self._rows(plugin, "qcore_kernels", Kernel)
-        plugin.methods = self._rows(plugin, "qcore_methods", Method)
-        for other in self.plugins[: self.plugins.index(plugin)]:
-            twice = {k.name for k in plugin.kernels} & {k.name for k in other.kernels}
-            twice |= {m.name for m in plugin.methods} & {m.name for m in other.methods}
-            twice |= {p.id for p in plugin.platforms} & {p.id for p in other.platforms}
-            if twice:
-                self._broken(plugin, f"plugin {other.name} registered the same names", ", ".join(sorted(twice)))
-                return
-
-    def _rows(self, plugin: Plugin, hook: str, row: type[Any]) -> list[Any]:
-        answer = self._call(plugin, hook)
-        if plugin.status == "loaded" and not (isinstance(answer, Sequence) and all(isinstance(r, row) for r in answer)):
-            self._broken(plugin, f"{hook} must return a sequence of {row.__name__}", repr(answer)[:200])
-        return list(answer) if plugin.status == "loaded" else []
-
-    def _call(self, plugin: Plugin, hook: str) -> Any:
-        """The hook's answer from this plugin alone; () where it does not implement it or was refused."""
+        """Asks for the facts, and refuses a plugin whose names another one has."""
         if plugin.status != "loaded":
-            return ()
-        others = [other for name, other in self._manager.list_name_plugin() if name != plugin.name and other]
+            return
+        ask = self._hooks
         try:
-            answers = self._manager.subset_hook_caller(hook, others)()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            self._broken(plugin, f"{hook} failed", _describe(error))
-            return ()
-        return answers[0] if answers else ()
+            plugin.platforms, plugin.kernels = ask.platforms(plugin.name), ask.kernels(plugin.name)
+            plugin.methods, plugin.algorithms = ask.methods(plugin.name), ask.algorithms(plugin.name)
+            plugin.evidence = ask.evidence(plugin.name)
+        except HookFault as fault:
+            self._broken(plugin, fault.reason, fault.fact)
+            return
+        others = self.plugins[: self.plugins.index(plugin)]
+        twice = _repeated(plugin.names) | (set(plugin.names) & {name for other in others for name in other.names})
+        if twice:
+            owner = next((f"plugin {other.name}" for other in others if twice & set(other.names)), "it")
+            self._broken(plugin, f"{owner} registered the same names already", ", ".join(sorted(twice)))
 
     def _broken(self, plugin: Plugin, reason: str, fact: str) -> None:
         where = plugin.distribution or f"plugin {plugin.name}"
@@ -197,5 +205,5 @@ def _api_version(module: object) -> tuple[int, int] | None:
     return None
 
 
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
+def _repeated(names: Sequence[str]) -> set[str]:
+    return {name for name in names if names.count(name) > 1}

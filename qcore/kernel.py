@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from qcore.tensor import LayerTensors
 
-Op = Literal["linear", "embedding"]
+Op = Literal["linear", "embedding", "experts", "kv_cache"]
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,13 @@ class Accepts:
 class Kernel:
     """One row.
 
-    family: the matrix's kernel family (`reference`, `torch`, ...). platforms: column identifiers, or `*`.
+    family: the matrix's kernel family (`reference`, `torch`, ...). platforms: column identifiers, or `*`: every platform
+    whose devices run torch's own operators. architectures: those of the platforms' that it runs on, as shell patterns.
     dtypes: activation dtypes that it computes in. quantizes_input: it rounds activations to 8 bits although the scheme
     keeps them. features: alternatives, each a set of device features that suffices; empty needs none. requires:
     distributions and their least version. multiples: (rows, columns) that the weight's shape must be multiples of.
-    cost: time of decoding one token relative to a dense bfloat16 layer of the same shape; the least is chosen.
+    ragged: it takes weights whose last group or tile is not whole.
+    cost: a rough rank, about the time of decoding one token relative to a dense bfloat16 layer; the least is chosen.
     note: one sentence on what it does, shown by `explain`. implementation: `module:object`, a `LayerKernel`.
     """
 
@@ -80,6 +82,12 @@ class Kernel:
     features: tuple[frozenset[str], ...] = ()
     requires: tuple[tuple[str, str], ...] = ()
     multiples: tuple[int, int] = (1, 1)
+    ragged: bool = False
+    architectures: tuple[str, ...] = ("*",)
+
+    def runs_on(self, architecture: str) -> bool:
+        """Whether it runs on this one of its platforms' architectures."""
+        return any(fnmatchcase(architecture, pattern) for pattern in self.architectures)
 
     def load(self) -> type[LayerKernel]:
         """Imports the implementation."""

@@ -59,10 +59,17 @@ class Method(ABC):
     name: str
     quant_methods: tuple[str, ...] = ()
     """The values of `quant_method` in a quantization config that mean this format."""
+    variants: tuple[str, ...] = ()
+    """What of the format is read, in the format's own words; the matrix asks for them as `name:variant`."""
     side_files: tuple[str, ...] = ()
     """Files beside config.json that may hold the quantization config instead."""
     parts: frozenset[str] = frozenset()
     """The tensors that a quantized module may have; empty where names are checked otherwise."""
+
+    @property
+    def readable(self) -> tuple[str, ...]:
+        """What a row of the matrix may name: the format and its variants."""
+        return (self.name, *(f"{self.name}:{variant}" for variant in self.variants))
 
     def recognizes(self, files: CheckpointFiles) -> bool:
         """Whether the files are of this format; decides on the config alone unless overridden."""

@@ -44,23 +44,35 @@ class Device:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-PLATFORM_PLUGINS: dict[str, str] = {
-    "volta": "cuda",
-    "turing": "cuda",
-    "ampere": "cuda",
-    "ada": "cuda",
-    "hopper": "cuda",
-    "blackwell": "cuda",
-    "amd": "rocm",
-    "xpu": "xpu",
-    "gaudi": "gaudi",
-    "x86_cpu": "cpu",
-    "arm_cpu": "cpu",
-    "neuron": "neuron",
-    "tpu": "tpu",
-}
-"""The identifiers of the matrix's columns and the plugin that owns each, so that a platform whose plugin is absent can
-still be named and the answer says what to install."""
+@dataclass(frozen=True)
+class Column:
+    """A platform that the core knows by name, and the plugin that owns it, so that the answer for a platform whose plugin
+    is absent can say what to install."""
+
+    id: str
+    title: str
+    plugin: str
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("volta", "Volta", "cuda"),
+    Column("turing", "Turing", "cuda"),
+    Column("ampere", "Ampere", "cuda"),
+    Column("ada", "Ada", "cuda"),
+    Column("hopper", "Hopper", "cuda"),
+    Column("amd", "AMD GPU", "rocm"),
+    Column("xpu", "Intel GPU", "xpu"),
+    Column("gaudi", "Intel Gaudi", "gaudi"),
+    Column("x86_cpu", "x86 CPU", "cpu"),
+    Column("neuron", "AWS Neuron", "neuron"),
+    Column("tpu", "Google TPU", "tpu"),
+    Column("blackwell", "Blackwell", "cuda"),
+    Column("arm_cpu", "Arm CPU", "cpu"),
+)
+"""The matrix's columns in its order: the seed table's eleven, then ours. Plugins may bring further ones."""
+
+PLATFORM_PLUGINS: dict[str, str] = {column.id: column.plugin for column in COLUMNS}
+"""The plugin that owns each of them."""
 
 
 def install_hint(plugin: str) -> str:

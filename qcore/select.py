@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qcore.elements import Group, Tile
 from qcore.kernel import Kernel, Op
 from qcore.platform import Device
 from qcore.refusal import Kind, Refusal, Refused
@@ -90,6 +91,10 @@ def _refuse(kernel: Kernel, request: LayerRequest, platform: str, device: Device
         wanted = " or ".join("+".join(sorted(need)) for need in kernel.features)
         return no("wrong-device", "never", "the device lacks what it needs",
                   f"{device.name} has no {wanted}", "Another kernel takes this layer here; nothing to do.")  # fmt: skip
+    if device is not None and not kernel.runs_on(device.architecture):
+        return no("wrong-device", "never", "it does not run on this architecture",
+                  f"found {device.architecture or 'unknown'}, expected {' or '.join(kernel.architectures)}",
+                  "Another kernel takes this layer here; nothing to do.")  # fmt: skip
     if mismatch := kernel.accepts.refuse(request.scheme):
         return no("scheme-unsupported", "notimpl", "it does not take this scheme",
                   f"found {mismatch[0]}, expected {mismatch[1]}",
@@ -98,6 +103,10 @@ def _refuse(kernel: Kernel, request: LayerRequest, platform: str, device: Device
     if rows % kernel.multiples[0] or columns % kernel.multiples[1]:
         return no("shape-unsupported", "notimpl", "it does not take this shape",
                   f"found {rows} x {columns}, expected multiples of {kernel.multiples[0]} x {kernel.multiples[1]}",
+                  "Another kernel takes this layer.")  # fmt: skip
+    if not kernel.ragged and (cut := _ragged(request)):
+        return no("shape-unsupported", "notimpl", "it does not take groups or tiles of different sizes",
+                  f"found {columns if cut.startswith('g') else f'{rows} x {columns}'}, expected whole {cut}",
                   "Another kernel takes this layer.")  # fmt: skip
     if request.dtype not in kernel.dtypes:
         return no("dtype-unsupported", "notimpl", "it does not compute in this data type",
@@ -113,6 +122,18 @@ def _refuse(kernel: Kernel, request: LayerRequest, platform: str, device: Device
         return no("not-chosen", "usage", "another kernel was asked for by name", f"--kernel {request.kernel}",
                   "Leave --kernel out to let qcore choose.")  # fmt: skip
     return None
+
+
+def _ragged(request: LayerRequest) -> str:
+    """The level of scales whose last group or tile is not whole, or an empty string."""
+    rows, columns = request.shape
+    for level in request.scheme.weight.scales:
+        grid = level.granularity
+        if isinstance(grid, Group) and columns % grid.size:
+            return f"groups of {grid.size}"
+        if isinstance(grid, Tile) and (rows % grid.rows or columns % grid.cols):
+            return f"tiles of {grid.rows} x {grid.cols}"
+    return ""
 
 
 def _no_kernel(request: LayerRequest, platform: str, candidates: Sequence[Candidate]) -> Refusal:

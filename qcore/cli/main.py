@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qcore.cli import bench, doctor, evaluate, explain, inspect, plugins, run
+from qcore.cli import bench, doctor, evaluate, explain, inspect, matrix, plugins, run, verify
 from qcore.cli.output import note, print_refusal
 from qcore.refusal import Refused
 
@@ -28,10 +28,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("matrix")(matrix.matrix_command)
 app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
 app.command("explain")(explain.explain_command)
 app.command("eval")(evaluate.evaluate_command)
+app.command("verify")(verify.verify_command)
 app.command("plugins")(plugins.plugins_command)
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")

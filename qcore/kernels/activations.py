@@ -21,6 +21,8 @@ def quantize_input(
 
     x: [..., K]. scale, zero: [1], for static schemes.
     """
+    if not x.numel():  # nothing to find a range of
+        return x
     values = x.to(torch.float32)
     granularity = scheme.granularity
     if isinstance(granularity, Group):

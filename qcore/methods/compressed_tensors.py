@@ -102,6 +102,7 @@ class CompressedConfig(Settings):
 class CompressedTensors(Method):
     name = "compressed-tensors"
     quant_methods = ("compressed-tensors",)
+    variants = _FORMATS
     parts = frozenset(
         [
             "weight",

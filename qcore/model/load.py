@@ -22,6 +22,7 @@ from qcore.kernel import Kernel, Op
 from qcore.model.devices import find_device
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.model.memory import released_buffers
+from qcore.model.probe import failed, wrong_answer
 from qcore.platform import Device
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme
@@ -158,6 +159,7 @@ class _Loader:
         self.checkpoint, self.model, self.device, self.dtype = checkpoint, model, device, dtype
         self.kernel, self.exact, self.progress = kernel, exact, progress
         self.kernels = registry().kernels
+        self.trusted: set[tuple[str, Scheme]] = set()
         self.done = 0
         self.expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.missing = set(self.expected)
@@ -226,11 +228,27 @@ class _Loader:
                 named = None
                 continue
             chosen = selection.kernel
-            try:
-                return chosen, chosen.load().from_layer(layer, self.dtype)
-            except Refused as error:
-                log.warning("%s", error.refusal)
-                kernels = [row for row in kernels if row[0] is not chosen]
+            packed = self._packed(chosen, layer)
+            if isinstance(packed, torch.nn.Module):
+                return chosen, packed
+            log.warning("%s", packed)
+            kernels = [row for row in kernels if row[0] is not chosen]
+
+    def _packed(self, kernel: Kernel, layer: LayerTensors) -> torch.nn.Module | Refusal:
+        """The layer on the kernel, or why the kernel cannot have it after all."""
+        try:
+            packed = kernel.load().from_layer(layer, self.dtype).to(self.device.torch_device)
+        except Refused as error:
+            return error.refusal
+        except Exception as fault:  # a plugin's fault is to harm nobody
+            return failed(kernel, fault)
+        trusted = (kernel.name, layer.weight.scheme)
+        if trusted not in self.trusted and kernel.family != "reference":
+            if wrong := wrong_answer(kernel, packed, layer, self.dtype, self.device.torch_device):
+                self.kernels = [row for row in self.kernels if row[0] is not kernel]
+                return wrong
+            self.trusted.add(trusted)
+        return packed
 
     def _dense(self, name: str, tied: str | None) -> None:
         if name not in self.expected:

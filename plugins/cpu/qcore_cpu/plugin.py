@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from qcore.hookspecs import hookimpl
 from qcore.kernel import Accepts, Kernel
@@ -19,7 +20,7 @@ _INT4_GROUPS = ("g32", "g64", "g128", "g256")
 
 @hookimpl
 def qcore_platforms() -> Sequence[Platform]:
-    return [Platform("x86_cpu", "x86 CPU"), Platform("arm_cpu", "Arm CPU")]
+    return [Platform("x86_cpu", "x86 CPU", portable=True), Platform("arm_cpu", "Arm CPU", portable=True)]
 
 
 @hookimpl
@@ -47,6 +48,11 @@ def qcore_kernels() -> Sequence[Kernel]:
                note="oneDNN's int8 x int8 product, exact in int32, scales in float32",
                features=_VECTORS, requires=(("torch", "2.8"),)),
     ]  # fmt: skip
+
+
+@hookimpl
+def qcore_evidence() -> Path:
+    return Path(__file__).with_name("evidence.json")
 
 
 @hookimpl

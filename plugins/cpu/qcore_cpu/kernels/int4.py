@@ -8,13 +8,16 @@ that is what the rows in plugin.py claim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from qcore.blocks.types import BLOCK_TYPES
 from qcore.elements import Block, Group, Int
 from qcore.refusal import Refusal, Refused
-from qcore.tensor import LayerTensors
+
+if TYPE_CHECKING:
+    from qcore.tensor import LayerTensors
 
 _ROWS = 256
 """Rows repacked at a time; a multiple of 64, the row block of torch's packed layout."""
@@ -53,8 +56,9 @@ class Int4Linear(torch.nn.Module):
                 out.copy_(out[:, order])
 
         scale = weight.scales[0].to(torch.float32)
-        # (q - z) * s = (q - 8) * s + (8 - z) * s; signed codes are held as q + 8 already.
-        zero = torch.zeros_like(scale) if weight.zeros is None else (8 - weight.zeros.to(torch.float32)) * scale
+        # Unsigned: (q - z) * s = (q - 8) * s + (8 - z) * s. Signed codes are held as q + 8 already.
+        middle = 0 if scheme.element.signed else 8
+        zero = torch.zeros_like(scale) if weight.zeros is None else (middle - weight.zeros.to(torch.float32)) * scale
         return cls(_pack(fill, rows, columns), _interleave(scale, zero, dtype), group_size, order)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

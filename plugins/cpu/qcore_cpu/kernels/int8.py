@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from qcore.kernels.activations import dynamic_int8, static_int8
-from qcore.tensor import LayerTensors
+
+if TYPE_CHECKING:
+    from qcore.tensor import LayerTensors
 
 
 class Int8Linear(torch.nn.Module):

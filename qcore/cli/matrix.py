@@ -1,0 +1,119 @@
+"""qcore matrix: which formats and kernel families run on which hardware, and what proves it."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated, Any
+
+import typer
+
+from qcore.cli import options
+from qcore.cli.output import note, print_json, print_table
+from qcore.refusal import Refusal, Refused
+from qcore.support import Cell, Matrix, known_row, summary
+
+_MARKS = {"measured": "M", "compiled": "C", "simulated": "S", "declared": "d", "none": "-"}
+LEGEND = (
+    "M measured on that hardware, C compiled for it and run elsewhere, S simulated (these three: supported); "
+    "d declared, not proved; - no kernel or no reader; * ticked by the seed table"
+)
+
+
+def matrix_command(
+    row: Annotated[
+        str | None, typer.Option(help="Only this row, such as gptq; with --platform also the reasons.")
+    ] = None,
+    platform: Annotated[str | None, typer.Option(help="Only this column, such as hopper.")] = None,
+    json: options.Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    html: Annotated[pathlib.Path | None, typer.Option(help="Write one self-contained HTML page to this file.")] = None,
+) -> None:
+    """Show which formats and kernels run on which hardware, and what proves it. Needs neither hardware nor its SDK.
+
+    Example: qcore matrix --row gptq --platform hopper
+    """
+    from qcore.support import matrix
+
+    whole = matrix()
+    if row is not None:
+        known_row(row)
+    if platform is not None and platform not in whole.platforms:
+        raise Refused(Refusal("unknown-platform", "usage", platform, "no platform has this name",
+                              fix=f"Name one of: {', '.join(whole.platforms)}."))  # fmt: skip
+    found = whole.part(row, platform)
+    if html is not None:
+        _write_page(html, found.to_dict())
+    if json:
+        print_json(found.to_dict())
+    elif markdown:
+        print(markdown_table(found), end="")
+    elif html is None:
+        _print(found)
+
+
+def markdown_table(found: Matrix) -> str:
+    """The matrix as a Markdown table: evidence of supported cells, a dot where the seed table ticks one that is not."""
+    lines = [f"| | {' | '.join(found.titles[p] for p in found.platforms)} |", "|---|" + ":-:|" * len(found.platforms)]
+    for row in found.rows:
+        cells = (found.cell(row.id, platform) for platform in found.platforms)
+        lines.append(f"| {row.title} | {' | '.join(map(_markdown_mark, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_mark(cell: Cell) -> str:
+    if cell.supported:
+        return f"**{_MARKS[cell.evidence]}**" if cell.baseline else _MARKS[cell.evidence]
+    return "." if cell.baseline else ""
+
+
+def mark(cell: Cell) -> str:
+    """The cell in one or two characters; LEGEND explains them. Lower case and dashes are not supported."""
+    letter = _MARKS[cell.evidence]
+    if not cell.supported and letter.isupper():
+        letter = "-"  # proved kernels, but no reader
+    return letter + ("*" if cell.baseline else " ")
+
+
+def _print(found: Matrix) -> None:
+    counts = summary(found)
+    print_table(
+        ("", *(found.titles[platform] for platform in found.platforms)),
+        ([row.title, *(mark(found.cell(row.id, platform)) for platform in found.platforms)] for row in found.rows),
+    )
+    print(f"\n{LEGEND}")
+    print(
+        f"supported: {counts['baseline_supported']} of {counts['baseline_ticks']} ticks of the seed table, "
+        f"and {counts['beyond_baseline']} cells beyond it"
+    )
+    if len(found.cells) > 2 * max(len(found.rows), len(found.platforms)):
+        return
+    for cell in found.cells:
+        _print_cell(cell)
+
+
+def _print_cell(cell: Cell) -> None:
+    print(
+        f"\n{cell.row.title} on {cell.platform}: {'supported, ' + cell.evidence if cell.supported else 'not supported'}"
+    )
+    for support in cell.schemes:
+        kernel = f"{support.kernel.name} ({support.plugin}), {support.evidence}" if support.kernel else "no kernel"
+        print(f"  {support.scheme}: {kernel}")
+    for record in cell.records:
+        print(f"  {record.kernel}: {record.grade} {record.date} on {record.device}")
+        print(f"    worst error {record.worst['error']:g} of {record.worst['bound']:g} allowed, {record.cases} cases")
+        print(f"    {record.command}")
+    if cell.refusal:
+        print("  " + str(cell.refusal).replace("\n", "\n  "))
+
+
+def _write_page(path: pathlib.Path, document: dict[str, Any]) -> None:
+    from qcore.matrix_page import render
+
+    beside = path.with_name(path.name + ".partial")
+    try:
+        beside.write_text(render(document), encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise Refused(Refusal("bad-argument", "usage", "--html", "the file cannot be written", str(error),
+                              "Name a file in a folder that exists and that you may write to.")) from error  # fmt: skip
+    note(f"wrote {path}")

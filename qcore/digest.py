@@ -1,0 +1,80 @@
+"""The digest of a kernel's source: what its evidence is tied to.
+
+It covers what the row claims and the code that computes: the implementation's module and, of what it imports at run
+time, its own package, the shared kernels and the arithmetic of the waist. Nothing is imported for it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+from qcore.kernel import Kernel
+
+_SHARED = ("qcore.kernels", "qcore.blocks", "qcore.bits", "qcore.tensor")
+"""Parts of the core that decide what a kernel computes."""
+
+
+def source_digest(kernel: Kernel) -> str:
+    """`sha256:` and 64 hexadecimal digits; empty where the source cannot be found."""
+    module = kernel.implementation.partition(":")[0]
+    claims = (kernel.op, kernel.accepts, kernel.dtypes, kernel.multiples, kernel.ragged, kernel.quantizes_input)
+    digest = hashlib.sha256(repr(claims).encode())
+    sources = _sources(module)
+    for name in sorted(sources):
+        digest.update(f"\n{name}\n".encode() + sources[name])
+    return f"sha256:{digest.hexdigest()}" if sources else ""
+
+
+@cache
+def _sources(module: str) -> dict[str, bytes]:
+    """The sources of a module and of all that it imports from `_SHARED` and from its own package."""
+    own = module.partition(".")[0]
+    roots = _SHARED if own == "qcore" else (*_SHARED, own)
+    found: dict[str, bytes] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        source = _read(name) if name not in found else None
+        if source is not None:
+            found[name] = source
+            waiting += [i for i in _imports(name) if any(i == root or i.startswith(f"{root}.") for root in roots)]
+    return found
+
+
+@cache
+def _read(module: str) -> bytes | None:
+    """The module's source; None where there is none in Python. Found by its path, for the import system would run its
+    parent packages."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or spec.origin is None:
+        return None
+    if not spec.submodule_search_locations:
+        candidates = [] if rest else [Path(spec.origin)]
+    else:
+        inside = Path(spec.submodule_search_locations[0]).joinpath(*rest)
+        candidates = [inside.with_suffix(".py"), inside / "__init__.py"]
+    found = next((path for path in candidates if path.suffix == ".py" and path.is_file()), None)
+    return found.read_bytes().replace(b"\r\n", b"\n") if found else None
+
+
+@cache
+def _imports(module: str) -> tuple[str, ...]:
+    """What the module imports at run time, submodules by their own names."""
+    tree = ast.parse(_read(module) or b"")
+    found: list[str] = []
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        waiting += ast.iter_child_nodes(node)
+    return tuple(found)

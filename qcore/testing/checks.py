@@ -1,0 +1,206 @@
+"""What a kernel is checked for. Each check takes a bench and raises AssertionError with what was found and expected.
+
+The definition that kernels are held against is QuantizedTensor.dequantize() and, where a scheme quantizes its input,
+qcore.kernels.activations.quantize_input, multiplied in float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from qcore.accuracy import error_bound, worst_error
+from qcore.elements import Group, Tile
+from qcore.kernel import Kernel
+from qcore.kernels.activations import quantize_input
+from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
+from qcore.platform import Device
+from qcore.refusal import Refused
+from qcore.scheme import Scheme
+from qcore.tensor import LayerTensors
+from qcore.testing.layers import random_layer, smallest_columns
+
+BATCHES = (*range(1, 18), 512)
+"""Rows of activations: decoding with one to sixteen sequences and one more, and a prompt."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+SIZES = ("tiny", "odd", "large")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A kernel with one layer to run: scheme, dtype of activations (a key of DTYPES), size of the weight (one of SIZES)."""
+
+    kernel: Kernel
+    scheme: Scheme
+    dtype: str
+    size: str
+    device: Device
+
+    def __str__(self) -> str:
+        return f"{self.kernel.name}, {self.scheme}, {self.dtype}, {self.size} {self.shape[0]} x {self.shape[1]}"
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """[N, K]: the smallest that the kernel takes, an odd multiple of it, and one of a real layer's size."""
+        rows, columns = smallest_shape(self.kernel, self.scheme)
+        if self.size == "tiny":
+            return rows, columns
+        if self.size == "large":
+            return -(-1024 // rows) * rows, -(-2048 // columns) * columns
+        return rows * 5 if rows > 1 else 37, columns * 3 if columns > 1 else 203
+
+    @cached_property
+    def layer(self) -> LayerTensors:
+        return random_layer(self.scheme, *self.shape)
+
+    @cached_property
+    def packed(self) -> torch.nn.Module:
+        """The layer on the kernel, on the device. Raises AssertionError where the kernel refuses what its row claims."""
+        try:
+            packed = self.kernel.load().from_layer(self.layer, DTYPES[self.dtype])
+        except Refused as error:
+            raise AssertionError(f"{self}: its row claims the layer, from_layer refuses it: {error.refusal}") from error
+        return packed.to(self.device.torch_device)
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """float64 [N, K]"""
+        return self.layer.weight.dequantize().double()
+
+    @property
+    def bound(self) -> float:
+        return error_bound(self.kernel, self.scheme, self.dtype)
+
+    def input(self, *leading: int, seed: int = 1) -> torch.Tensor:
+        """Random activations [*leading, K] on the CPU; one column is larger than the others, as in real models."""
+        x = torch.randn(*leading, self.shape[1], generator=torch.Generator().manual_seed(seed))
+        x[..., :1] *= 8
+        return x.to(DTYPES[self.dtype])
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """float64 [..., N]: what the layer should give, without bias."""
+        given, layer = x.float(), self.layer
+        if self.scheme.input is not None:
+            given = quantize_input(given, self.scheme.input, layer.input_scale, layer.input_zero)
+        return given.double() @ self.weight.t()
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """The kernel's answer, on the CPU."""
+        out: torch.Tensor = self.packed(x.to(self.device.torch_device))
+        return out.cpu()
+
+    def compare(self, what: str, got: torch.Tensor, expected: torch.Tensor, bound: float | None = None) -> float:
+        """The error. Raises AssertionError where shape or dtype are wrong or the error is above the bound."""
+        most = self.bound if bound is None else bound
+        if tuple(got.shape) != tuple(expected.shape):
+            raise AssertionError(f"{self}: {what}: shape {list(got.shape)}, expected {list(expected.shape)}")
+        if got.dtype != DTYPES[self.dtype]:
+            raise AssertionError(f"{self}: {what}: dtype {got.dtype}, expected {self.dtype}")
+        error = worst_error(got, expected)
+        if not error <= most:
+            raise AssertionError(f"{self}: {what}: error {error:.3g}, expected at most {most:.3g} (qcore.accuracy)")
+        return error
+
+
+def smallest_shape(kernel: Kernel, scheme: Scheme) -> tuple[int, int]:
+    """The least [N, K] that the row claims for the scheme, one whole group or tile at least unless it takes ragged ones."""
+    rows, columns = kernel.multiples
+    columns = math.lcm(columns, smallest_columns(scheme))
+    if not kernel.ragged:
+        for level in scheme.weight.scales:
+            if isinstance(level.granularity, Group):
+                columns = math.lcm(columns, level.granularity.size)
+            if isinstance(level.granularity, Tile):
+                rows, columns = math.lcm(rows, level.granularity.rows), math.lcm(columns, level.granularity.cols)
+    return rows, columns
+
+
+def numbers(bench: Bench) -> float:
+    """The products of every batch size are within the bound; for an embedding, the rows that are looked up."""
+    if bench.kernel.op == "embedding":
+        tokens = torch.arange(bench.shape[0]).flip(0)
+        return bench.compare("rows looked up", bench.run(tokens), bench.weight[tokens])
+    batches = BATCHES if bench.size == "odd" else (1, 16)
+    x = bench.input(max(batches))
+    whole = None if _per_tensor(bench.scheme) else bench.product(x)
+    errors = [
+        bench.compare(f"batch of {m}", bench.run(x[:m]), bench.product(x[:m]) if whole is None else whole[:m])
+        for m in batches
+    ]
+    return max(errors)
+
+
+def leading_dimensions(bench: Bench) -> float:
+    """A vector gives a vector, and a batch of sequences a batch of sequences."""
+    if bench.kernel.op == "embedding":
+        tokens = torch.tensor([[0, bench.shape[0] - 1], [0, 0]])
+        return bench.compare("[2, 2] tokens", bench.run(tokens), bench.weight[tokens])
+    shapes = ((), (2, 3), (1, 1, 2))
+    return max(bench.compare(f"input {[*s, 'K']}", bench.run(x := bench.input(*s)), bench.product(x)) for s in shapes)
+
+
+def strided_input(bench: Bench) -> float:
+    """An input that is not contiguous gives the same, and stays as it was."""
+    columns = bench.shape[1]
+    wide = torch.stack([bench.input(3), bench.input(3, seed=2)], -1).to(bench.device.torch_device)
+    before, x = wide.clone(), wide[..., 0]
+    error = bench.compare("strided input", bench.packed(x).cpu(), bench.product(x.cpu().contiguous()))
+    turned = bench.input(3).to(bench.device.torch_device).t().contiguous().t()
+    error = max(error, bench.compare("transposed input", bench.packed(turned).cpu(), bench.product(turned.cpu())))
+    if not torch.equal(wide, before):
+        raise AssertionError(f"{bench}: the kernel changed its input of {columns} columns")
+    return error
+
+
+def empty_input(bench: Bench) -> float:
+    """No rows in, no rows out."""
+    if bench.kernel.op == "embedding":
+        return bench.compare("no tokens", bench.run(torch.zeros(0, dtype=torch.int64)), bench.weight[:0])
+    return bench.compare("empty input", bench.run(bench.input(0)), bench.weight.new_zeros(0, bench.shape[0]))
+
+
+def bias_and_multiplier(bench: Bench) -> float:
+    """In its place in a model: y = kernel(x * multiplier) + bias."""
+    if bench.kernel.op == "embedding":
+        model: torch.nn.Module = QuantizedEmbedding(bench.scheme, bench.shape, bench.kernel, bench.packed, scale=0.5)
+        tokens = torch.zeros(2, dtype=torch.int64)
+        got = model(tokens.to(bench.device.torch_device)).cpu()
+        return bench.compare("scaled rows", got, bench.weight[tokens] * 0.5)
+    dtype, place = DTYPES[bench.dtype], bench.device.torch_device
+    random = torch.Generator().manual_seed(3)
+    bias = torch.randn(bench.shape[0], generator=random).to(dtype)
+    multiplier = torch.full((bench.shape[1],), 0.5, dtype=dtype)  # a power of two, so that the product is exact
+    linear = QuantizedLinear(bench.scheme, bench.shape, bench.kernel, bench.packed, bias, multiplier).to(place)
+    x = bench.input(4)
+    return bench.compare("bias", linear(x.to(place)).cpu(), bench.product(x * multiplier) + bias.double())
+
+
+def packed_size(bench: Bench) -> float:
+    """The packed weight is not held dense: at most 1.5 times the canonical size, and something for padding."""
+    held = sum(part.numel() * part.element_size() for part in bench.packed.buffers())
+    allowed = 1.5 * bench.layer.weight.nbytes + 65536
+    if held > allowed:
+        raise AssertionError(f"{bench}: it holds {held:,} bytes, expected at most {allowed:,.0f}")
+    return 0.0
+
+
+CHECKS: dict[str, Callable[[Bench], float]] = {
+    "numbers": numbers,
+    "leading_dimensions": leading_dimensions,
+    "strided_input": strided_input,
+    "empty_input": empty_input,
+    "bias_and_multiplier": bias_and_multiplier,
+    "packed_size": packed_size,
+}
+"""Every check by the name of the capability that it needs; the error that it returns is the worst that it saw."""
+
+
+def _per_tensor(scheme: Scheme) -> bool:
+    """Whether the input's scale depends on the whole batch, so that parts of a product must be made one by one."""
+    return scheme.input is not None and scheme.input.dynamic and str(scheme.input.granularity) == "tensor"
