@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from qcore.model.tokenizer import load_tokenizer
     from qcore.refusal import Refusal, Refused
     from qcore.scheme import Scheme, TensorScheme
+    from qcore.support import Matrix, matrix
     from qcore.tensor import QuantizedTensor
 
 __version__ = "2.0.0"
 
 _HOMES = {
     "Checkpoint": "qcore.checkpoint.open",
+    "Matrix": "qcore.support",
     "QuantizedTensor": "qcore.tensor",
     "Refusal": "qcore.refusal",
     "Refused": "qcore.refusal",
@@ -37,12 +39,14 @@ _HOMES = {
     "hookimpl": "qcore.hookspecs",
     "load_model": "qcore.model.load",
     "load_tokenizer": "qcore.model.tokenizer",
+    "matrix": "qcore.support",
     "open_checkpoint": "qcore.checkpoint.open",
     "plugins": "qcore.inventory",
 }
 
 __all__ = [
     "Checkpoint",
+    "Matrix",
     "QuantizedTensor",
     "Refusal",
     "Refused",
@@ -53,6 +57,7 @@ __all__ = [
     "hookimpl",
     "load_model",
     "load_tokenizer",
+    "matrix",
     "open_checkpoint",
     "plugins",
 ]

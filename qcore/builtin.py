@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Sequence
 
 import qcore.methods
+from qcore.algorithm import Algorithm
 from qcore.hookspecs import API_VERSION, hookimpl
 from qcore.kernel import Accepts, Kernel
 from qcore.method import Method
@@ -28,6 +29,14 @@ def qcore_methods() -> Sequence[Method]:
     """One METHOD a file."""
     names = sorted(module.name for module in pkgutil.iter_modules(qcore.methods.__path__))
     return [importlib.import_module(f"qcore.methods.{name}").METHOD for name in names]
+
+
+@hookimpl
+def qcore_algorithms() -> Sequence[Algorithm]:
+    return [
+        Algorithm("rtn", Accepts(("int?", "uint?", "fp8", "e4m3fnuz", "e5m2"), ("tensor", "channel", "g*"), (None, "stored")),
+                  "qcore.algorithms.rtn:rtn", note="every weight becomes the nearest code; needs no calibration"),
+    ]  # fmt: skip
 
 
 @hookimpl

@@ -59,7 +59,7 @@ def explain(
     `compute_dtype`). Raises Refused (unknown-platform, no-device, and all that opening the checkpoint gives).
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    found = _device(known_platform(platform) if platform else None, device)
+    found = _device(known_platform(platform, registry().platforms) if platform else None, device)
     where = platform or (found.platform if found else "")
     computed = compute_dtype(dtype, found, checkpoint)
     exact = exact_activations(activations)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from qcore.refusal import Refusal, Refused
@@ -30,7 +30,8 @@ class Device:
     torch_device: what torch calls it ("cpu", "cuda:0"). architecture: one of its platform's, empty where the platform
     has none. features: instruction sets and capabilities, in the words that the plugin's kernels use in
     `Kernel.features`. memory: free bytes for weights, if known. fast_dtype: the floating dtype in which it runs models
-    fastest without losing range. facts: what else a person wants to know of it.
+    fastest without losing range. facts: what else a person wants to know of it. simulated: a stand-in for the hardware,
+    never taken unless it is named.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Device:
     memory: int | None = None
     fast_dtype: str = "float32"
     facts: Mapping[str, str] = field(default_factory=dict)
+    simulated: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,10 @@ def install_hint(plugin: str) -> str:
     return f"pip install 'qcore[{plugin}]' (if that finds nothing, the plugin is not released yet)"
 
 
-def known_platform(name: str) -> str:
-    """`name` if it is a column of the matrix. Raises Refused (unknown-platform)."""
-    if name in PLATFORM_PLUGINS:
+def known_platform(name: str, others: Iterable[str] = ()) -> str:
+    """`name` if it is a column of the matrix, or one of `others`. Raises Refused (unknown-platform)."""
+    known = list(dict.fromkeys([*PLATFORM_PLUGINS, *others]))
+    if name in known:
         return name
-    fix = f"Name one of: {', '.join(PLATFORM_PLUGINS)}."
+    fix = f"Name one of: {', '.join(known)}."
     raise Refused(Refusal("unknown-platform", "usage", name, "no platform has this name", fix=fix))

@@ -34,7 +34,7 @@ app.command("inspect")(inspect.inspect)
 app.command("explain")(explain.explain_command)
 app.command("eval")(evaluate.evaluate_command)
 app.command("verify")(verify.verify_command)
-app.command("plugins")(plugins.plugins_command)
+app.add_typer(plugins.app, name="plugins")
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 

@@ -9,6 +9,7 @@ import typer
 
 from qcore.cli import options
 from qcore.cli.output import note, print_json, print_table
+from qcore.platform import known_platform
 from qcore.refusal import Refusal, Refused
 from qcore.support import Cell, Matrix, known_row, summary
 
@@ -37,9 +38,8 @@ def matrix_command(
     whole = matrix()
     if row is not None:
         known_row(row)
-    if platform is not None and platform not in whole.platforms:
-        raise Refused(Refusal("unknown-platform", "usage", platform, "no platform has this name",
-                              fix=f"Name one of: {', '.join(whole.platforms)}."))  # fmt: skip
+    if platform is not None:
+        known_platform(platform, whole.platforms)
     found = whole.part(row, platform)
     if html is not None:
         _write_page(html, found.to_dict())

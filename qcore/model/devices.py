@@ -9,13 +9,14 @@ from qcore.refusal import Refusal, Refused
 
 
 def find_device(name: str = "auto") -> Device:
-    """The device of this host with the id `name`; `auto` is the first that a plugin found, accelerators before CPUs.
+    """The device of this host with the id `name`; `auto` is the first real one that a plugin found, accelerators before
+    CPUs.
 
     Raises Refused (no-device).
     """
     devices = sorted(registry().devices(), key=lambda device: device.torch_device == "cpu")
     for device in devices:
-        if name in ("auto", device.id):
+        if device.id == name or (name == "auto" and not device.simulated):
             return device
     found = ", ".join(device.id for device in devices)
     fix = f"Use one of: {found}." if found else "Install a plugin for this host, such as: pip install 'qcore[cpu]'."

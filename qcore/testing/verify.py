@@ -127,7 +127,7 @@ def records(findings: Iterable[Finding], host: Host | None = None) -> list[Recor
                 continue
             made.append(
                 Record(
-                    row.id, platform, name, "measured",
+                    row.id, platform, name, "simulated" if first.device.simulated else "measured",
                     schemes={str(f.scheme): {"error": _short(f.error), "bound": f.bound} for f in part},
                     cases=sum(finding.cases for finding in part),
                     command=f"qcore verify --plugin {first.plugin} --platform {platform} --row {row.id} --kernel {name}",

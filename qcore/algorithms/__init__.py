@@ -1,0 +1,1 @@
+"""Algorithms that make quantized weights: one file each, float weight in, QuantizedTensor out."""
