@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,26 @@ BROKEN = {
     ),
     "hook_exits": (GOOD.replace("return [Kernel(", "raise SystemExit(1) or [Kernel("), "broken", "SystemExit"),
     "devices_raise": (GOOD.replace("return [Device(", "raise OSError('no driver') or [Device("), "broken", "no driver"),
+    "devices_hang": (
+        GOOD.replace("return [Device(", "import time; time.sleep(3600); return [Device("),
+        "broken",
+        "did not answer",
+    ),
+    "devices_spin": (
+        GOOD.replace("return [Device(", "while True: pass\n    return [Device("),
+        "broken",
+        "did not answer",
+    ),
+    "same_name_twice": (
+        GOOD.replace("return [Kernel(", "return 2 * [Kernel("),
+        "broken",
+        "kernel toy_linear",
+    ),
+    "evidence_is_no_path": (
+        GOOD + "\n@hookimpl\ndef qcore_evidence():\n    return 'evidence.json'\n",
+        "broken",
+        "pathlib.Path",
+    ),
     "same_kernel": (GOOD.replace("toy_linear", "reference_linear"), "broken", "reference_linear"),
 }
 
@@ -90,7 +111,9 @@ def test_a_broken_plugin_is_reported_and_harms_nobody(tmp_path: Path, kind: str)
     install(tmp_path, "bad_vendor", source)
     if kind != "same_kernel":  # two good ones would claim the same names
         install(tmp_path, "zz_good", GOOD.replace("toy_linear", "good_linear").replace('"tpu"', '"neuron"'))
-    answer = probe(tmp_path)
+    began = time.perf_counter()
+    answer = probe(tmp_path, QCORE_HOST_SECONDS="1")
+    assert time.perf_counter() - began < 10
     plugins = by_name(answer)
     bad = plugins["bad_vendor"]
     assert bad["status"] == status and clue in json.dumps(bad["refusal"])

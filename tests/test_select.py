@@ -1,5 +1,7 @@
 """Selection: the cheapest kernel that takes the layer, and a reason from every other."""
 
+from dataclasses import replace
+
 import pytest
 
 from qcore.kernel import Accepts, Kernel
@@ -74,6 +76,34 @@ def test_each_refusal_has_its_code_and_a_fix(asked: LayerRequest, platform: str,
         if candidate.refusal:
             assert candidate.refusal.code in CODES
             assert candidate.refusal.reason and candidate.refusal.fact and candidate.refusal.fix
+
+
+@pytest.mark.parametrize(("architecture", "taken"), [("sm_86", True), ("sm_80", True), ("sm_90", False), ("", False)])
+def test_a_kernel_may_name_the_architectures_that_it_needs(architecture: str, taken: bool) -> None:
+    newer = replace(FAST, name="newer", architectures=("sm_8?",))
+    found = select(request(), "hopper", [(newer, "sim")], replace(HOST, architecture=architecture))
+    assert (found.kernel is not None) == taken
+    if not taken:
+        refusal = found.candidates[0].refusal
+        assert refusal is not None and refusal.code == "wrong-device" and "sm_8?" in refusal.fact
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "whole"),
+    [
+        ("W4A16-g128-sym", (64, 128), True),
+        ("W4A16-g128-sym", (64, 192), False),
+        ("W8A8-fp8-block128", (128, 256), True),
+        ("W8A8-fp8-block128", (192, 256), False),
+        ("W8A8-fp8-block128", (128, 192), False),
+    ],
+)
+def test_ragged_groups_go_only_to_kernels_that_take_them(scheme: str, shape: tuple[int, int], whole: bool) -> None:
+    accepts = Accepts(("*",), inputs=("*",))
+    strict = replace(FAST, name="strict", accepts=accepts)
+    ragged = replace(strict, name="ragged", ragged=True, cost=5.0)
+    found = select(request(scheme, shape), "hopper", [(strict, "sim"), (ragged, "sim")], HOST)
+    assert found.kernel is (strict if whole else ragged)
 
 
 def test_int8_activations_are_taken_only_when_allowed() -> None:
