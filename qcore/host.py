@@ -98,3 +98,16 @@ def parse_torch_version(source: str) -> dict[str, str]:
     """The string assignments of torch/version.py; `__version__` as `version`."""
     pattern = r"^(__version__|cuda|hip|xpu)\s*(?::[^=\n]*)?=\s*['\"]([^'\"]+)['\"]"
     return {name.strip("_"): value for name, value in re.findall(pattern, source, re.MULTILINE)}
+
+
+def visible(count: int, listed: str | None) -> list[int]:
+    """The places that a variable such as HIP_VISIBLE_DEVICES leaves of `count` devices, in its order. None: all. As the
+    vendors read it, the first entry that names no device hides itself and all that follow."""
+    if listed is None:
+        return list(range(count))
+    places: list[int] = []
+    for entry in listed.split(","):
+        if not entry.strip().isdigit() or int(entry) >= count or int(entry) in places:
+            break
+        places.append(int(entry))
+    return places

@@ -92,7 +92,9 @@ def try_template(dist: Path, scratch: Path) -> None:
     made = scratch / "qcore-acme"
     environment.run("-m", "pip", "wheel", *QUIET, "--no-deps", "--no-build-isolation", "--wheel-dir", scratch, made)
     environment.pip("--find-links", scratch, "--no-deps", "qcore-acme")
-    summary = environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", made / "tests").splitlines()[-1]
+    summary = environment.run(
+        "-m", "pytest", "-q", "--qcore-fast", "-p", "no:cacheprovider", made / "tests"
+    ).splitlines()[-1]
     environment.run("-m", "pip", "uninstall", *QUIET, "--yes", "qcore-acme")
     left = {row["name"] for row in json.loads(environment.run("-m", "qcore", "plugins", "--json"))}
     if "acme" in left:

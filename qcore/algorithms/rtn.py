@@ -58,12 +58,14 @@ def _grouped(weight: torch.Tensor, grid: Granularity) -> torch.Tensor:
         raise Refused(Refusal("shape-unsupported", "notimpl", "rtn", "groups must divide the input channels",
                               f"found {weight.shape[-1]} channels in groups of {grid.size}",
                               "Choose a group size that divides them, or channel."))  # fmt: skip
-    return weight.unflatten(-1, (-1, grid.size))
+    grouped: torch.Tensor = weight.unflatten(-1, (-1, grid.size))
+    return grouped
 
 
 def _levels(part: torch.Tensor, grid: Granularity) -> torch.Tensor:
     """[N, G, 1] as scales are kept: [N, G]; one for the whole weight is [1, 1]."""
-    return part.reshape(1, 1) if isinstance(grid, PerTensor) else part.squeeze(-1)
+    levels: torch.Tensor = part.reshape(1, 1) if isinstance(grid, PerTensor) else part.squeeze(-1)
+    return levels
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""qcore on NVIDIA GPUs: the plugin `cuda`."""

@@ -1,0 +1,68 @@
+"""Compute capability -> column, architecture and features.
+
+Sources: NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities"; the PTX ISA's tables of mma, wmma and dp4a for the
+capability from which each data type runs on tensor cores.
+"""
+
+from __future__ import annotations
+
+from qcore.platform import Platform
+
+Capability = tuple[int, int]
+
+PLATFORMS = (
+    Platform("volta", "Volta", ("sm_70", "sm_72"), portable=True),
+    Platform("turing", "Turing", ("sm_75",), portable=True),
+    Platform("ampere", "Ampere", ("sm_80", "sm_86", "sm_87", "sm_88"), portable=True),
+    Platform("ada", "Ada", ("sm_89",), portable=True),
+    Platform("hopper", "Hopper", ("sm_90",), portable=True),
+    # CUDA 12 calls Thor sm_101, CUDA 13 sm_110.
+    Platform("blackwell", "Blackwell", ("sm_100", "sm_101", "sm_103", "sm_110", "sm_120", "sm_121"), portable=True),
+)
+
+_COLUMNS = {architecture: platform.id for platform in PLATFORMS for architecture in platform.architectures}
+
+_FEATURES: tuple[tuple[str, Capability], ...] = (
+    ("dp4a", (6, 1)),
+    ("fp16_tensor_core", (7, 0)),
+    ("int8_tensor_core", (7, 2)),
+    ("bf16", (8, 0)),
+    ("fp8", (8, 9)),
+    ("fp4", (10, 0)),
+)
+
+
+def architecture(capability: Capability) -> str:
+    """(9, 0) -> sm_90."""
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+def column(capability: Capability) -> str | None:
+    """The platform's id; None where no column holds this GPU."""
+    return _COLUMNS.get(architecture(capability))
+
+
+def features(capability: Capability) -> frozenset[str]:
+    """What its cores multiply natively, in the words that kernels ask for."""
+    return frozenset(name for name, first in _FEATURES if capability >= first)
+
+
+def fast_dtype(capability: Capability) -> str:
+    """bfloat16 from the first capability whose tensor cores have it."""
+    return "bfloat16" if "bf16" in features(capability) else "float16"
+
+
+def built_for(capability: Capability, built: list[str]) -> bool:
+    """Whether code for these targets (`torch.cuda.get_arch_list()`) runs on a GPU: machine code (`sm_80`) on its own
+    major version from its own minor one on, PTX (`compute_80`) on all later ones. Suffixed targets (`sm_90a`) run on
+    that one alone. An empty list says nothing."""
+    for target in built:
+        kind, _, digits = target.partition("_")
+        number = digits.rstrip("af")
+        if not number.isdigit():
+            continue
+        found = int(number[:-1]), int(number[-1])
+        same = found == capability if digits != number else found[0] == capability[0] and found <= capability
+        if same or (kind == "compute" and found <= capability):
+            return True
+    return not built

@@ -1,0 +1,1 @@
+"""qcore on Intel Gaudi: the plugin `gaudi`."""

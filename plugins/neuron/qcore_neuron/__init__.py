@@ -1,0 +1,1 @@
+"""qcore on AWS Neuron: the plugin `neuron`."""

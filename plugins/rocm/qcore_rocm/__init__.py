@@ -1,0 +1,1 @@
+"""qcore on AMD GPUs: the plugin `rocm`."""

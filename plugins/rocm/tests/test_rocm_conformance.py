@@ -1,0 +1,11 @@
+"""The conformance suite on this host's AMD GPUs; without one, what can be checked without."""
+
+import pytest
+
+from qcore.testing.capabilities import Capabilities
+from qcore.testing.suite import *  # noqa: F403
+
+
+@pytest.fixture(scope="session")
+def vendor() -> Capabilities:
+    return Capabilities("rocm")

@@ -1,0 +1,1 @@
+"""qcore on Google TPUs: the plugin `tpu`."""

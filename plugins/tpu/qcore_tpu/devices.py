@@ -1,0 +1,85 @@
+"""This host's TPUs: the PCI bus and the driver's nodes say what is there, torch-xla or torchax whether it can be used.
+
+Sources: the PCI ids of jax's hardware detection (jax/_src/hardware_utils.py) and the TPU documentation's table of number
+formats; nodes are /dev/accel* up to v4 and in most images, /dev/vfio/* from v5e on.
+"""
+
+from __future__ import annotations
+
+from qcore.host import Host, visible
+from qcore.platform import Device
+
+ARCHITECTURES = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "v7x")
+
+_VENDOR = "1ae0"
+_GENERATIONS = {"0027": "v2", "005e": "v4", "0063": "v5e", "0062": "v5p", "006f": "v6e", "0076": "v7x"}
+"""PCI device ids. v2 and v3 share one; the older is taken."""
+
+_FEATURES = {
+    "v5e": frozenset({"int8"}),
+    "v5p": frozenset({"int8"}),
+    "v6e": frozenset({"int8"}),
+    "v7x": frozenset({"int8", "fp8"}),
+}
+"""Number formats of the matrix unit besides bfloat16."""
+
+_NODES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+ROUTES: dict[str, tuple[str, ...]] = {"torch_xla": ("torch_xla",), "torchax": ("torchax", "jax", "libtpu")}
+"""Ways for torch to reach a TPU, the first that is installed being taken, and the modules that each needs."""
+_FIX = "pip install 'qcore-tpu[xla]' (torch 2.9) or 'qcore-tpu[jax]' (newer torch)"
+
+
+def devices(host: Host | None = None) -> list[Device]:
+    """The chips that this environment can run on; a host that has torch-xla and no TPU has none."""
+    looked_at = host or Host()
+    found = chips(looked_at)
+    if not found or unusable(looked_at):
+        return []
+    listed = looked_at.environment.get("TPU_VISIBLE_CHIPS", looked_at.environment.get("TPU_VISIBLE_DEVICES"))
+    return [_device(place, found[chip], route(looked_at)) for place, chip in enumerate(visible(len(found), listed))]
+
+
+def report(host: Host | None = None) -> dict[str, str]:
+    """What `qcore doctor` prints."""
+    looked_at = host or Host()
+    found = chips(looked_at)
+    if not found:
+        return {"chips": "none: no TPU on the PCI bus"}
+    said = {"chips": f"{len(found)} x TPU {found[0]}", "route": route(looked_at) or "none"}
+    if problem := unusable(looked_at):
+        said["missing"], said["fix"] = problem
+    return said
+
+
+def chips(host: Host) -> list[str]:
+    """The generation of every chip on the bus."""
+    return [_GENERATIONS[function.device] for function in host.pci(_VENDOR) if function.device in _GENERATIONS]
+
+
+def route(host: Host) -> str:
+    """How torch reaches the TPU here; empty where nothing for it is installed."""
+    return next((name for name, modules in ROUTES.items() if all(map(host.has_module, modules))), "")
+
+
+def unusable(host: Host) -> tuple[str, str] | None:
+    """Why this environment cannot use the chips, and the fix; None where it can."""
+    if not any(host.paths(pattern) for pattern in _NODES):
+        return "the driver has made no device node", "In a container, pass /dev/accel* or /dev/vfio in."
+    if host.environment.get("PJRT_DEVICE", "TPU").upper() != "TPU":
+        return f"PJRT_DEVICE is {host.environment['PJRT_DEVICE']}", "Unset PJRT_DEVICE, or set it to TPU."
+    if not route(host):
+        return "neither torch-xla nor torchax with jax and libtpu is installed", _FIX
+    return None
+
+
+def _device(place: int, generation: str, way: str) -> Device:
+    return Device(
+        id=f"tpu:{place}",
+        platform="tpu",
+        name=f"TPU {generation}",
+        torch_device=f"xla:{place}" if way == "torch_xla" else "jax",
+        architecture=generation,
+        features=_FEATURES.get(generation, frozenset()),
+        fast_dtype="bfloat16",
+        facts={"route": way},
+    )

@@ -1,0 +1,1 @@
+"""qcore on Intel GPUs: the plugin `xpu`."""
