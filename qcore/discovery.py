@@ -22,7 +22,7 @@ from qcore.algorithm import Algorithm
 from qcore.hooks import HookFault, Hooks, describe
 from qcore.kernel import Kernel
 from qcore.method import Method
-from qcore.platform import Device, Platform
+from qcore.platform import PLATFORM_PLUGINS, Device, Platform, install_hint
 from qcore.refusal import Kind, Refusal
 
 ENTRY_POINT_GROUP = "qcore.plugins"
@@ -98,6 +98,17 @@ class Registry:
     @property
     def algorithms(self) -> list[Algorithm]:
         return [algorithm for plugin in self.plugins for algorithm in plugin.algorithms]
+
+    def absent(self, platform: str) -> Refusal | None:
+        """Why no loaded plugin declares the platform, and what to do; None where one does."""
+        if platform in self.platforms:
+            return None
+        owner = PLATFORM_PLUGINS.get(platform, platform)
+        refused = next((p.refusal for p in self.plugins if p.name == owner and p.refusal), None)
+        if refused is not None:
+            return replace(refused, subject=f"platform {platform}, plugin {owner}")
+        return Refusal("plugin-missing", "missing-dep", f"platform {platform}", "the plugin that owns it is not installed",
+                       f"found no plugin {owner}", install_hint(owner))  # fmt: skip
 
     def devices(self) -> list[Device]:
         """The devices of this host, as every plugin sees them; the plugins look at the same time."""

@@ -11,10 +11,11 @@ from qcore.discovery import registry
 from qcore.kernel import Op
 from qcore.method import ModulePlan, is_embedding
 from qcore.model.devices import compute_dtype, find_device
-from qcore.platform import PLATFORM_PLUGINS, Device, install_hint, known_platform
+from qcore.platform import Device, known_platform
 from qcore.refusal import Refusal
 from qcore.scheme import Scheme
 from qcore.select import LayerRequest, Selection, exact_activations, select
+from qcore.support import proofs
 
 HEAD = "lm_head"
 """transformers' name of a causal language model's output layer."""
@@ -22,12 +23,14 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One layer; selection is None where it is not quantized and runs as torch's own layer."""
+    """One layer; selection is None where it is not quantized and runs as torch's own layer. evidence: what proves that
+    the chosen kernel is right for the scheme on the platform: a grade of qcore.evidence, or `declared`."""
 
     module: str
     scheme: Scheme | None
     reason: str
     selection: Selection | None
+    evidence: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,17 @@ def explain(
     where = platform or (found.platform if found else "")
     computed = compute_dtype(dtype, found, checkpoint)
     exact = exact_activations(activations)
-    kernels = registry().kernels
+    kernels, proved = registry().kernels, proofs(registry())
     layers = []
     for module, op, entry in _modules(checkpoint):
-        selection = None
+        selection = evidence = None
         if entry.scheme is not None:
             request = LayerRequest(op, entry.scheme, entry.shape, computed, exact)
             selection = select(request, where, kernels, found)
-        layers.append(LayerExplanation(module, entry.scheme, entry.reason, selection))
-    refusal = None if where in registry().platforms else _plugin_missing(where)
+        if selection and selection.kernel:
+            evidence = proved.get((where, selection.kernel.name, str(entry.scheme)), "declared")
+        layers.append(LayerExplanation(module, entry.scheme, entry.reason, selection, evidence))
+    refusal = registry().absent(where)
     return Explanation(str(checkpoint.path), where, found.id if found else None, computed, tuple(layers), refusal)
 
 
@@ -91,9 +96,3 @@ def _modules(checkpoint: Checkpoint) -> Iterator[tuple[str, Op, ModulePlan]]:
         tied = entry if embedding else tied
     if tied is not None and HEAD not in checkpoint.layers:
         yield HEAD, "linear", ModulePlan(tied.scheme, "tied to the embedding", tied.shape)
-
-
-def _plugin_missing(platform: str) -> Refusal:
-    owner = PLATFORM_PLUGINS[platform]
-    return Refusal("plugin-missing", "missing-dep", f"platform {platform}", "the plugin that owns it is not installed",
-                   f"found no plugin {owner}", install_hint(owner))  # fmt: skip

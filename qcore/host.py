@@ -52,6 +52,10 @@ class Host:
             return []
         return sorted(found, key=lambda path: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path)])
 
+    def may_open(self, path: str) -> bool:
+        """Whether this user may read and write a device node."""
+        return os.access(self.root / path.lstrip("/"), os.R_OK | os.W_OK)
+
     def pci(self, vendor: str) -> list[PciDevice]:
         """The PCI functions of a vendor (`10de`)."""
         found = []

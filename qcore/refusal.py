@@ -10,11 +10,19 @@ from __future__ import annotations
 import reprlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 Kind = Literal["notimpl", "notyet", "never", "missing-dep", "bad-file", "usage"]
-"""notimpl: we have not done it. notyet: the vendor's stack lacks it. never: the hardware or format cannot.
-missing-dep: install something. bad-file: the checkpoint or input file is at fault. usage: the request is."""
+
+KINDS: dict[Kind, str] = {
+    "notimpl": "we have not done it",
+    "notyet": "the vendor's stack lacks it",
+    "never": "the hardware or the format cannot",
+    "missing-dep": "something has to be installed",
+    "bad-file": "the checkpoint or input file is at fault (exit code 4)",
+    "usage": "the request is at fault (exit code 2)",
+}
+"""What each kind of no means."""
 
 CODES: dict[str, str] = {
     # Files and folders
@@ -100,8 +108,8 @@ class Refusal:
     def __post_init__(self) -> None:
         if self.code not in CODES:
             raise ValueError(f"unknown refusal code {self.code!r}: add it to qcore.refusal.CODES")
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"unknown refusal kind {self.kind!r}: one of {', '.join(get_args(Kind))}")
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown refusal kind {self.kind!r}: one of {', '.join(KINDS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The refusal as plain JSON values; absent places are left out."""

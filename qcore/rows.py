@@ -13,6 +13,7 @@ from typing import Literal
 from qcore.blocks.types import BLOCK_TYPES
 from qcore.kernel import Op
 from qcore.platform import COLUMNS
+from qcore.refusal import Refusal, Refused
 from qcore.scheme import Scheme
 
 Kind = Literal["format", "kernel family"]
@@ -74,6 +75,15 @@ ROWS: tuple[Row, ...] = (
     Row("kv_cache_int8", "INT8 KV cache", "format", (), ("W8A16-tensor-sym",), op="kv_cache"),
 )  # fmt: skip
 """Every row: the seed table's first, in its order, then ours."""
+
+
+def known_row(name: str) -> str:
+    """`name` if it is a row of the matrix. Raises Refused (unknown-row)."""
+    if name in {row.id for row in ROWS}:
+        return name
+    fix = f"Name one of: {', '.join(row.id for row in ROWS)}."
+    raise Refused(Refusal("unknown-row", "usage", name, "no row of the matrix has this name", fix=fix))
+
 
 _SEED_COLUMNS = tuple(column.id for column in COLUMNS[:11])
 _SEED = {

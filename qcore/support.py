@@ -12,7 +12,7 @@ from qcore.digest import source_digest
 from qcore.discovery import Registry, registry
 from qcore.evidence import GRADES, Record, read_evidence
 from qcore.kernel import Kernel
-from qcore.platform import COLUMNS, PLATFORM_PLUGINS, install_hint
+from qcore.platform import COLUMNS
 from qcore.refusal import Kind, Refusal, Refused
 from qcore.rows import BASELINE, ROWS, Row
 from qcore.scheme import Scheme
@@ -120,16 +120,8 @@ def matrix(plugins: Registry | None = None) -> Matrix:
     return _Computation(plugins or registry()).run()
 
 
-def known_row(name: str) -> str:
-    """`name` if it is a row of the matrix. Raises Refused (unknown-row)."""
-    if name in {row.id for row in ROWS}:
-        return name
-    fix = f"Name one of: {', '.join(row.id for row in ROWS)}."
-    raise Refused(Refusal("unknown-row", "usage", name, "no row of the matrix has this name", fix=fix))
-
-
 def current_records(plugins: Registry) -> tuple[list[Record], dict[str, Refusal]]:
-    """Every plugin's records of its own platforms, and the refusal of each evidence file that cannot be read."""
+    """Every plugin's records of its own platforms, and by platform the refusal of an evidence file that cannot be read."""
     records: list[Record] = []
     broken: dict[str, Refusal] = {}
     for plugin in plugins.plugins:
@@ -141,6 +133,17 @@ def current_records(plugins: Registry) -> tuple[list[Record], dict[str, Refusal]
             continue
         records += [record for record in found if record.platform in own]
     return records, broken
+
+
+def proofs(plugins: Registry) -> dict[tuple[str, str, str], str]:
+    """The best grade of current evidence by (platform, kernel, scheme)."""
+    digests = {kernel.name: source_digest(kernel) for kernel, _ in plugins.kernels}
+    found: dict[tuple[str, str, str], str] = {}
+    for record in sorted(current_records(plugins)[0], key=lambda record: GRADES.index(record.grade)):
+        if digests.get(record.kernel) == record.source:
+            for scheme in record.schemes:
+                found.setdefault((record.platform, record.kernel, scheme), record.grade)
+    return found
 
 
 class _Computation:
@@ -200,10 +203,8 @@ class _Computation:
         def no(code: str, kind: Kind, reason: str, fact: str, fix: str = "") -> Refusal:
             return Refusal(code, kind, subject, reason, fact, fix)
 
-        if platform not in self.platforms:
-            owner = PLATFORM_PLUGINS[platform]
-            return no("plugin-missing", "missing-dep", "the plugin that owns the platform is not installed",
-                      f"found no plugin {owner}", install_hint(owner))  # fmt: skip
+        if absent := self.plugins.absent(platform):
+            return replace(absent, subject=subject)
         if row.methods and not self.readable & set(row.methods):
             return no("unknown-method", "notimpl", "no installed plugin reads checkpoints of this format",
                       f"found readers of {', '.join(sorted(self.readable))}")  # fmt: skip

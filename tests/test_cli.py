@@ -13,6 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qcore.explanation import explain
+from qcore.platform import COLUMNS, PLATFORM_PLUGINS
+from sim import sim_registry
+
 GOLDEN = Path(__file__).parent / "golden"
 GGUF, GPTQ, PACKED = (GOLDEN / name for name in ("gguf-q4_0", "gptqmodel-gptq-4bit-sym", "llmcompressor-w4a16-gptq"))
 COMMANDS = ("run", "inspect", "explain", "eval", "plugins", "doctor", "bench", "bench load")
@@ -133,10 +137,20 @@ def test_explain_traces_every_candidate() -> None:
     }
 
 
-def test_explain_says_what_to_install_for_a_platform_without_a_plugin() -> None:
-    found = answer("explain", GPTQ, "--platform", "hopper", code=3)
-    assert found["runs"] is False and found["refusal"]["code"] == "plugin-missing"
-    assert "qcore[cuda]" in found["refusal"]["fix"]
+def test_explain_says_what_to_install_for_a_platform_without_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    core_alone = sim_registry()
+    monkeypatch.setattr("qcore.explanation.registry", lambda: core_alone)
+    found = explain(GPTQ, platform="hopper")
+    assert not found.runs and found.refusal is not None
+    assert found.refusal.code == "plugin-missing" and "qcore[cuda]" in found.refusal.fix
+
+
+@pytest.mark.parametrize("platform", [column.id for column in COLUMNS])
+def test_explain_answers_for_every_platform(platform: str) -> None:
+    found = explain(GPTQ, platform=platform)
+    quantized = [layer for layer in found.layers if layer.selection]
+    assert found.runs and found.refusal is None and quantized
+    assert {layer.evidence for layer in quantized} == {"measured" if platform == "x86_cpu" else "declared"}
 
 
 @pytest.mark.parametrize("dtype", ["auto", "checkpoint", "float32"])
@@ -219,10 +233,10 @@ def test_plugins_and_doctor() -> None:
     assert set(plugins["core"]["methods"]) >= {"gguf", "gptq", "compressed-tensors", "dense"}
     doctor = answer("doctor")
     assert torch.__version__.startswith(doctor["versions"]["torch"].partition("+")[0])
-    missing = {row["platform"]: row["fix"] for row in doctor["missing"]}
-    assert (
-        missing["gaudi"].startswith("pip install 'qcore[gaudi]'")
-        and len(missing) + len({d["platform"] for d in doctor["devices"]}) == 13
+    missing = {row["platform"]: row for row in doctor["missing"]}
+    assert len(missing) + len({device["platform"] for device in doctor["devices"]}) == len(COLUMNS)
+    assert all(
+        row["missing"] and row["fix"] and row["plugin"] == PLATFORM_PLUGINS[name] for name, row in missing.items()
     )
     for command in ("plugins", "doctor"):
         assert qcore(command).returncode == 0

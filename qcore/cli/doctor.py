@@ -43,7 +43,7 @@ def doctor(json: options.Json = False) -> None:
 def examine() -> dict[str, Any]:
     """The command's JSON document."""
     from qcore.discovery import registry
-    from qcore.platform import PLATFORM_PLUGINS, install_hint
+    from qcore.platform import PLATFORM_PLUGINS
 
     plugins = registry()
     devices = plugins.devices()
@@ -53,13 +53,14 @@ def examine() -> dict[str, Any]:
     for name, owner in PLATFORM_PLUGINS.items():
         if name in present:
             continue
-        plugin = next((plugin for plugin in plugins.plugins if plugin.name == owner), None)
-        if plugin is None:
-            row = ("its plugin is not installed", install_hint(owner))
-        elif plugin.refusal is not None:
-            row = (f"its plugin is {plugin.status}: {plugin.refusal.reason}", plugin.refusal.fix)
+        if absent := plugins.absent(name):
+            row = (absent.reason, absent.fix)
         else:
-            row = ("no such device on this host", "run on a host that has one")
+            report = reports.get(owner, {})
+            row = (
+                report.get("missing", "no such device on this host"),
+                report.get("fix", "run on a host that has one"),
+            )
         missing.append({"platform": name, "plugin": owner, "missing": row[0], "fix": row[1]})
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},

@@ -65,6 +65,7 @@ def _layer(layer: LayerExplanation) -> dict[str, Any]:
         "scheme": str(layer.scheme) if layer.scheme else None,
         "reason": layer.reason,
         "kernel": chosen.name if chosen else None,
+        "evidence": layer.evidence,
         "candidates": [
             {
                 "kernel": candidate.kernel.name,
@@ -108,7 +109,8 @@ def _print_group(layers: list[LayerExplanation]) -> None:
         print(f"\nnot quantized: torch's own layers ({len(layers)} modules)")
     else:
         chosen = first.selection.kernel
-        print(f"\n{first.scheme}: {chosen.name if chosen else 'no kernel'} ({len(layers)} modules)")
+        proved = {"declared": ", not proved on this platform", None: ""}.get(first.evidence, f", {first.evidence}")
+        print(f"\n{first.scheme}: {chosen.name if chosen else 'no kernel'}{proved} ({len(layers)} modules)")
     for names, _ in collapse((layer.module, "") for layer in layers):
         print(f"    {names}")
     if first.selection is None:

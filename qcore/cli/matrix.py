@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,12 +11,19 @@ from qcore.cli import options
 from qcore.cli.output import note, print_json, print_table
 from qcore.platform import known_platform
 from qcore.refusal import Refusal, Refused
-from qcore.support import Cell, Matrix, known_row, summary
+from qcore.rows import known_row
+
+if TYPE_CHECKING:
+    from qcore.support import Cell, Matrix
 
 _MARKS = {"measured": "M", "compiled": "C", "simulated": "S", "declared": "d", "none": "-"}
 LEGEND = (
     "M measured on that hardware, C compiled for it and run elsewhere, S simulated (these three: supported); "
     "d declared, not proved; - no kernel or no reader; * ticked by the seed table"
+)
+MARKDOWN_LEGEND = (
+    "**M** measured on that hardware, **C** compiled for it and run elsewhere, **S** simulated; bold where the widely "
+    "published table ticks the cell too, a dot where it does and nothing proves it here yet."
 )
 
 
@@ -75,6 +82,8 @@ def mark(cell: Cell) -> str:
 
 
 def _print(found: Matrix) -> None:
+    from qcore.support import summary
+
     counts = summary(found)
     print_table(
         ("", *(found.titles[platform] for platform in found.platforms)),

@@ -9,7 +9,7 @@ import typer
 from qcore.cli import options
 from qcore.cli.output import note, print_json, print_table, progress_bar
 from qcore.refusal import Refusal, Refused
-from qcore.support import known_row
+from qcore.rows import known_row
 
 if TYPE_CHECKING:
     from qcore.discovery import Registry

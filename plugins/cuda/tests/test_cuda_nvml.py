@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qcore_cuda.nvml import Facts, Gpu, NvmlError, probe
+from qcore_cuda.nvml import Gpu, NvmlError, probe
 
 SOURCE = r"""
 #include <stdio.h>
@@ -115,7 +115,3 @@ def test_a_broken_driver_is_one_kind_of_error(library: Library, macro: str, says
 def test_what_is_not_the_library_is_the_same_kind_of_error(name: str) -> None:
     with pytest.raises(NvmlError):
         probe(name)
-
-
-def test_nothing_is_known_by_default() -> None:
-    assert Facts().gpus == () and Gpu().capability is None

@@ -1,57 +1,57 @@
-"""This host's Intel GPUs: a render node of Intel's and a torch that is built for them come first, then torch.xpu is asked.
-
-Which of Intel's GPUs torch runs on is known to its runtime alone, so that there is no table of names to go stale; the
-architecture is what the runtime calls it. Source: torch.xpu.get_device_properties.
-"""
+"""This host's Intel GPUs: a render node of Intel's and a torch that is built for them come first, then torch.xpu is asked,
+for which GPUs it runs on is known to its runtime alone."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from qcore.host import Host
 from qcore.platform import Device
 
-ARCHITECTURES = ("tgl", "dg1", "acm", "pvc", "mtl", "arl", "lnl", "bmg", "ptl")
-"""Xe generations in oneAPI's words, from the oldest to the newest."""
+ARCHITECTURES = ("tgl", "dg1", "dg2", "pvc", "mtl", "arl", "lnl", "bmg", "ptl")
+"""Xe generations in the compiler's words, from the oldest to the newest."""
 
 _BY_DEVICE: tuple[tuple[str, str], ...] = (
-    ("0bd", "pvc"), ("0b6", "pvc"), ("56", "acm"), ("e20", "bmg"), ("e21", "bmg"), ("64", "lnl"), ("7d5", "mtl"),
-    ("7d4", "mtl"), ("7d6", "arl"), ("7dd", "arl"), ("b08", "ptl"), ("b09", "ptl"), ("490", "dg1"), ("9a4", "tgl"),
+    ("9a4", "tgl"), ("490", "dg1"), ("4f8", "dg2"), ("56", "dg2"), ("0bd", "pvc"), ("0b6", "pvc"),
+    ("7d41", "arl"), ("7d51", "arl"), ("7d67", "arl"), ("7dd1", "arl"), ("7d", "mtl"),
+    ("64", "lnl"), ("e2", "bmg"), ("b08", "ptl"), ("b09", "ptl"), ("b0a", "ptl"), ("b0b", "ptl"),
 )  # fmt: skip
-"""PCI device ids by their first digits (Linux, include/drm/intel/pciids.h)."""
+"""PCI device ids by their first digits, the longer ones first (Linux, include/drm/intel/pciids.h)."""
 
-_MATRIX_ENGINE = frozenset({"acm", "pvc", "arl", "lnl", "bmg", "ptl"})
+_MATRIX_ENGINE = frozenset({"dg2", "pvc", "arl", "lnl", "bmg", "ptl"})
 """Those with XMX units."""
 
 
-def devices(host: Host | None = None) -> list[Device]:
-    """The GPUs that torch.xpu runs on, in its order."""
-    looked_at = host or Host()
-    if not nodes(looked_at) or unusable(looked_at):
-        return []
-    import torch
+@dataclass(frozen=True)
+class Finding:
+    """The usable devices, and what `qcore doctor` prints."""
 
-    xpu: Any = torch.xpu
-    if not xpu.is_available():
-        return []
-    return [_device(place, xpu) for place in range(xpu.device_count())]
+    devices: tuple[Device, ...] = ()
+    report: dict[str, str] = field(default_factory=dict)
 
 
-def report(host: Host | None = None) -> dict[str, str]:
-    """What `qcore doctor` prints."""
+def examine(host: Host | None = None) -> Finding:
+    """Looks at the host; never raises."""
     looked_at = host or Host()
     found = nodes(looked_at)
     if not found:
-        return {"GPUs": "none: no render node in /dev/dri is Intel's"}
-    said = {
-        "GPUs": ", ".join(
-            f"{node} ({device}, {architecture(device) or 'before Xe'})" for node, device in found.items()
-        ),
-        "torch": looked_at.torch_build().get("version", "not installed"),
-    }
-    if problem := unusable(looked_at):
-        said["missing"], said["fix"] = problem
-    return said
+        return Finding(report={"GPUs": "none: no render node in /dev/dri is Intel's"})
+    build = looked_at.torch_build()
+    names = (f"{node} ({device}, {architecture(device) or 'before Xe, or newer'})" for node, device in found.items())
+    report = {"GPUs": ", ".join(names), "torch": build.get("version", "not installed")}
+    if "xpu" not in build:
+        report["missing"] = f"torch {build.get('version', 'is absent')} is not built for Intel GPUs"
+        report["fix"] = "Install torch's XPU build; intel-extension-for-pytorch is archived and not needed."
+        return Finding(report=report)
+    try:
+        devices = _asked()
+    except Exception as error:  # whatever the driver and torch make of each other
+        report |= {"missing": f"torch.xpu failed: {error}"[:300], "fix": "Update Intel's compute runtime (level-zero)."}
+        return Finding(report=report)
+    if not devices:
+        report |= {"missing": "torch.xpu finds none of them", "fix": "Install Intel's compute runtime (level-zero)."}
+    return Finding(devices, report)
 
 
 def nodes(host: Host) -> dict[str, str]:
@@ -66,22 +66,22 @@ def nodes(host: Host) -> dict[str, str]:
     return found
 
 
-def unusable(host: Host) -> tuple[str, str] | None:
-    """Why this environment's torch cannot use the GPUs, and the fix; None where it may."""
-    build = host.torch_build()
-    if "xpu" not in build:
-        fix = "Install torch's XPU build; intel-extension-for-pytorch is not needed and no longer maintained."
-        return f"torch {build.get('version', 'is absent')} is not built for Intel GPUs", fix
-    return None
-
-
 def architecture(device: str) -> str:
     """The generation of a PCI device id; empty where it is older than Xe, or newer than the table."""
     return next((name for start, name in _BY_DEVICE if device.startswith(start)), "")
 
 
-def _device(place: int, xpu: Any) -> Device:
-    facts = xpu.get_device_properties(place)
+def _asked() -> tuple[Device, ...]:
+    """torch.xpu's devices. Raises whatever it raises."""
+    import torch
+
+    xpu: Any = torch.xpu
+    if not xpu.is_available():
+        return ()
+    return tuple(_device(place, xpu.get_device_properties(place)) for place in range(xpu.device_count()))
+
+
+def _device(place: int, facts: Any) -> Device:
     kind = architecture(f"{getattr(facts, 'device_id', 0):04x}")
     return Device(
         id=f"xpu:{place}",
@@ -89,7 +89,7 @@ def _device(place: int, xpu: Any) -> Device:
         name=facts.name,
         torch_device=f"xpu:{place}",
         architecture=kind,
-        features=frozenset({"xmx"} if kind in _MATRIX_ENGINE else ()) | {"bf16"},
+        features=frozenset({"xmx"} if kind in _MATRIX_ENGINE else ()),
         memory=facts.total_memory,
         fast_dtype="bfloat16",
         facts={"driver": str(getattr(facts, "driver_version", ""))},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qcore.hookspecs import hookimpl
 from qcore.platform import Device, Platform
-from qcore_xpu.devices import ARCHITECTURES, devices, report
+from qcore_xpu.devices import ARCHITECTURES, examine
 
 QCORE_API = (1, 0)
 
@@ -24,9 +24,9 @@ def qcore_evidence() -> Path:
 
 @hookimpl
 def qcore_devices() -> Sequence[Device]:
-    return devices()
+    return examine().devices
 
 
 @hookimpl
 def qcore_report() -> Mapping[str, str]:
-    return report()
+    return examine().report
