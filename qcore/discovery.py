@@ -71,8 +71,7 @@ class Registry:
     def __init__(self, entry_points: Iterable[importlib.metadata.EntryPoint]) -> None:
         self._hooks = Hooks()
         self.plugins: list[Plugin] = []
-        # The core first, then by name: an order that does not depend on what was installed last.
-        for entry_point in sorted(entry_points, key=lambda e: (e.name != CORE_PLUGIN, e.name, e.value)):
+        for entry_point in sorted(entry_points, key=_rank):
             self.plugins.append(self._load(entry_point))
         for plugin in self.plugins:
             self._collect(plugin)
@@ -177,6 +176,11 @@ class Registry:
         except HookFault as fault:
             self._broken(plugin, fault.reason, fault.fact)
             return
+        for platform in plugin.platforms:
+            owner = PLATFORM_PLUGINS.get(platform.id, plugin.name)
+            if owner != plugin.name:
+                self._broken(plugin, f"platform {platform.id} belongs to the plugin {owner}", repr(platform))
+                return
         others = self.plugins[: self.plugins.index(plugin)]
         twice = _repeated(plugin.names) | (set(plugin.names) & {name for other in others for name in other.names})
         if twice:
@@ -193,6 +197,15 @@ class Registry:
 def registry() -> Registry:
     """The plugins of this environment, loaded once."""
     return Registry(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
+
+
+def _rank(entry_point: importlib.metadata.EntryPoint) -> tuple[bool, bool, str, bool, str]:
+    """The order of loading, which decides who keeps a name that two claim: the core, the plugins that the core knows, from
+    their own distributions, then all others by name. It does not depend on what was installed last."""
+    name, distribution = entry_point.name, entry_point.dist
+    known = name in PLATFORM_PLUGINS.values()
+    stranger = distribution is None or distribution.name != f"qcore-{name}"
+    return name != CORE_PLUGIN, not known, name, stranger, entry_point.value
 
 
 def _switched_off(name: str) -> str:

@@ -17,15 +17,15 @@ QCORE_API = (1, 0)
 
 @hookimpl
 def qcore_platforms():
-    return [Platform("tpu", "Google TPU")]
+    return [Platform("toyland", "Toy")]
 
 @hookimpl
 def qcore_kernels():
-    return [Kernel("toy_linear", "toy", "linear", ("tpu",), Accepts(("int4",)), ("bfloat16",), 1.0, "toy:Kernel")]
+    return [Kernel("toy_linear", "toy", "linear", ("toyland",), Accepts(("int4",)), ("bfloat16",), 1.0, "toy:Kernel")]
 
 @hookimpl
 def qcore_devices():
-    return [Device("tpu:0", "tpu", "a toy", "cpu")]
+    return [Device("toy:0", "toyland", "a toy", "cpu")]
 """
 
 BROKEN = {
@@ -36,7 +36,7 @@ BROKEN = {
     "new_api": (GOOD.replace("(1, 0)", "(1, 99)"), "incompatible", "found 1.99"),
     "unknown_hook": (GOOD + "\n@hookimpl\ndef qcore_magic():\n    return 1\n", "broken", "qcore_magic"),
     "wrong_argument": (GOOD + "\n@hookimpl\ndef qcore_report(colour):\n    return {}\n", "broken", "colour"),
-    "wrong_type": (GOOD.replace('[Platform("tpu", "Google TPU")]', "['tpu']"), "broken", "Platform"),
+    "wrong_type": (GOOD.replace('[Platform("toyland", "Toy")]', "['toyland']"), "broken", "Platform"),
     "hook_raises": (
         GOOD.replace("return [Kernel(", "raise OSError('driver gone') or [Kernel("),
         "broken",
@@ -64,6 +64,7 @@ BROKEN = {
         "broken",
         "pathlib.Path",
     ),
+    "anothers_platform": (GOOD.replace("toyland", "hopper"), "broken", "belongs to the plugin cuda"),
     "same_kernel": (GOOD.replace("toy_linear", "reference_linear"), "broken", "reference_linear"),
 }
 
@@ -110,7 +111,7 @@ def test_a_broken_plugin_is_reported_and_harms_nobody(tmp_path: Path, kind: str)
     source, status, clue = BROKEN[kind]
     install(tmp_path, "bad_vendor", source)
     if kind != "same_kernel":  # two good ones would claim the same names
-        install(tmp_path, "zz_good", GOOD.replace("toy_linear", "good_linear").replace('"tpu"', '"neuron"'))
+        install(tmp_path, "zz_good", GOOD.replace("toy_linear", "good_linear").replace("toyland", "goodland"))
     began = time.perf_counter()
     answer = probe(tmp_path, QCORE_HOST_SECONDS="1")
     assert time.perf_counter() - began < 10
@@ -123,14 +124,23 @@ def test_a_broken_plugin_is_reported_and_harms_nobody(tmp_path: Path, kind: str)
     assert not answer["torch"]
     if kind != "same_kernel":
         assert plugins["zz_good"]["kernels"] == ["good_linear"]
-        assert "tpu:0" in answer["devices"]  # type: ignore[operator]
+        assert "toy:0" in answer["devices"]  # type: ignore[operator]
+
+
+def test_a_stranger_under_a_known_name_does_not_push_the_plugin_out(tmp_path: Path) -> None:
+    """Two distributions name a plugin `cpu`; that the stranger's module sorts first must not matter."""
+    install(tmp_path, "aaa", GOOD)
+    (tmp_path / "aaa-1.2.dist-info" / "entry_points.txt").write_text("[qcore.plugins]\ncpu = aaa\n")
+    found = {(p["name"], p["status"], tuple(p["kernels"])) for p in probe(tmp_path)["plugins"]}  # type: ignore[attr-defined]
+    assert ("cpu", "broken", ()) in found
+    assert any(name == "cpu" and status == "loaded" and "onednn_int8" in kernels for name, status, kernels in found)
 
 
 def test_a_good_plugin_is_found(tmp_path: Path) -> None:
     install(tmp_path, "toy", GOOD)
     answer = probe(tmp_path)
     assert by_name(answer)["toy"]["status"] == "loaded"
-    assert "tpu:0" in answer["devices"]  # type: ignore[operator]
+    assert "toy:0" in answer["devices"]  # type: ignore[operator]
 
 
 def test_the_environment_restricts_and_blocks(tmp_path: Path) -> None:
