@@ -49,7 +49,9 @@ class Cell:
 
     @property
     def evidence(self) -> str:
-        """The weakest of its schemes' grades."""
+        """The weakest of its schemes' grades; none where nothing reads the format."""
+        if self.refusal is not None and self.refusal.code == "unknown-method":
+            return "none"
         return max((support.evidence for support in self.schemes), key=LADDER.index, default="none")
 
     @property
@@ -246,7 +248,8 @@ def _with_alternatives(cells: list[Cell]) -> Iterable[Cell]:
             parts.append(f"Supported on {cell.platform}: {', '.join(rows)}.")
         elif platforms := of_row.get(cell.row.id):
             parts.append(f"{cell.row.title} is supported on {', '.join(platforms)}.")
-        fix = " ".join(filter(None, parts)) or "Use another format: `qcore matrix` shows which are supported where."
+        ended = [part if part.endswith(".") else f"{part};" for part in parts[:-1] if part] + parts[-1:]
+        fix = " ".join(ended) or "Use another format: `qcore matrix` shows which are supported where."
         yield replace(cell, refusal=replace(cell.refusal, fix=fix))
 
 

@@ -195,9 +195,7 @@ def test_every_refusal_is_whole_and_its_fix_is_true() -> None:
     found = qcore.matrix()
     titles = {row.title: row.id for row in found.rows}
     for cell in found.cells:
-        assert cell.supported == (cell.refusal is None) == (cell.evidence in ("measured", "compiled", "simulated")) or (
-            cell.refusal is not None and cell.refusal.code == "unknown-method"
-        )
+        assert cell.supported == (cell.refusal is None) == (cell.evidence in ("measured", "compiled", "simulated"))
         if cell.refusal is None:
             continue
         assert cell.refusal.code in CODES and cell.refusal.reason and cell.refusal.fix, cell

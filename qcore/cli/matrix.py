@@ -75,10 +75,7 @@ def _markdown_mark(cell: Cell) -> str:
 
 def mark(cell: Cell) -> str:
     """The cell in one or two characters; LEGEND explains them. Lower case and dashes are not supported."""
-    letter = _MARKS[cell.evidence]
-    if not cell.supported and letter.isupper():
-        letter = "-"  # proved kernels, but no reader
-    return letter + ("*" if cell.baseline else " ")
+    return _MARKS[cell.evidence] + ("*" if cell.baseline else " ")
 
 
 def _print(found: Matrix) -> None:
