@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qcore.platform import PLATFORM_PLUGINS
+
 GOOD = """
 from qcore.hookspecs import hookimpl
 from qcore.kernel import Accepts, Kernel
@@ -125,6 +127,34 @@ def test_a_broken_plugin_is_reported_and_harms_nobody(tmp_path: Path, kind: str)
     if kind != "same_kernel":
         assert plugins["zz_good"]["kernels"] == ["good_linear"]
         assert "toy:0" in answer["devices"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "rocm", "xpu", "gaudi", "tpu", "neuron"])
+@pytest.mark.parametrize(
+    ("source", "clue"),
+    [("raise ImportError('libvendor.so: cannot open')", "libvendor"), ("raise SystemExit(1)", "SystemExit")],
+)
+def test_each_of_ours_may_break_and_the_others_go_on(tmp_path: Path, name: str, source: str, clue: str) -> None:
+    """The plugin's own package, shadowed by a broken one."""
+    (tmp_path / f"qcore_{name}").mkdir()
+    (tmp_path / f"qcore_{name}" / "__init__.py").write_text(source)
+    plugins = by_name(probe(tmp_path))
+    assert plugins[name]["status"] == "broken" and clue in json.dumps(plugins[name]["refusal"])
+    assert all(row["status"] == "loaded" for other, row in plugins.items() if other != name)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    matrix = subprocess.run(
+        [sys.executable, "-m", "qcore", "matrix", "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    cells = json.loads(matrix.stdout)["cells"]
+    own = {platform for platform, owner in PLATFORM_PLUGINS.items() if owner == name}
+    refused = {cell["refusal"]["code"] for cell in cells if cell["platform"] in own}
+    assert refused == {"plugin-broken"} and all(
+        f"QCORE_DISABLE={name}" in c["refusal"]["fix"] for c in cells if c["platform"] in own
+    )
+    assert name == "cpu" or any(cell["supported"] for cell in cells)
 
 
 def test_a_stranger_under_a_known_name_does_not_push_the_plugin_out(tmp_path: Path) -> None:
