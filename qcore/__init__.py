@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from qcore.model.tokenizer import load_tokenizer
     from qcore.refusal import Refusal, Refused
     from qcore.scheme import Scheme, TensorScheme
-    from qcore.support import Matrix, matrix
+    from qcore.support.matrix import Matrix, matrix
     from qcore.tensor import QuantizedTensor
 
 __version__ = "2.0.0"
 
 _HOMES = {
     "Checkpoint": "qcore.checkpoint.open",
-    "Matrix": "qcore.support",
+    "Matrix": "qcore.support.matrix",
     "QuantizedTensor": "qcore.tensor",
     "Refusal": "qcore.refusal",
     "Refused": "qcore.refusal",
@@ -39,7 +39,7 @@ _HOMES = {
     "hookimpl": "qcore.hookspecs",
     "load_model": "qcore.model.load",
     "load_tokenizer": "qcore.model.tokenizer",
-    "matrix": "qcore.support",
+    "matrix": "qcore.support.matrix",
     "open_checkpoint": "qcore.checkpoint.open",
     "plugins": "qcore.inventory",
 }

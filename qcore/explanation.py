@@ -15,7 +15,7 @@ from qcore.platform import Device, known_platform
 from qcore.refusal import Refusal
 from qcore.scheme import Scheme
 from qcore.select import LayerRequest, Selection, exact_activations, select
-from qcore.support import proofs
+from qcore.support.matrix import proofs
 
 HEAD = "lm_head"
 """transformers' name of a causal language model's output layer."""
@@ -24,7 +24,7 @@ HEAD = "lm_head"
 @dataclass(frozen=True)
 class LayerExplanation:
     """One layer; selection is None where it is not quantized and runs as torch's own layer. evidence: what proves that
-    the chosen kernel is right for the scheme on the platform: a grade of qcore.evidence, or `declared`."""
+    the chosen kernel is right for the scheme on the platform: a grade of qcore.support.evidence, or `declared`."""
 
     module: str
     scheme: Scheme | None

@@ -10,11 +10,11 @@ from types import ModuleType
 from typing import Any
 
 from qcore.discovery import Registry
-from qcore.evidence import Record, write_evidence
 from qcore.hookspecs import API_VERSION, hookimpl
 from qcore.kernel import Accepts, Kernel
 from qcore.method import Method
 from qcore.platform import COLUMNS, Device, Platform
+from qcore.support.evidence import Record, write_evidence
 
 ANY = Accepts(("*",), zeros=(None, "stored", "float"), ordered=True, inputs=("*",))
 REFERENCE = "qcore.kernels.reference:ReferenceLinear"

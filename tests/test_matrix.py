@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 import qcore
-from qcore.digest import source_digest
 from qcore.discovery import registry
-from qcore.evidence import Record, read_evidence, write_evidence
 from qcore.methods.gptq import Gptq
 from qcore.platform import COLUMNS, PLATFORM_PLUGINS
 from qcore.refusal import CODES
-from qcore.rows import BASELINE, ROWS, Row
-from qcore.support import Matrix, matrix, summary
+from qcore.support.digest import source_digest
+from qcore.support.evidence import Record, read_evidence, write_evidence
+from qcore.support.matrix import Matrix, matrix, summary
+from qcore.support.rows import BASELINE, ROWS, Row
 from sim import ANY, Reader, Sim, columns_of, kernel, sim_registry
 
 SEED = """

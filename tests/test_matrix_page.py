@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import qcore
-from qcore.matrix_page import render
+from qcore.support.page import render
 
 
 @pytest.fixture(scope="module")

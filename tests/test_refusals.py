@@ -16,10 +16,10 @@ from qcore.model.devices import find_device
 from qcore.model.probe import failed, wrong_answer
 from qcore.platform import Device, known_platform
 from qcore.refusal import CODES, Refusal, Refused
-from qcore.rows import known_row
 from qcore.scheme import Scheme
 from qcore.select import LayerRequest, select
-from qcore.support import matrix
+from qcore.support.matrix import matrix
+from qcore.support.rows import known_row
 from qcore.testing.layers import random_layer
 from sim import Sim, columns_of, kernel, sim_registry
 from test_matrix import record

@@ -11,10 +11,10 @@ from qcore.cli import options
 from qcore.cli.output import note, print_json, print_table
 from qcore.platform import known_platform
 from qcore.refusal import Refusal, Refused
-from qcore.rows import known_row
+from qcore.support.rows import known_row
 
 if TYPE_CHECKING:
-    from qcore.support import Cell, Matrix
+    from qcore.support.matrix import Cell, Matrix
 
 _MARKS = {"measured": "M", "compiled": "C", "simulated": "S", "declared": "d", "none": "-"}
 LEGEND = (
@@ -40,7 +40,7 @@ def matrix_command(
 
     Example: qcore matrix --row gptq --platform hopper
     """
-    from qcore.support import matrix
+    from qcore.support.matrix import matrix
 
     whole = matrix()
     if row is not None:
@@ -79,7 +79,7 @@ def mark(cell: Cell) -> str:
 
 
 def _print(found: Matrix) -> None:
-    from qcore.support import summary
+    from qcore.support.matrix import summary
 
     counts = summary(found)
     print_table(
@@ -113,7 +113,7 @@ def _print_cell(cell: Cell) -> None:
 
 
 def _write_page(path: pathlib.Path, document: dict[str, Any]) -> None:
-    from qcore.matrix_page import render
+    from qcore.support.page import render
 
     beside = path.with_name(path.name + ".partial")
     try:

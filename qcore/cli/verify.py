@@ -9,7 +9,7 @@ import typer
 from qcore.cli import options
 from qcore.cli.output import note, print_json, print_table, progress_bar
 from qcore.refusal import Refusal, Refused
-from qcore.rows import known_row
+from qcore.support.rows import known_row
 
 if TYPE_CHECKING:
     from qcore.discovery import Registry
@@ -69,7 +69,7 @@ def _nothing(question: Question) -> Refusal:
 
 
 def _record(plugins: Registry, findings: list[Finding]) -> None:
-    from qcore.evidence import merged, read_evidence, write_evidence
+    from qcore.support.evidence import merged, read_evidence, write_evidence
     from qcore.testing.verify import records
 
     for plugin in plugins.plugins:

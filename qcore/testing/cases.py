@@ -19,8 +19,8 @@ from qcore.elements import (
     Tile,
 )
 from qcore.kernel import Kernel
-from qcore.rows import ROWS
 from qcore.scheme import PRESETS, SHORTHANDS, Scheme, TensorScheme, Zero
+from qcore.support.rows import ROWS
 
 GROUPS = (16, 32, 64, 128, 256)
 _INPUTS = ("int8-token-sym-dyn", "int8-token-asym-dyn", "int8-tensor-sym", "int8-tensor-asym", "int8-tensor-sym-dyn")

@@ -12,12 +12,12 @@ from fnmatch import fnmatchcase
 import pytest
 
 from qcore.discovery import registry
-from qcore.evidence import read_evidence
 from qcore.kernel import Kernel
 from qcore.platform import PLATFORM_PLUGINS, Device
 from qcore.refusal import Refusal
 from qcore.scheme import Scheme
 from qcore.select import LayerRequest, select
+from qcore.support.evidence import read_evidence
 from qcore.testing.capabilities import Capabilities
 from qcore.testing.cases import catalogue
 from qcore.testing.checks import CHECKS, SIZES, Bench, smallest_shape

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from qcore.accuracy import error_bound
-from qcore.digest import source_digest
 from qcore.discovery import Plugin, Registry
-from qcore.evidence import Record
 from qcore.host import Host
 from qcore.kernel import Kernel
 from qcore.platform import Device
 from qcore.refusal import Refusal
-from qcore.rows import ROWS
 from qcore.scheme import Scheme
 from qcore.select import LayerRequest, select
+from qcore.support.digest import source_digest
+from qcore.support.evidence import Record
+from qcore.support.rows import ROWS
 from qcore.testing.cases import catalogue, claimed
 from qcore.testing.checks import CHECKS, SIZES, Bench, smallest_shape
 

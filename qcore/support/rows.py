@@ -1,7 +1,7 @@
 """The rows of the support matrix, as queries, and the seed table that qcore is measured against.
 
 A row asks: can one of these formats be read, and does a kernel (of this family, where one is named) take every one of
-these schemes? Formats and kernel families are rows alike, and qcore.support computes both by one path.
+these schemes? Formats and kernel families are rows alike, and qcore.support.matrix computes both by one path.
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from qcore.digest import source_digest
 from qcore.discovery import Registry, registry
-from qcore.evidence import GRADES, Record, read_evidence
 from qcore.kernel import Kernel
 from qcore.platform import COLUMNS
 from qcore.refusal import Kind, Refusal, Refused
-from qcore.rows import BASELINE, ROWS, Row
 from qcore.scheme import Scheme
+from qcore.support.digest import source_digest
+from qcore.support.evidence import GRADES, Record, read_evidence
+from qcore.support.rows import BASELINE, ROWS, Row
 
 LADDER = (*GRADES, "declared", "none")
 """Grades of evidence and what is less than evidence: a kernel that nothing proves, and no kernel."""

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_TEMPLATE = Path(__file__).with_name("matrix_page.html")
+_TEMPLATE = Path(__file__).with_name("page.html")
 _PLACE = "/*MATRIX*/null"
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """The page of a matrix document (`qcore.support.Matrix.to_dict`); it works offline and loads nothing.
+    """The page of a matrix document (`qcore.support.matrix.Matrix.to_dict`); it works offline and loads nothing.
 
     The document stands in the page as JSON with `<`, `>` and `&` escaped, so that no text in it can end the element or
     begin another.

@@ -32,7 +32,7 @@ class Record:
 
     schemes: for each scheme of the row that the kernel takes, the worst `error` and the `bound` that it was held against
     (qcore.accuracy). cases: comparisons made. command: what to run to get the record again. device: what it ran on.
-    versions: of the software that took part. source: the kernel's digest (qcore.digest). date: ISO 8601.
+    versions: of the software that took part. source: the kernel's digest (qcore.support.digest). date: ISO 8601.
     """
 
     row: str

@@ -1,0 +1,1 @@
+"""Which rows of the matrix run on which platforms, and what proves it."""
