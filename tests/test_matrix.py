@@ -276,3 +276,17 @@ def test_the_command_is_quick_and_needs_no_torch() -> None:
         seconds.append(time.perf_counter() - began)
     assert done.stdout.strip().endswith("False") and "AWQ" in done.stdout
     assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_the_terminals_table_fits(width: int) -> None:
+    from qcore.cli.matrix import table
+
+    found = qcore.matrix()
+    lines = table(found, width)
+    assert max(map(len, lines)) <= max(width, 54) and len(lines) >= len(found.rows) + 1
+    assert all(any(title in line for line in lines) for title in found.titles.values())
+    row = next(line for line in lines if line.startswith("GPTQ "))
+    assert row.split()[1:] == [
+        {"measured": "M", "declared": "d", "none": "-"}[c.evidence] + "*" * c.baseline for c in found.part("gptq").cells
+    ]

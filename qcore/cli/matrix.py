@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qcore.cli import options
-from qcore.cli.output import note, print_json, print_table
+from qcore.cli.output import note, print_json, styled
 from qcore.platform import known_platform
 from qcore.refusal import Refusal, Refused
 from qcore.support.rows import known_row
@@ -17,10 +19,10 @@ if TYPE_CHECKING:
     from qcore.support.matrix import Cell, Matrix
 
 _MARKS = {"measured": "M", "compiled": "C", "simulated": "S", "declared": "d", "none": "-"}
-LEGEND = (
-    "M measured on that hardware, C compiled for it and run elsewhere, S simulated (these three: supported); "
-    "d declared, not proved; - no kernel or no reader; * ticked by the seed table"
-)
+_STYLES = {"measured": "green", "compiled": "blue", "simulated": "magenta", "declared": "yellow", "none": "dim"}
+LEGEND = """M  measured on that hardware           d  declared: a kernel takes it, nothing proves it
+C  compiled for it and run elsewhere   -  no kernel, or nothing reads the format
+S  simulated                           *  ticked by the seed table; M, C and S are supported"""
 MARKDOWN_LEGEND = (
     "**M** measured on that hardware, **C** compiled for it and run elsewhere, **S** simulated; bold where the widely "
     "published table ticks the cell too, a dot where it does and nothing proves it here yet."
@@ -75,21 +77,38 @@ def _markdown_mark(cell: Cell) -> str:
 
 def mark(cell: Cell) -> str:
     """The cell in one or two characters; LEGEND explains them. Lower case and dashes are not supported."""
-    return _MARKS[cell.evidence] + ("*" if cell.baseline else " ")
+    return _MARKS[cell.evidence] + ("*" if cell.baseline else "")
+
+
+def table(found: Matrix, width: int, *, colour: bool = False) -> list[str]:
+    """The matrix in lines of at most `width` columns: headings in one line or, where they do not fit, down a stair."""
+    side = max(len(row.title) for row in found.rows) + 2
+    titles = [found.titles[platform] for platform in found.platforms]
+    widths = [max(len(title), 2) + 2 for title in titles]
+    if side + sum(widths) <= width:
+        lines = [" " * side + "".join(title.ljust(w) for title, w in zip(titles, widths, strict=True)).rstrip()]
+    else:
+        widths = [3] * len(titles)
+        lines = [" " * side + "|  " * i + title for i, title in enumerate(titles)]
+    for row in found.rows:
+        line = row.title.ljust(side)
+        for platform, w in zip(found.platforms, widths, strict=True):
+            cell = found.cell(row.id, platform)
+            line += styled(mark(cell), _STYLES[cell.evidence], colour) + " " * (w - len(mark(cell)))
+        lines.append(line.rstrip())
+    return lines
 
 
 def _print(found: Matrix) -> None:
     from qcore.support.matrix import summary
 
+    terminal = sys.stdout.isatty()
+    print("\n".join(table(found, shutil.get_terminal_size((1000, 50)).columns if terminal else 1000, colour=terminal)))
     counts = summary(found)
-    print_table(
-        ("", *(found.titles[platform] for platform in found.platforms)),
-        ([row.title, *(mark(found.cell(row.id, platform)) for platform in found.platforms)] for row in found.rows),
-    )
     print(f"\n{LEGEND}")
     print(
         f"supported: {counts['baseline_supported']} of {counts['baseline_ticks']} ticks of the seed table, "
-        f"and {counts['beyond_baseline']} cells beyond it"
+        f"and {counts['beyond_baseline']} cells beyond it; name a cell with --row and --platform for its reasons"
     )
     if len(found.cells) > 2 * max(len(found.rows), len(found.platforms)):
         return

@@ -54,7 +54,7 @@ def styled(text: str, style: str, terminal: bool) -> str:
     """`text` in a style where a terminal shows it."""
     if not terminal or "NO_COLOR" in os.environ:
         return text
-    codes = {"bold red": "1;31", "green": "32", "red": "31", "dim": "2", "bold": "1"}
+    codes = {"bold red": "1;31", "red": "31", "green": "32", "yellow": "33", "blue": "34", "magenta": "35", "dim": "2"}
     return f"\033[{codes[style]}m{text}\033[0m"
 
 

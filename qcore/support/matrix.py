@@ -209,7 +209,7 @@ class _Computation:
             return replace(absent, subject=subject)
         if row.methods and not self.readable & set(row.methods):
             return no("unknown-method", "notimpl", "no installed plugin reads checkpoints of this format",
-                      f"found readers of {', '.join(sorted(self.readable))}")  # fmt: skip
+                      f"found readers of {', '.join(sorted(method.name for method in self.plugins.methods))}")  # fmt: skip
         if lacking := [str(support.scheme) for support in schemes if support.kernel is None]:
             kernels = f"kernel of the family {row.family}" if row.family else "kernel"
             return no("no-kernel", "notimpl", f"no registered {kernels} takes {_some(lacking)}",
