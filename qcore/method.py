@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qcore.checkpoint.source import TensorInfo, TensorSource
 from qcore.refusal import bad_file
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from qcore.tensor import LayerTensors
 
+
+T = TypeVar("T")
 
 PLAIN_FLOATS = ("F16", "BF16", "F32", "F64")
 """Data types of unquantized weights."""
@@ -42,6 +44,13 @@ class CheckpointFiles:
     quantization: Mapping[str, Any] | None
     quantization_file: Path
     folder: Path
+    _made: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gave the first time, for what a method works out of the files only once."""
+        if name not in self._made:
+            self._made[name] = make()
+        return cast("T", self._made[name])
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,7 @@ class Method(ABC):
 
     def recognizes(self, files: CheckpointFiles) -> bool:
         """Whether the files are of this format; decides on the config alone unless overridden."""
-        config = files.quantization
-        return config is not None and str(config.get("quant_method", "")).lower() in self.quant_methods
+        return stated_method(files.quantization) in self.quant_methods
 
     def format_version(self, files: CheckpointFiles) -> str:
         """The variant or writer's version, in the format's own words; empty if it has none."""
@@ -111,6 +119,12 @@ class Method(ABC):
     def read_parameter(self, files: CheckpointFiles, name: str) -> torch.Tensor:
         """One tensor of `parameters`, as transformers expects it, in the dtype of the file."""
         return files.source.read(name)
+
+
+def stated_method(config: Mapping[str, Any] | None) -> str:
+    """The format that a quantization config names, in lower case: `quant_method`, or `method` as GPTQModel writes it."""
+    config = config or {}
+    return str(config.get("quant_method", config.get("method", ""))).lower()
 
 
 def is_embedding(module: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,7 @@ from qcore.checkpoint.json_file import read_json
 from qcore.checkpoint.safetensors import SafetensorsSource
 from qcore.checkpoint.source import TensorInfo, TensorSource
 from qcore.discovery import registry
-from qcore.method import CheckpointFiles, Method, ModulePlan
+from qcore.method import CheckpointFiles, Method, ModulePlan, stated_method
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
 
@@ -140,7 +141,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 checkpoint, method
             )  # plans too: headers that contradict the config are refused here, not later
             return checkpoint
-    found = files.quantization.get("quant_method", "no quant_method") if files.quantization else "no quantization"
+    found = stated_method(files.quantization) or "none"
     known = sorted({name for method in methods for name in (method.quant_methods or (method.name,))})
     raise Refused(
         Refusal(
@@ -249,5 +250,5 @@ def _with_side_file(files: CheckpointFiles, methods: list[Method]) -> Checkpoint
             side_file = files.folder / name
             if side_file.is_file():
                 config = {"quant_method": method.quant_methods[0], **read_json(side_file)}
-                return CheckpointFiles(files.path, files.source, files.config, config, side_file, files.folder)
+                return replace(files, quantization=config, quantization_file=side_file)
     return files

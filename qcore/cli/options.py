@@ -26,3 +26,10 @@ def checked_dtype(value: str) -> str:
         raise Refused(Refusal("bad-argument", "usage", "--dtype", "the option does not take this value",
                               f"found {value!r}", f"Use one of: {', '.join(_DTYPES)}."))  # fmt: skip
     return value
+
+
+def checked_prompt(text: str) -> str:
+    """`text`, if it says anything. Raises Refused (bad-argument)."""
+    if not text.strip():
+        raise Refused(Refusal("bad-argument", "usage", "--prompt", "the prompt is empty", fix="Say something with -p."))
+    return text

@@ -10,7 +10,6 @@ import typer
 
 from qcore.cli import options
 from qcore.cli.output import note, peak_rss_mib, print_json, progress_bar
-from qcore.refusal import Refusal, Refused
 from qcore.select import exact_activations
 
 
@@ -34,8 +33,7 @@ def run(
     options.checked_dtype(dtype)
     exact_activations(activations)
     text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        raise Refused(Refusal("bad-argument", "usage", "--prompt", "the prompt is empty", fix="Say something with -p."))
+    options.checked_prompt(text)
 
     from qcore.checkpoint.open import open_checkpoint
     from qcore.model.devices import compute_dtype, find_device

@@ -183,6 +183,9 @@ class CompressedTensors(Method):
         )
 
     def _config(self, files: CheckpointFiles) -> CompressedConfig:
+        return files.once("config", lambda: self._checked(files))
+
+    def _checked(self, files: CheckpointFiles) -> CompressedConfig:
         assert files.quantization is not None
         config = check(CompressedConfig, files.quantization, file=files.quantization_file)
         for field, found in (

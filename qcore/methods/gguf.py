@@ -83,11 +83,7 @@ class Gguf(Method):
 
     def _names(self, files: CheckpointFiles) -> dict[str, GgufParameter]:
         """Computed once for each opened file: it walks every tensor's name."""
-        if self._known is None or self._known[0] is not files.source:
-            self._known = (files.source, parameter_names(files.source.metadata, files.source.tensors))
-        return self._known[1]
-
-    _known: tuple[object, dict[str, GgufParameter]] | None = None
+        return files.once("names", lambda: parameter_names(files.source.metadata, files.source.tensors))
 
 
 def _in_order(tensor: torch.Tensor, source: GgufParameter) -> torch.Tensor:

@@ -72,10 +72,6 @@ class Gptq(Method):
     side_files = ("quantize_config.json",)
     parts = frozenset({"qweight", "qzeros", "scales", "g_idx", "bias"})
 
-    def recognizes(self, files: CheckpointFiles) -> bool:
-        config = files.quantization or {}
-        return str(config.get("quant_method", config.get("method", ""))).lower() in self.quant_methods
-
     def format_version(self, files: CheckpointFiles) -> str:
         return self._config(files).checkpoint_format
 
@@ -128,6 +124,9 @@ class Gptq(Method):
         return LayerTensors(weight_tensor, read(bias) if bias in files.source.tensors else None)
 
     def _config(self, files: CheckpointFiles) -> GptqConfig:
+        return files.once("config", lambda: self._checked(files))
+
+    def _checked(self, files: CheckpointFiles) -> GptqConfig:
         assert files.quantization is not None
         config = check(GptqConfig, files.quantization, file=files.quantization_file)
         layout = config.checkpoint_format

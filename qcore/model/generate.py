@@ -38,12 +38,7 @@ class Timing:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> list[int]:
-    """The prompt's tokens; as a user's turn where `chat` is wanted and the tokenizer has a chat template.
-
-    Raises Refused (bad-argument) for an empty prompt.
-    """
-    if not prompt.strip():
-        raise Refused(Refusal("bad-argument", "usage", "prompt", "the prompt is empty", fix="Say something with -p."))
+    """The prompt's tokens; as a user's turn where `chat` is wanted and the tokenizer has a chat template."""
     if chat and tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
         text = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
@@ -78,11 +73,11 @@ def generate(
     random = torch.Generator().manual_seed(seed)
     cache: Any = None
     step = torch.tensor([prompt], device=model.device)
-    tokens: list[int] = []
-    shown = ""
+    text = _Text(tokenizer)
+    arguments = _last_only(model)
     for _ in range(min(max_new_tokens, room)):
         began = time.perf_counter()
-        out = model(input_ids=step, past_key_values=cache, use_cache=True, **_last_only(model))
+        out = model(input_ids=step, past_key_values=cache, use_cache=True, **arguments)
         cache = out.past_key_values
         token = _pick(out.logits[0, -1].float().cpu(), temperature, random)
         spent = time.perf_counter() - began
@@ -93,15 +88,39 @@ def generate(
         timing.new_tokens += 1
         if token in ends:
             break
-        tokens.append(token)
-        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-        if not text.endswith("\ufffd") and len(text) > len(shown):  # not in the middle of a character
-            yield text[len(shown) :]
-            shown = text
+        if piece := text.add(token):
+            yield piece
         step = torch.tensor([[token]], device=model.device)
-    rest = str(tokenizer.decode(tokens, skip_special_tokens=True))[len(shown) :]
-    if rest:
+    if rest := text.rest():
         yield rest
+
+
+class _Text:
+    """Tokens into text, a piece at a time. A token's text depends on the few before it (spaces, characters cut in two), so
+    that each piece is the difference of two short windows; decoding all of them anew would take longer with each token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.window = self.shown = 0
+        """Tokens from `window` to `shown` are out already and give those that follow their context."""
+
+    def add(self, token: int) -> str:
+        """What is certain with this token; empty in the middle of a character."""
+        self.tokens.append(token)
+        piece = self._piece()
+        if piece.endswith("\ufffd") or not piece:
+            return ""
+        self.window, self.shown = self.shown, len(self.tokens)
+        return piece
+
+    def rest(self) -> str:
+        """What never became certain."""
+        return self._piece()
+
+    def _piece(self) -> str:
+        before = str(self.tokenizer.decode(self.tokens[self.window : self.shown], skip_special_tokens=True))
+        return str(self.tokenizer.decode(self.tokens[self.window :], skip_special_tokens=True))[len(before) :]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
