@@ -14,8 +14,9 @@ import pytest
 import qcore
 from qcore.discovery import registry
 from qcore.methods.gptq import Gptq
-from qcore.platform import COLUMNS, PLATFORM_PLUGINS
+from qcore.platform import COLUMNS, PLATFORM_PLUGINS, Device
 from qcore.refusal import CODES
+from qcore.select import LayerRequest, select
 from qcore.support.digest import source_digest
 from qcore.support.evidence import Record, read_evidence, write_evidence
 from qcore.support.matrix import Matrix, matrix, summary
@@ -229,6 +230,20 @@ def test_the_cpu_cells_of_the_seed_that_can_be_read_are_measured() -> None:
     found = qcore.matrix()
     for row in ("gptq", "int8_w8a8", "gguf", "int4_w4a16", "fp8_w8a8"):
         assert found.cell(row, "x86_cpu").evidence == "measured"
+
+
+def test_every_architecture_of_every_platform_selects_something() -> None:
+    """Simulated devices, oldest to newest, of all that the plugins declare."""
+    asked = LayerRequest("linear", ROW["gptq"].parsed[0], (256, 256), "float32")
+    seen = 0
+    for platform in registry().platforms.values():
+        for architecture in platform.architectures or ("",):
+            device = Device(f"{platform.id}:0", platform.id, architecture, "cpu", architecture)
+            found = select(asked, platform.id, registry().kernels, device)
+            assert found.kernel is not None and found.kernel.runs_on(architecture)
+            assert all(c.refusal.reason and c.refusal.fact and c.refusal.fix for c in found.candidates if c.refusal)
+            seen += 1
+    assert seen > 45
 
 
 def test_evidence_files_of_all_plugins_are_current() -> None:

@@ -30,7 +30,8 @@ def wrong_answer(
     """
     weight = layer.weight
     scheme, (rows, columns) = weight.scheme, weight.shape
-    bound = _TOLERANCE * error_bound(kernel, scheme, str(dtype).removeprefix("torch."))
+    name = str(dtype).removeprefix("torch.")
+    bound = _TOLERANCE * error_bound(kernel, scheme, name)
     tile = next((level.granularity.rows for level in scheme.weight.scales if isinstance(level.granularity, Tile)), 1)
     last = max(0, rows - _ROWS) // tile * tile
     parts = [(0, min(rows, _ROWS))] + ([(last, rows)] if last else [])
@@ -55,7 +56,7 @@ def wrong_answer(
     if error <= bound:
         return None
     return Refusal("kernel-wrong", "notimpl", kernel.name, "its answer is too far from the definition",
-                   f"found error {error:.3g} for {scheme} in {dtype}, expected at most {bound:.3g}",
+                   f"found error {error:.3g} for {scheme} in {name}, expected at most {bound:.3g}",
                    "Another kernel is used. Report it to the kernel's plugin; `qcore verify` shows every case.")  # fmt: skip
 
 

@@ -122,7 +122,9 @@ def _expect(vendor: Capabilities, bench: Bench, check: str) -> None:
         CHECKS[check](bench)
     except Exception as fault:
         if able and known is None:
-            raise AssertionError(f"{bench}: {check}: {fault}") from fault
+            if isinstance(fault, AssertionError):
+                raise
+            raise AssertionError(f"{bench}: {check}: {type(fault).__name__}: {fault}") from fault
         return
     if not able or known is not None:
         declared = f"capability {check} is declared missing" if not able else f"a known failure ({known})"
