@@ -157,3 +157,11 @@ def require_tensor(
         raise bad_file("bad-dtype", "its data type is not one that the format stores", **where, field="dtype",
                        found=info.dtype, expected=" or ".join(allowed))  # fmt: skip
     return info
+
+
+def finite(files: CheckpointFiles, name: str, values: torch.Tensor) -> torch.Tensor:
+    """`values`, which were read from the tensor of this name. Raises Refused (bad-content) where one is NaN or infinite."""
+    if not bool(values.isfinite().all()):
+        raise bad_file("bad-content", "a scale is not a finite number", file=files.source.tensors[name].file,
+                       tensor=name, field="values", found="NaN or infinity", expected="finite scales")  # fmt: skip
+    return values

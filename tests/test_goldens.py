@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 import qcore
 
 FOLDERS = [Path(__file__).parent / "golden", *map(Path, filter(None, [os.environ.get("QCORE_GOLDEN")]))]
-METHODS = ("gguf", "gptq", "compressed-tensors", "dense")
+READ = ("base", "gguf", "gptqmodel", "llmcompressor", "autoawq", "autoround-auto_awq", "autoround-auto_gptq")
+METHODS = ("awq", "gguf", "gptq", "compressed-tensors", "dense")
 
 
 def goldens() -> list[Path]:
     """Checkpoints of the formats that are read in this version; others must be refused, which test_methods.py checks."""
     found = sorted(path for folder in FOLDERS for path in folder.iterdir() if (path / "expected.safetensors").is_file())
     assert found, "no golden checkpoints"
-    return [path for path in found if path.name.split("-")[0] in ("base", "gguf", "gptqmodel", "llmcompressor") and "awq-gemm" not in path.name
-            and "fp4" not in path.name]  # fmt: skip
+    return [path for path in found if path.name.startswith(READ) and "fp4" not in path.name]
 
 
 @pytest.fixture(scope="module", params=goldens(), ids=lambda path: path.name)

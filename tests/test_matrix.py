@@ -228,7 +228,7 @@ def test_every_tick_rests_on_a_record_whose_command_reproduces_it() -> None:
 
 def test_the_cpu_cells_of_the_seed_that_can_be_read_are_measured() -> None:
     found = qcore.matrix()
-    for row in ("gptq", "int8_w8a8", "gguf", "int4_w4a16", "fp8_w8a8"):
+    for row in ("awq", "gptq", "int8_w8a8", "gguf", "int4_w4a16", "fp8_w8a8"):
         assert found.cell(row, "x86_cpu").evidence == "measured"
 
 

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Float, Granularity, Group, Int, Level, PerChannel, PerTensor, PerToken, Tile, scale_shape
-from qcore.method import PLAIN_FLOATS, CheckpointFiles, Method, ModulePlan, is_embedding, require_tensor
+from qcore.method import PLAIN_FLOATS, CheckpointFiles, Method, ModulePlan, finite, is_embedding, require_tensor
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import PRESETS, Scheme, TensorScheme
 
@@ -331,10 +331,7 @@ class CompressedTensors(Method):
         if name not in files.source.tensors:
             return None
         tensor = files.source.read(name)
-        if part.endswith("scale") and not bool(tensor.isfinite().all()):
-            raise bad_file("bad-content", "a scale is not a finite number", file=files.source.tensors[name].file,
-                           tensor=name, field="values", found="NaN or infinity", expected="finite scales")  # fmt: skip
-        return tensor
+        return finite(files, name, tensor) if part.endswith("scale") else tensor
 
 
 def _scope(name: str, entry: Scope | list[str]) -> Scope:

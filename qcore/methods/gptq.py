@@ -17,7 +17,7 @@ from pydantic import AliasChoices, Field
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Granularity, Group, PerChannel
-from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, require_tensor
+from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, finite, require_tensor
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, integer_weight
 
@@ -103,7 +103,7 @@ class Gptq(Method):
         read, bits = files.source.read, settings.bits
         stream = read(f"{module}.qweight").t().contiguous().view(torch.uint8)
         codes = stream[:, : (columns * bits + 7) // 8].contiguous()
-        scales = _finite(files, f"{module}.scales", read(f"{module}.scales").t().contiguous())
+        scales = finite(files, f"{module}.scales", read(f"{module}.scales").t().contiguous())
         zeros = unpack(read(f"{module}.qzeros").contiguous().view(torch.uint8), bits, rows).t().contiguous()
         if config.checkpoint_format == "gptq":
             zeros = (zeros + 1) & ((1 << bits) - 1)  # v1; field by field, so that no carry reaches the next zero point
@@ -222,13 +222,6 @@ def _flatten(entries: object) -> list[str]:
     if isinstance(entries, list):
         return [name for entry in entries for name in _flatten(entry)]
     return [entries] if isinstance(entries, str) else []
-
-
-def _finite(files: CheckpointFiles, name: str, scales: torch.Tensor) -> torch.Tensor:
-    if not bool(scales.isfinite().all()):
-        raise bad_file("bad-content", "a scale is not a finite number", file=files.source.tensors[name].file,
-                       tensor=name, field="values", found="NaN or infinity", expected="finite scales")  # fmt: skip
-    return scales
 
 
 METHOD = Gptq()
