@@ -337,3 +337,63 @@ def test_generated_docs_are_current() -> None:
         [sys.executable, "-m", "qcore.cli.docs", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_matrix_in_all_its_forms(tmp_path: Path) -> None:
+    cells = answer("matrix", "--row", "gptq")["cells"]
+    assert len(cells) == len(COLUMNS) and {cell["row"] for cell in cells} == {"gptq"}
+    one = answer("matrix", "--row", "gptq", "--platform", "x86_cpu")["cells"]
+    assert [cell["supported"] for cell in one] == [True] and one[0]["records"][0]["grade"] == "measured"
+    table = qcore("matrix", "--markdown").stdout
+    assert table.startswith("| | Volta |") and "| GPTQ |" in table
+    done = qcore("matrix", "--html", tmp_path / "m.html")
+    assert (
+        done.returncode == 0 and done.stdout == "" and (tmp_path / "m.html").read_text().startswith("<!doctype html>")
+    )
+    words = qcore("matrix", "--row", "marlin", "--platform", "hopper").stdout
+    assert "not supported" in words and "no-kernel" in words and "fix:" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "clue"),
+    [
+        (("matrix", "--row", "abacus"), 2, "unknown-row"),
+        (("matrix", "--platform", "abacus"), 2, "unknown-platform"),
+        (("matrix", "--html", "/proc/nowhere/m.html"), 2, "cannot be written"),
+        (("verify", "--plugin", "abacus"), 3, "plugin-missing"),
+        (("verify", "--platform", "abacus"), 2, "unknown-platform"),
+        (("verify", "--kernel", "abacus"), 2, "unknown-kernel"),
+        (("verify", "--plugin", "gaudi"), 3, "no-device"),
+        (("plugins", "new", "Acme"), 2, "bad-argument"),
+        (("plugins", "new", "cuda"), 2, "bad-argument"),
+        (("plugins", "new", "acme", "--out", "/proc"), 2, "cannot be written"),
+        (("plugins", "new", "acme", "--title", 'a"b'), 2, "source code"),
+    ],
+)
+def test_wrong_requests_of_the_matrix_are_refused(arguments: tuple[str, ...], code: int, clue: str) -> None:
+    done = qcore(*arguments)
+    assert done.returncode == code and clue in done.stderr and "Traceback" not in done.stderr
+
+
+def test_verify_reports_and_records(tmp_path: Path) -> None:
+    found = answer("verify", "--plugin", "cpu", "--row", "int8_w8a8", "--kernel", "onednn_int8")["findings"]
+    assert {row["scheme"] for row in found} == {"W8A8-int8-dyn", "W8A8-int8-static"}
+    assert all(0 < row["error"] <= row["bound"] and row["cases"] > 20 and not row["failures"] for row in found)
+
+
+def test_a_new_package_is_whole_and_never_overwritten(tmp_path: Path) -> None:
+    assert qcore("plugins", "new", "acme", "--title", "Acme NPU", "--out", tmp_path).returncode == 0
+    made = tmp_path / "qcore-acme"
+    files = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
+    assert files >= {
+        "pyproject.toml",
+        "README.md",
+        "qcore_acme/plugin.py",
+        "qcore_acme/evidence.json",
+        "tests/conftest.py",
+    }
+    assert not any("$" in (made / name).read_text() for name in files) and [p.name for p in tmp_path.iterdir()] == [
+        "qcore-acme"
+    ]
+    again = qcore("plugins", "new", "acme", "--out", tmp_path)
+    assert again.returncode == 2 and "exists already" in again.stderr

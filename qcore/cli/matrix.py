@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qcore.cli import options
-from qcore.cli.output import note, print_json, styled
+from qcore.cli.output import note, print_json, styled, writing
 from qcore.platform import known_platform
-from qcore.refusal import Refusal, Refused
 from qcore.support.rows import known_row
 
 if TYPE_CHECKING:
@@ -135,10 +134,7 @@ def _write_page(path: pathlib.Path, document: dict[str, Any]) -> None:
     from qcore.support.page import render
 
     beside = path.with_name(path.name + ".partial")
-    try:
+    with writing(path):
         beside.write_text(render(document), encoding="utf-8")
         beside.replace(path)
-    except OSError as error:
-        raise Refused(Refusal("bad-argument", "usage", "--html", "the file cannot be written", str(error),
-                              "Name a file in a folder that exists and that you may write to.")) from error  # fmt: skip
     note(f"wrote {path}")

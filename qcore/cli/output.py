@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from qcore.refusal import Refusal
+from qcore.refusal import Refusal, Refused
 
 
 def print_json(document: Any) -> None:
@@ -77,6 +77,16 @@ def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None] | None]
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda label, done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Turns what the file system raises while `path` is written into a refusal (bad-argument)."""
+    try:
+        yield
+    except OSError as error:
+        raise Refused(Refusal("bad-argument", "usage", str(path), "it cannot be written", str(error),
+                              "Name a place that exists, that you may write to, and that has room.")) from error  # fmt: skip
 
 
 def mebibytes(count: float) -> float:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from qcore.cli import options
-from qcore.cli.output import print_json, print_table
+from qcore.cli.output import print_json, print_table, writing
 from qcore.platform import PLATFORM_PLUGINS
 from qcore.refusal import Refusal, Refused
 
@@ -98,7 +98,7 @@ def new(
         reason = "it exists already" if target.exists() else "the folder to make it in does not exist"
         raise Refused(Refusal("bad-argument", "usage", str(target), reason, fix="Name another folder with --out."))
     words = {"name": name, "module": f"qcore_{name}", "upper": name.upper(), "title": _plain(title or name)}
-    with tempfile.TemporaryDirectory(dir=out) as scratch:
+    with writing(target), tempfile.TemporaryDirectory(dir=out) as scratch:
         made = pathlib.Path(scratch) / target.name
         _fill(_TEMPLATE, made, words)
         shutil.move(made, target)

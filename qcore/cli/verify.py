@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qcore.cli import options
-from qcore.cli.output import note, print_json, print_table, progress_bar
+from qcore.cli.output import note, print_json, print_table, progress_bar, writing
 from qcore.refusal import Refusal, Refused
 from qcore.support.rows import known_row
 
@@ -83,7 +83,8 @@ def _record(plugins: Registry, findings: list[Finding]) -> None:
         old = read_evidence(plugin.evidence)
         failed = {(f.device.platform, f.kernel.name) for f in findings if f.failures}
         kept = [r for r in old if (r.platform, r.kernel) not in failed]
-        write_evidence(plugin.evidence, merged(kept, new))
+        with writing(plugin.evidence):
+            write_evidence(plugin.evidence, merged(kept, new))
         note(f"wrote {len(new)} records to {plugin.evidence}")
 
 
