@@ -73,9 +73,9 @@ def test_every_variant_is_exact(tmp_path: Path, layout: str, group_size: int, pa
 def test_gemv_of_groups_of_64_is_padded_to_two_words(tmp_path: Path) -> None:
     path, weight = checkpoint(tmp_path, 48, "gemv", padding=1)
     assert torch.equal(qcore.open_checkpoint(path).dequantize(MODULE), weight)
-    from qcore.methods.awq import _padded_words
+    from qcore.layouts.awq import padded_words
 
-    assert [_padded_words(g, s) for g, s in ((9, 128), (1, 64), (17, 64), (1, 32), (33, 32))] == [2, 2, 4, 4, 8]
+    assert [padded_words(g, s) for g, s in ((9, 128), (1, 64), (17, 64), (1, 32), (33, 32))] == [2, 2, 4, 4, 8]
 
 
 @pytest.mark.parametrize("spelling", [{"version": "GEMM"}, {"version": None, "checkpoint_format": "gemm"}])

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import qcore
 
 FOLDERS = [Path(__file__).parent / "golden", *map(Path, filter(None, [os.environ.get("QCORE_GOLDEN")]))]
-READ = ("base", "gguf", "gptqmodel", "llmcompressor", "autoawq", "autoround-auto_awq", "autoround-auto_gptq")
-METHODS = ("awq", "gguf", "gptq", "compressed-tensors", "dense")
+READ = ("base", "gguf", "gptqmodel", "llmcompressor", "autoawq", "autoround", "inc-rtn")
+METHODS = ("auto-round", "awq", "gguf", "gptq", "compressed-tensors", "dense")
 
 
 def goldens() -> list[Path]:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "qcore").rglob("*.py"), *(ROOT / "plugins").glob("*/qcore_*/**/*.py")])
 
 FORBIDDEN = {
+    "layouts": ("qcore.kernels", "qcore.algorithms", "qcore.methods", "qcore.model", "qcore.cli", "qcore.select"),
     "methods": ("qcore.kernels", "qcore.algorithms", "qcore.cli", "qcore.select", "qcore.discovery", "qcore.methods."),
     "kernels": (
         "qcore.methods",

@@ -20,8 +20,8 @@ _LONGEST_PATTERN, _LONGEST_NAME, _MOST_REPEATS = 1000, 512, 8
 length in the worst case. Real patterns have one to four."""
 
 
-def matches(pattern: str, name: str, *, file: Path, field: str) -> bool:
-    """Whether the pattern matches at the beginning of the name (re.match).
+def matches(pattern: str, name: str, *, file: Path, field: str, anywhere: bool = False) -> bool:
+    """Whether the pattern matches at the beginning of the name (re.match), or anywhere in it (re.search).
 
     Raises Refused: bad-field where it is no regular expression, limit-exceeded where matching could take for ever.
     """
@@ -34,7 +34,7 @@ def matches(pattern: str, name: str, *, file: Path, field: str) -> bool:
         raise bad_file("limit-exceeded", "matching a pattern could take for ever", file=file, field=field, found=pattern,
                        expected=trouble or f"names of at most {_LONGEST_NAME} characters",
                        fix="Write the pattern without a repeat inside a repeat.")  # fmt: skip
-    return compiled.match(name) is not None
+    return (compiled.search(name) if anywhere else compiled.match(name)) is not None
 
 
 @lru_cache(maxsize=1024)

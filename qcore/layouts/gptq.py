@@ -1,0 +1,130 @@
+"""The GPTQ layout: codes packed along the input channels, zero points along the output channels.
+
+    qweight  int32 [ceil(K bits / 32), N]   codes as a little-endian bit stream along K
+    qzeros   int32 [G, ceil(N bits / 32)]   zero points along N; v1 stores z - 1, v2 stores z
+    scales   f16 or bf16 [G, N]
+    g_idx    int32 [K], optional            the group of each input channel (act-order)
+
+w[n, k] = (q - z[g(k), n]) * s[g(k), n]. Read from AutoGPTQ's and GPTQModel's layers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from qcore.checkpoint.settings import Settings
+from qcore.elements import Granularity, Group, PerChannel
+from qcore.method import CheckpointFiles, finite, require_tensor
+from qcore.refusal import bad_file
+from qcore.scheme import Scheme, integer_weight
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcore.tensor import LayerTensors
+
+BITS = (2, 3, 4, 8)
+PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx", "bias"})
+
+
+class GptqSettings(Settings):
+    """One module's numbers. v1: stored zero points are one less than they are."""
+
+    bits: int
+    group_size: int = Field(ge=-1)
+    desc_act: bool = False
+    sym: bool = True
+    v1: bool = True
+
+    def scheme(self) -> Scheme:
+        # One group for the whole row cannot be reordered.
+        granularity: Granularity = Group(self.group_size) if self.group_size > 0 else PerChannel()
+        ordered = self.desc_act and self.group_size > 0
+        return Scheme(integer_weight(self.bits, granularity, symmetric=self.sym, ordered=ordered))
+
+
+def check_settings(files: CheckpointFiles, module: str, settings: GptqSettings) -> GptqSettings:
+    """`settings`, if the layout can hold them. Raises Refused (bad-field)."""
+    if settings.bits in BITS and settings.group_size != 0:
+        return settings
+    field, found = ("bits", settings.bits) if settings.group_size else ("group_size", 0)
+    raise bad_file("bad-field", f"{module} has a value that GPTQ does not store", file=files.quantization_file,
+                   field=f"quantization_config.{field}", found=found,
+                   expected=f"bits in {BITS}, group_size -1 or positive")  # fmt: skip
+
+
+def shape_of(files: CheckpointFiles, module: str, settings: GptqSettings) -> tuple[int, int]:
+    """[N, K], once all headers agree. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
+    bits = settings.bits
+    qweight = require_tensor(files, f"{module}.qweight", dtypes=["I32"])
+    scales = require_tensor(files, f"{module}.scales", dtypes=["F16", "BF16", "F32"])
+    if len(qweight.shape) != 2 or len(scales.shape) != 2:
+        raise bad_file("bad-shape", "qweight and scales are matrices", file=qweight.file, tensor=qweight.name,
+                       field="shape", found=[qweight.shape, scales.shape], expected="two dimensions")  # fmt: skip
+    groups, rows = scales.shape
+    order = files.source.tensors.get(f"{module}.g_idx")
+    # Where bits do not divide 32 or K is ragged, only g_idx has K itself.
+    columns = order.shape[0] if order and len(order.shape) == 1 else qweight.shape[0] * 32 // bits
+    group_size = settings.group_size if settings.group_size > 0 else max(columns, 1)
+    require_tensor(files, f"{module}.qweight", shape=(-(-columns * bits // 32), rows))
+    require_tensor(files, f"{module}.scales", shape=(-(-columns // group_size), rows))
+    require_tensor(files, f"{module}.qzeros", shape=(groups, -(-rows * bits // 32)), dtypes=["I32"])
+    if order:
+        require_tensor(files, order.name, shape=(columns,), dtypes=["I32", "I64"])
+    return rows, columns
+
+
+def read_layer(files: CheckpointFiles, module: str, settings: GptqSettings) -> LayerTensors:
+    """The module. Where the contents differ from the settings (zero points, group order), the contents are believed.
+
+    Raises Refused (bad-content and all that `shape_of` gives).
+    """
+    import torch
+
+    from qcore.bits import unpack
+    from qcore.tensor import LayerTensors, QuantizedTensor
+
+    rows, columns = shape_of(files, module, settings)
+    read, bits = files.source.read, settings.bits
+    stream = read(f"{module}.qweight").t().contiguous().view(torch.uint8)
+    codes = stream[:, : (columns * bits + 7) // 8].contiguous()
+    scales = finite(files, f"{module}.scales", read(f"{module}.scales").t().contiguous())
+    zeros = unpack(read(f"{module}.qzeros").contiguous().view(torch.uint8), bits, rows).t().contiguous()
+    if settings.v1:
+        zeros = (zeros + 1) & ((1 << bits) - 1)  # v1; field by field, so that no carry reaches the next zero point
+    scheme = settings.scheme()
+    index = _index(files, module, settings, columns, scales.shape[1])
+    if index is not None and not scheme.weight.ordered:
+        scheme = Scheme(integer_weight(bits, Group(settings.group_size), symmetric=settings.sym, ordered=True))
+    symmetric = bool((zeros == 1 << (bits - 1)).all())
+    if settings.sym and not symmetric:  # the stored zero points are the truth, whatever the config says
+        weight = scheme.weight
+        scheme = Scheme(integer_weight(bits, weight.scales[0].granularity, symmetric=False, ordered=weight.ordered))
+    if settings.sym and symmetric and bits == 8:
+        codes = (codes ^ 0x80).view(torch.int8)
+    weight_tensor = QuantizedTensor(
+        scheme, (rows, columns), codes, (scales,), None if settings.sym and symmetric else zeros, index
+    )
+    bias = f"{module}.bias"
+    return LayerTensors(weight_tensor, read(bias) if bias in files.source.tensors else None)
+
+
+def _index(
+    files: CheckpointFiles, module: str, settings: GptqSettings, columns: int, groups: int
+) -> torch.Tensor | None:
+    """g_idx where it says more than k // group_size, or where the scheme promises it."""
+    import torch
+
+    if settings.group_size <= 0:
+        return None
+    name = f"{module}.g_idx"
+    sequential = torch.arange(columns, dtype=torch.int32) // settings.group_size
+    index = files.source.read(name) if name in files.source.tensors else sequential
+    if bool(((index < 0) | (index >= groups)).any()):
+        raise bad_file("bad-content", "a group index is out of range", file=files.source.tensors[name].file,
+                       tensor=name, field="values", found=f"{int(index.min())} to {int(index.max())}",
+                       expected=f"0 to {groups - 1}")  # fmt: skip
+    index = index.to(torch.int32)  # only now: a wide one that is out of range must not wrap into it
+    return None if not settings.desc_act and torch.equal(index, sequential) else index

@@ -1,0 +1,123 @@
+"""AutoRound's own format from codes that the test chooses: every packing, and layers with numbers of their own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qcore
+from makers import LINEARS, dense_llama, gptq_tensors, write
+from qcore.scheme import Scheme
+from test_awq import gemm_words
+
+PREFIX = "model.layers.0."
+UP, DOWN, Q = f"{PREFIX}mlp.up_proj", f"{PREFIX}mlp.down_proj", f"{PREFIX}self_attn.q_proj"
+
+
+def layer(
+    name: str, bits: int, group_size: int, packing: str, *, sym: bool
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """One layer's tensors, and its weight by the definition."""
+    random = torch.Generator().manual_seed(len(name))
+    rows, columns = LINEARS[name.removeprefix(PREFIX)]
+    groups = columns // group_size
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=random)
+    zeros = torch.randint(0, 1 << bits, (rows, groups), generator=random)
+    zeros = torch.full_like(zeros, 1 << (bits - 1)) if sym else zeros
+    scales = (torch.rand(rows, groups, generator=random) * 0.01 + 0.001).half()
+    if "awq" in packing:
+        parts = {"qweight": gemm_words(codes.t()), "qzeros": gemm_words(zeros.t()), "scales": scales.t()}
+    else:
+        parts = gptq_tensors(codes, zeros, scales, bits, None, v1=packing == "auto_round:auto_gptq")
+    weight = (codes - zeros.repeat_interleave(group_size, 1)).float() * scales.float().repeat_interleave(group_size, 1)
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}, weight
+
+
+def checkpoint(folder: Path, layers: dict[str, dict[str, torch.Tensor]], **config: Any) -> Path:
+    tensors = dense_llama()
+    for name, parts in layers.items():
+        del tensors[f"{name}.weight"]
+        tensors |= parts
+    settings = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int", **config}
+    return write(folder, tensors, {k: v for k, v in settings.items() if v is not None})
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    "packing", ["auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:auto_awq"]
+)
+@pytest.mark.parametrize("sym", [True, False])
+def test_every_packing_is_exact(tmp_path: Path, bits: int, packing: str, sym: bool) -> None:
+    if "awq" in packing and bits != 4:
+        path = checkpoint(
+            tmp_path, {UP: layer(UP, 4, 32, packing, sym=sym)[0]}, packing_format=packing, bits=bits, sym=sym
+        )
+        with pytest.raises(qcore.Refused, match="bad-field"):
+            qcore.open_checkpoint(path)
+        return
+    parts, weight = layer(UP, bits, 32, packing, sym=sym)
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, {UP: parts}, packing_format=packing, bits=bits, sym=sym))
+    assert (opened.method, opened.format_version) == ("auto-round", packing)
+    assert torch.equal(opened.dequantize(UP), weight)
+    if "awq" not in packing:  # AWQ stores zero points that happen to be 8 too, and then they stay
+        assert opened.plan[UP] == Scheme.parse(f"W{bits}A16-g32-{'sym' if sym else 'asym'}")
+
+
+def test_without_a_packing_format_it_is_auto_gptq(tmp_path: Path) -> None:
+    parts, weight = layer(UP, 4, 32, "auto_round:auto_gptq", sym=False)
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, {UP: parts}, sym=False))
+    assert torch.equal(opened.dequantize(UP), weight) and opened.format_version == "auto_round:auto_gptq"
+
+
+def test_layers_may_have_numbers_of_their_own(tmp_path: Path) -> None:
+    """By name first, then by the first pattern that is found anywhere in it; 16 bits are no quantization."""
+    made = {
+        UP: layer(UP, 8, 32, "auto_round", sym=False),
+        DOWN: layer(DOWN, 2, 48, "auto_round", sym=False),
+        Q: layer(Q, 4, 32, "auto_round", sym=False),
+    }
+    extra = {
+        UP: {"bits": 8, "act_bits": 16},
+        r".*mlp\.(up|down)_proj.*": {"bits": 2, "group_size": 48},
+        "down_proj": {"bits": 3},
+        f"{PREFIX}mlp.gate_proj": {"bits": 16, "data_type": "float"},
+    }
+    tensors = {name: parts for name, (parts, _) in made.items()}
+    opened = qcore.open_checkpoint(
+        checkpoint(tmp_path, tensors, packing_format="auto_round", sym=False, extra_config=extra)
+    )
+    for name, (_, weight) in made.items():
+        assert torch.equal(opened.dequantize(name), weight), name
+    assert [str(opened.plan[name]) for name in (UP, DOWN, Q)] == ["W8A16-g32-asym", "W2A16-g48-asym", "W4A16-g32-asym"]
+    assert "extra_config" in opened.layers[DOWN].reason and "16 bits" in opened.layers[f"{PREFIX}mlp.gate_proj"].reason
+
+
+@pytest.mark.parametrize("name", ["auto-round", "auto_round", "Intel/Auto-Round"])
+def test_names_of_the_method(tmp_path: Path, name: str) -> None:
+    parts, weight = layer(UP, 4, 32, "auto_round:auto_gptq", sym=True)
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, {UP: parts}, quant_method=name))
+    assert torch.equal(opened.dequantize(UP), weight)
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ({"data_type": "mx_fp"}, "unknown-variant"),
+        ({"data_type": "nv_fp"}, "unknown-variant"),
+        ({"act_bits": 8}, "unknown-variant"),
+        ({"packing_format": "abacus"}, "unknown-variant"),
+        ({"bits": 5}, "bad-field"),
+        ({"bits": None}, "bad-field"),
+        ({"group_size": 0}, "bad-field"),
+        ({"group_size": 64}, "bad-shape"),
+        ({"extra_config": {"(": {"bits": 2}}}, "bad-field"),
+        ({"extra_config": {"(a*)*b": {"bits": 2}}}, "limit-exceeded"),
+        ({"extra_config": ["up_proj"]}, "bad-field"),
+    ],
+)
+def test_what_is_broken_or_not_read_is_refused(tmp_path: Path, config: dict[str, Any], code: str) -> None:
+    parts, _ = layer(UP, 4, 32, "auto_round:auto_gptq", sym=True)
+    with pytest.raises(qcore.Refused) as caught:
+        qcore.open_checkpoint(checkpoint(tmp_path, {UP: parts}, **config))
+    assert caught.value.refusal.code == code and caught.value.refusal.fix
