@@ -17,7 +17,15 @@ from qcore.method import Method
 
 QCORE_API = API_VERSION
 
-_INPUTS = ("none", "int?-token-*dyn", "int?-tensor-*", "fp8-token-dyn", "fp8-tensor*", "fp8-g*-dyn")
+_INPUTS = (
+    "none",
+    "int?-token-*dyn",
+    "int8-token-sym-dyn-outliers*",
+    "int?-tensor-*",
+    "fp8-token-dyn",
+    "fp8-tensor*",
+    "fp8-g*-dyn",
+)
 _ANY = Accepts(elements=("*",), zeros=(None, "stored", "float"), ordered=True, inputs=_INPUTS)
 _ROWS = Accepts(elements=("*",), scales=("[!f]*",), zeros=(None, "stored", "float"), ordered=True, inputs=_INPUTS)
 """All but flat groups, which cross row ends: their rows cannot be taken apart."""

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import qcore
 
 FOLDERS = [Path(__file__).parent / "golden", *map(Path, filter(None, [os.environ.get("QCORE_GOLDEN")]))]
-READ = ("base", "gguf", "gptqmodel", "llmcompressor", "autoawq", "autoround", "inc-rtn")
-METHODS = ("auto-round", "awq", "gguf", "gptq", "compressed-tensors", "dense")
+READ = ("base", "gguf", "gptqmodel", "llmcompressor", "autoawq", "autoround", "inc-rtn", "bitsandbytes")
+METHODS = ("auto-round", "awq", "bitsandbytes", "gguf", "gptq", "compressed-tensors", "dense")
 
 
 def goldens() -> list[Path]:
@@ -38,7 +38,11 @@ def test_weights_are_the_tools_own(golden: tuple[Path, dict[str, torch.Tensor]])
     for module in modules:
         got = checkpoint.dequantize(module)
         assert got.dtype == torch.float32
-        assert torch.equal(got, expected[f"dequant.{module}.weight"]), module
+        wanted = expected[f"dequant.{module}.weight"]
+        if path.name == "bitsandbytes-int8":  # its own function multiplies by SCB first, and by 1 / 127 then
+            assert torch.allclose(got, wanted, rtol=3e-7, atol=0), module
+        else:
+            assert torch.equal(got, wanted), module
 
 
 def test_planned_schemes_are_the_decoded_ones(golden: tuple[Path, dict[str, torch.Tensor]]) -> None:
@@ -60,4 +64,5 @@ def test_logits_are_the_tools_own(golden: tuple[Path, dict[str, torch.Tensor]], 
     divergence = torch.nn.functional.kl_div(
         logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)
-    assert divergence.max() < 1e-5
+    # bitsandbytes rounds activations to float16 on its way to int8.
+    assert divergence.max() < (1e-4 if path.name == "bitsandbytes-int8" else 1e-5)

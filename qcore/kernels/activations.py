@@ -1,7 +1,8 @@
 """Quantizing a layer's input: what a scheme's input part means.
 
 The arithmetic is compressed-tensors' (quantization/utils/helpers.py, calculate_qparams), in float32: a symmetric scale
-is absmax / 127.5 for int8 and absmax / 448 for fp8; values are divided by it, clamped, and rounded half to even.
+is absmax / 127.5 for int8 and absmax / 448 for fp8; values are divided by it, clamped, and rounded half to even. Where a
+scheme keeps outliers apart it is LLM.int8's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def quantize_input(
     if not x.numel():  # nothing to find a range of
         return x
     values = x.to(torch.float32)
+    if scheme.outliers is not None:
+        return _around_outliers(values, scheme.outliers).to(x.dtype)
     granularity = scheme.granularity
     if isinstance(granularity, Group):
         ragged = -values.shape[-1] % granularity.size
@@ -49,6 +52,15 @@ def static_int8(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, tor
     """Symmetric int8 codes under a stored scale [1]: int8 [..., K], and the scale in float32."""
     wide = scale.to(torch.float32)
     return (x.to(torch.float32) / wide).clamp_(-128, 127).round_().to(torch.int8), wide
+
+
+def _around_outliers(values: torch.Tensor, threshold: float) -> torch.Tensor:
+    """LLM.int8 (Dettmers et al. 2022): columns in which a value of the batch reaches the threshold stay as they are; the
+    rest of each row is rounded to int8 under absmax / 127."""
+    kept = (values.reshape(-1, values.shape[-1]).abs() >= threshold).any(0)
+    inside = values.masked_fill(kept, 0.0)
+    scale, _ = _symmetric(inside.abs().amax(-1, keepdim=True), 127.0)
+    return torch.where(kept, values, (inside / scale).round_() * scale)
 
 
 def _range(values: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor | None]:

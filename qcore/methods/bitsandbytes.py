@@ -1,0 +1,239 @@
+"""bitsandbytes: 4-bit codebooks (nf4, fp4), with absmax quantized again or not, and LLM.int8.
+
+    4 bits   weight uint8 [ceil(N K / 2), 1]      the flattened weight, two codes a byte, the first in the high nibble
+             weight.absmax f32 [B] | uint8 [B]    one scale for each block of the flattened weight; uint8 where nested
+             weight.quant_map f32 [16]            the codebook
+             weight.nested_absmax f32, weight.nested_quant_map f32 [256]
+             weight.quant_state.bitsandbytes__nf4 uint8: JSON with the shape, block sizes and the nested offset
+    8 bits   weight int8 [N, K], SCB f32 [N]: absmax of each row, w = q * SCB / 127; weight_format uint8, 0
+
+w = quant_map[q] * absmax, nested: absmax = nested_quant_map[a] * nested_absmax + offset. Blocks run over row ends where the
+block size does not divide K. LLM.int8 keeps the input's columns beyond a threshold in 16 bits (Dettmers et al. 2022).
+Read from bitsandbytes' QuantState, Linear4bit and Linear8bitLt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from qcore.checkpoint.json_file import parse_json
+from qcore.checkpoint.settings import Settings, check
+from qcore.checkpoint.source import TensorInfo
+from qcore.elements import Codebook, FlatGroup, Granularity, Group, Int, Level, PerChannel, PerToken
+from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, finite, require_tensor
+from qcore.refusal import Refusal, Refused, bad_file
+from qcore.scheme import Scheme, TensorScheme, weight_only
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcore.tensor import LayerTensors
+
+_STATE = ".weight.quant_state.bitsandbytes__"
+_SIDE = frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_map"})
+"""What stands beside a 4-bit weight, besides its state."""
+_STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
+"""Types that the bytes of a 4-bit weight may be stored as (bnb_4bit_quant_storage), and their sizes."""
+_LARGEST_STATE = 4096
+"""Bytes of a quant_state; real ones have about 170."""
+
+
+class BitsAndBytesConfig(Settings):
+    """The keys that decide what the tensors mean."""
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    llm_int8_threshold: float = Field(6.0, ge=0)
+    llm_int8_skip_modules: list[str] | None = None
+
+
+class QuantState(Settings):
+    """What bitsandbytes' QuantState writes beside a 4-bit weight."""
+
+    quant_type: Literal["nf4", "fp4"]
+    blocksize: int = Field(64, ge=32, le=4096)
+    shape: tuple[int, int]
+    nested_blocksize: int | None = Field(None, ge=1, le=65536)
+    nested_offset: float | None = None
+
+    @property
+    def nested(self) -> bool:
+        return self.nested_blocksize is not None
+
+    def scheme(self) -> Scheme:
+        """Groups of a row where blocks end with rows, else of the flattened weight; nested scales are always counted so."""
+        flat: Granularity = FlatGroup(self.blocksize)
+        if self.nested_blocksize is not None:
+            levels = (Level(flat, "dynamic8"), Level(FlatGroup(self.blocksize * self.nested_blocksize)))
+            return weight_only(Codebook(self.quant_type), *levels)
+        whole = self.shape[1] % self.blocksize == 0
+        return weight_only(Codebook(self.quant_type), Level(Group(self.blocksize) if whole else flat))
+
+
+class BitsAndBytes(Method):
+    name = "bitsandbytes"
+    quant_methods = ("bitsandbytes",)
+    variants = ("nf4", "fp4", "int8")
+    parts = frozenset({"weight", "bias", "SCB", "weight_format"})
+
+    def format_version(self, files: CheckpointFiles) -> str:
+        return "4 bits" if self._config(files).load_in_4bit else "8 bits"
+
+    def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
+        config, plan = self._config(files), {}
+        for name in files.source.tensors:
+            if _STATE in name:
+                module = name.partition(_STATE)[0]
+                state = self._state(files, module)
+                self._check_four_bits(files, module, state)
+                plan[module] = ModulePlan(state.scheme(), "quantization_config", state.shape)
+            elif name.endswith(".SCB"):
+                module = name.removesuffix(".SCB")
+                plan[module] = ModulePlan(_int8_scheme(config), "quantization_config", _int8_shape(files, module))
+        if not plan:
+            raise Refused(
+                Refusal("unknown-variant", "notimpl", str(files.path), "it is not quantized yet, only marked to be",
+                        "found no quant_state and no SCB", "Save it with bitsandbytes after it has been quantized.",
+                        str(files.quantization_file), field="quantization_config")
+            )  # fmt: skip
+        for module, entry in dense_modules(files.source.tensors, "").items():
+            skipped = any(part in module for part in config.llm_int8_skip_modules or ())
+            reason = "llm_int8_skip_modules" if skipped else "stored unquantized"
+            plan.setdefault(module, ModulePlan(None, reason, entry.shape))
+        return plan
+
+    def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
+        from qcore.tensor import LayerTensors, QuantizedTensor
+
+        read, bias = files.source.read, f"{module}.bias"
+        held = read(bias) if bias in files.source.tensors else None
+        if f"{module}.SCB" in files.source.tensors:
+            scales = finite(files, f"{module}.SCB", read(f"{module}.SCB")).reshape(-1, 1) / 127
+            shape = _int8_shape(files, module)
+            scheme = _int8_scheme(self._config(files))
+            return LayerTensors(QuantizedTensor(scheme, shape, read(f"{module}.weight"), (scales,)), held)
+        state = self._state(files, module)
+        rows, columns = state.shape
+
+        def side(part: str) -> torch.Tensor:
+            return finite(files, f"{module}.weight.{part}", read(f"{module}.weight.{part}"))
+
+        scheme = state.scheme()
+        flat = isinstance(scheme.weight.granularity, FlatGroup)
+        absmax = side("absmax").reshape((1, -1) if flat else (rows, -1))
+        weight = QuantizedTensor(
+            scheme, state.shape, _rows_of_nibbles(read(f"{module}.weight"), rows, columns),
+            (absmax, side("nested_absmax").reshape(1, -1)) if state.nested else (absmax,),
+            table=side("quant_map").flatten(),
+            scale_table=side("nested_quant_map").flatten() if state.nested else None,
+            offset=_scalar(state.nested_offset) if state.nested else None,
+        )  # fmt: skip
+        return LayerTensors(weight, held)
+
+    def parameters(self, files: CheckpointFiles, plan: Mapping[str, ModulePlan]) -> dict[str, TensorInfo]:
+        found = super().parameters(files, plan)
+        quantized = {f"{module}.weight" for module, entry in plan.items() if entry.scheme}
+        return {
+            name: info
+            for name, info in found.items()
+            if not any(name.startswith(f"{q}.") for q in _owners(name, quantized))
+        }
+
+    def _config(self, files: CheckpointFiles) -> BitsAndBytesConfig:
+        assert files.quantization is not None
+        return files.once(
+            "config", lambda: check(BitsAndBytesConfig, files.quantization or {}, file=files.quantization_file)
+        )
+
+    def _state(self, files: CheckpointFiles, module: str) -> QuantState:
+        return files.once(f"state {module}", lambda: self._read_state(files, module))
+
+    def _read_state(self, files: CheckpointFiles, module: str) -> QuantState:
+        """The weight's state: metadata, although it is stored as a tensor. Raises Refused."""
+        names = [f"{module}{_STATE}{kind}" for kind in ("nf4", "fp4")]
+        present = [name for name in names if name in files.source.tensors]
+        info = require_tensor(files, present[0] if present else names[0], dtypes=["U8"])
+        if len(present) > 1 or info.nbytes > _LARGEST_STATE:
+            raise bad_file("limit-exceeded" if len(present) < 2 else "duplicate", "a weight has one small quant_state",
+                           file=info.file, tensor=info.name, field="size", found=info.nbytes,
+                           expected=f"one of at most {_LARGEST_STATE} bytes")  # fmt: skip
+        values = parse_json([bytes(files.source.read(info.name).flatten().tolist())], file=info.file, field=info.name)
+        state = check(QuantState, values, file=info.file, prefix=info.name)
+        if not info.name.endswith(state.quant_type) or min(state.shape) < 1:
+            raise bad_file("bad-field", "a quant_state contradicts its name, or has no elements", file=info.file,
+                           tensor=info.name, field="quant_type", found=[state.quant_type, list(state.shape)],
+                           expected=info.name.rpartition("__")[2])  # fmt: skip
+        return state
+
+    def _check_four_bits(self, files: CheckpointFiles, module: str, state: QuantState) -> None:
+        """Raises Refused where the parts do not fit the state, or a part is not known."""
+        count = state.shape[0] * state.shape[1]
+        blocks = -(-count // state.blocksize)
+        weight = require_tensor(files, f"{module}.weight", dtypes=list(_STORAGE))
+        if weight.nbytes != -(-count // 2):
+            raise bad_file("bad-shape", "the packed weight is not of its state's size", file=weight.file,
+                           tensor=weight.name, field="shape", found=f"{weight.nbytes} bytes",
+                           expected=f"{-(-count // 2)} bytes for {list(state.shape)}")  # fmt: skip
+        require_tensor(files, f"{weight.name}.absmax", shape=(blocks,), dtypes=["U8" if state.nested else "F32"])
+        require_tensor(files, f"{weight.name}.quant_map", shape=(16,), dtypes=["F32"])
+        if state.nested_blocksize is not None:
+            nested = -(-blocks // state.nested_blocksize)
+            require_tensor(files, f"{weight.name}.nested_absmax", shape=(nested,), dtypes=["F32"])
+            require_tensor(files, f"{weight.name}.nested_quant_map", shape=(256,), dtypes=["F32"])
+        for name, info in files.source.tensors.items():
+            part = name.removeprefix(f"{weight.name}.")
+            if part != name and part not in _SIDE and not part.startswith("quant_state."):
+                raise bad_file("unexpected-tensor", "bitsandbytes has no such part of a weight", file=info.file,
+                               tensor=name, field="name", found=part, expected=", ".join(sorted(_SIDE)))  # fmt: skip
+
+
+def _owners(name: str, quantized: set[str]) -> list[str]:
+    """The quantized weights that a tensor's name begins with."""
+    parts = name.split(".")
+    return [prefix for i in range(1, len(parts)) if (prefix := ".".join(parts[:i])) in quantized]
+
+
+def _int8_scheme(config: BitsAndBytesConfig) -> Scheme:
+    """LLM.int8: a threshold of 0 keeps no columns apart."""
+    element = Int(8, signed=True)
+    tokens = TensorScheme(element, (Level(PerToken()),), dynamic=True, outliers=config.llm_int8_threshold or None)
+    return Scheme(TensorScheme(element, (Level(PerChannel()),)), tokens)
+
+
+def _int8_shape(files: CheckpointFiles, module: str) -> tuple[int, int]:
+    weight = require_tensor(files, f"{module}.weight", dtypes=["I8"])
+    if len(weight.shape) != 2:
+        raise bad_file("bad-shape", "the weight is a matrix", file=weight.file, tensor=weight.name, field="shape",
+                       found=list(weight.shape), expected="two dimensions")  # fmt: skip
+    require_tensor(files, f"{module}.SCB", shape=(weight.shape[0],), dtypes=["F32"])
+    stored = files.source.tensors.get(f"{module}.weight_format")
+    if stored is not None and bool(files.source.read(stored.name).any()):
+        raise bad_file("unknown-variant", "the weight is stored in an order that is not read", file=stored.file,
+                       tensor=stored.name, field="values", found="another format", expected="0, row by row",
+                       fix="Save the model again with a current bitsandbytes.")  # fmt: skip
+    return weight.shape[0], weight.shape[1]
+
+
+def _rows_of_nibbles(stored: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The flattened codes, first one high, as rows with the first one low: uint8 [N, ceil(K / 2)]."""
+    import torch
+
+    from qcore.bits import pack
+
+    flat = stored.contiguous().view(torch.uint8).flatten()
+    if columns % 2 == 0:
+        return (flat << 4 | flat >> 4).view(rows, columns // 2)
+    codes = torch.stack([flat >> 4, flat & 15], -1).flatten()[: rows * columns]
+    return pack(codes.view(rows, columns), 4)
+
+
+def _scalar(value: float | None) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(value or 0.0, dtype=torch.float32)
+
+
+METHOD = BitsAndBytes()

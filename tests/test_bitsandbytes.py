@@ -1,0 +1,175 @@
+"""bitsandbytes from codes that the test chooses: both codebooks, nested scales, block sizes that cross rows, LLM.int8."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qcore
+from makers import dense_llama, write
+from qcore.kernels.activations import quantize_input
+from qcore.scheme import Scheme, TensorScheme
+
+UP = "model.layers.0.mlp.up_proj"
+ROWS, COLUMNS = 96, 64
+
+
+def four_bits(
+    kind: str = "nf4", blocksize: int = 64, *, nested: bool = False, storage: torch.dtype = torch.uint8, seed: int = 0,
+    state: dict[str, Any] | None = None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # fmt: skip
+    """The tensors of up_proj, and its weight by the definition."""
+    random = torch.Generator().manual_seed(seed)
+    count = ROWS * COLUMNS
+    codes = torch.randint(0, 16, (count,), generator=random)
+    table = torch.linspace(-1, 1, 16) ** 3
+    blocks = -(-count // blocksize)
+    said: dict[str, Any] = {"quant_type": kind, "blocksize": blocksize, "dtype": "bfloat16", "shape": [ROWS, COLUMNS]}
+    parts = {"quant_map": table}
+    if nested:
+        levels = torch.randint(0, 256, (blocks,), generator=random)
+        nested_table, coarse = torch.linspace(-1, 1, 256), torch.rand(-(-blocks // 256), generator=random)
+        absmax = nested_table[levels] * coarse.repeat_interleave(256)[:blocks] + 0.25
+        parts |= {"absmax": levels.to(torch.uint8), "nested_absmax": coarse, "nested_quant_map": nested_table}
+        said |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
+    else:
+        parts["absmax"] = absmax = torch.rand(blocks, generator=random)
+    packed = (codes[0::2] << 4 | codes[1::2]).to(torch.uint8)
+    text = json.dumps({**said, **(state or {})}).encode()
+    tensors = {f"{UP}.weight.{part}": tensor for part, tensor in parts.items()}
+    tensors[f"{UP}.weight"] = packed.view(storage).reshape(-1, 1)
+    tensors[f"{UP}.weight.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(text), dtype=torch.uint8)
+    weight = (table[codes] * absmax.repeat_interleave(blocksize)[:count]).reshape(ROWS, COLUMNS)
+    return tensors, weight
+
+
+def checkpoint(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    whole = dense_llama()
+    del whole[f"{UP}.weight"]
+    whole |= tensors
+    return write(folder, whole, {"quant_method": "bitsandbytes", "load_in_4bit": True, **config})
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
+@pytest.mark.parametrize("nested", [False, True])
+def test_four_bits_are_exact(tmp_path: Path, kind: str, blocksize: int, nested: bool) -> None:
+    tensors, weight = four_bits(kind, blocksize, nested=nested)
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, tensors))
+    assert torch.equal(opened.dequantize(UP), weight)
+    rows = f"g{blocksize}" if blocksize <= COLUMNS else f"flat{blocksize}"
+    scales = f"flat{blocksize}:dynamic8+flat{256 * blocksize}" if nested else rows
+    assert opened.plan[UP] == opened.weight(UP).scheme == Scheme.parse(f"W4A16-{kind}-{scales}")
+    part = opened.weight(UP).rows(5, 17)  # a block of rows is what the reference dequantizes at a time
+    assert torch.equal(part.dequantize(), weight[5:17])
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
+def test_bytes_may_be_stored_as_another_type(tmp_path: Path, storage: torch.dtype) -> None:
+    tensors, weight = four_bits(storage=storage)
+    assert torch.equal(qcore.open_checkpoint(checkpoint(tmp_path, tensors)).dequantize(UP), weight)
+
+
+def int8() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    random = torch.Generator().manual_seed(3)
+    codes = torch.randint(-127, 128, (ROWS, COLUMNS), generator=random, dtype=torch.int8)
+    absmax = torch.rand(ROWS, generator=random)
+    parts = {"weight": codes, "SCB": absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return {f"{UP}.{part}": tensor for part, tensor in parts.items()}, codes.float() * (absmax / 127)[:, None]
+
+
+def test_int8_is_exact_and_its_threshold_is_the_configs(tmp_path: Path) -> None:
+    tensors, weight = int8()
+    opened = qcore.open_checkpoint(
+        checkpoint(tmp_path, tensors, load_in_4bit=False, load_in_8bit=True, llm_int8_threshold=4)
+    )
+    assert torch.equal(opened.dequantize(UP), weight)
+    assert str(opened.plan[UP]) == "W8A8-int8-channel-sym/int8-token-sym-dyn-outliers4.0"
+    whole = qcore.open_checkpoint(checkpoint(tmp_path / "0", tensors, load_in_8bit=True, llm_int8_threshold=0.0))
+    assert whole.plan[UP] == Scheme.parse("W8A8-int8-dyn")
+
+
+def test_columns_with_outliers_stay_whole() -> None:
+    scheme = TensorScheme.parse("int8-token-sym-dyn-outliers6.0")
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    x[2, 7], x[4, 9] = 6.0, -31.5
+    got = quantize_input(x, scheme)
+    kept = torch.zeros(32, dtype=torch.bool)
+    kept[[7, 9]] = True
+    assert torch.equal(got[:, kept], x[:, kept])
+    rest = x[:, ~kept]
+    step = rest.abs().amax(1, keepdim=True) / 127
+    assert torch.allclose(got[:, ~kept], (rest / step).round() * step) and bool((got[:, ~kept] != rest).any())
+
+
+@pytest.mark.parametrize("made", [four_bits()[0], four_bits("fp4", 128, nested=True)[0], int8()[0]])
+def test_a_model_runs(tmp_path: Path, made: dict[str, torch.Tensor]) -> None:
+    model = qcore.load_model(checkpoint(tmp_path, made), dtype="float32")
+    assert bool(model(torch.tensor([[1, 5, 9]])).logits.isfinite().all())
+
+
+def changed(name: str, tensor: torch.Tensor | None, **how: Any) -> dict[str, torch.Tensor]:
+    tensors = four_bits(**how)[0]
+    if tensor is None:
+        del tensors[f"{UP}.weight{name}"]
+        return tensors
+    return {**tensors, f"{UP}.weight{name}": tensor}
+
+
+def state(**values: Any) -> dict[str, torch.Tensor]:
+    return four_bits(state=values)[0]
+
+
+STATE = ".quant_state.bitsandbytes__nf4"
+NAN = torch.full((96,), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "code"),
+    [
+        (changed("", torch.zeros(100, 1, dtype=torch.uint8)), "bad-shape"),
+        (changed("", torch.zeros(3072, 1, dtype=torch.int64)), "bad-dtype"),
+        (changed(".absmax", None), "missing-tensor"),
+        (changed(".absmax", torch.zeros(95)), "bad-shape"),
+        (changed(".absmax", torch.zeros(96, dtype=torch.uint8)), "bad-dtype"),
+        (changed(".absmax", NAN), "bad-content"),
+        (changed(".quant_map", torch.zeros(15)), "bad-shape"),
+        (changed(".quant_map", NAN[:16]), "bad-content"),
+        (changed(".nested_absmax", None, nested=True), "missing-tensor"),
+        (changed(".nested_quant_map", torch.zeros(16), nested=True), "bad-shape"),
+        (changed(STATE, torch.zeros(5000, dtype=torch.uint8)), "limit-exceeded"),
+        (changed(STATE, torch.zeros(50, dtype=torch.uint8)), "bad-json"),
+        (changed(STATE, torch.tensor(list(b"[1, 2]"), dtype=torch.uint8)), "bad-json"),
+        ({**four_bits()[0], f"{UP}.weight.mystery": torch.zeros(3)}, "unexpected-tensor"),
+        (state(quant_type="fp4"), "bad-field"),
+        (state(quant_type="nf3"), "bad-field"),
+        (state(blocksize=0), "bad-field"),
+        (state(blocksize="many"), "bad-field"),
+        (state(shape=[96]), "bad-field"),
+        (state(shape=[0, 64]), "bad-field"),
+        (state(shape=[-96, -64]), "bad-field"),
+        (state(shape=[96, 65]), "bad-shape"),
+        (state(shape=[1 << 40, 1 << 40]), "bad-shape"),
+        ({**int8()[0], f"{UP}.SCB": NAN}, "bad-content"),
+        ({**int8()[0], f"{UP}.SCB": torch.zeros(64)}, "bad-shape"),
+        ({**int8()[0], f"{UP}.weight_format": torch.tensor(2, dtype=torch.uint8)}, "unknown-variant"),
+        ({f"{UP}.weight": torch.zeros(96, 64)}, "unknown-variant"),
+    ],
+)
+def test_what_is_broken_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], code: str) -> None:
+    with pytest.raises(qcore.Refused) as caught:
+        qcore.open_checkpoint(checkpoint(tmp_path, tensors)).dequantize(UP)
+    assert caught.value.refusal.code == code and caught.value.refusal.fix
+
+
+@pytest.mark.parametrize("columns", [6, 7])
+def test_rows_that_end_within_a_byte_are_packed_anew(columns: int) -> None:
+    from qcore.bits import unpack
+    from qcore.methods.bitsandbytes import _rows_of_nibbles
+
+    codes = torch.randint(0, 16, (4, columns), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    flat = codes.flatten()
+    stored = flat[0::2] << 4 | flat[1::2]
+    assert torch.equal(unpack(_rows_of_nibbles(stored, 4, columns), 4, columns), codes)
