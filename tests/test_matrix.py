@@ -38,8 +38,9 @@ inc_w8a8       . . . . . . . x . . .
 """
 SEED_PLATFORMS = ["volta", "turing", "ampere", "ada", "hopper", "amd", "xpu", "gaudi", "x86_cpu", "neuron", "tpu"]
 ROW: dict[str, Row] = {row.id: row for row in ROWS}
-READERS = [Reader("awq"), Reader("bitblas"), Reader("bitsandbytes"), Reader("deepspeedfp"),
-           Reader("inc")]  # fmt: skip
+CORE = {method.name for plugin in registry().plugins if plugin.name == "core" for method in plugin.methods}
+READERS = [Reader(name) for name in ("bitblas", "deepspeedfp", "inc") if name not in CORE]
+"""The seed's formats that the core does not read by itself."""
 
 
 def record(row: str, platform: str, name: str, grade: str = "measured", **rest: object) -> Record:
