@@ -1,0 +1,175 @@
+"""ModelOpt from numbers that the test chooses: every algorithm, both places of the config, mixed layers, broken parts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qcore
+from makers import dense_llama, write
+from qcore.scheme import Scheme
+from qcore.tensor import float_table
+
+UP = "model.layers.0.mlp.up_proj"
+ROWS, COLUMNS = 96, 64
+GOLDEN = Path(__file__).parent / "golden"
+
+Made = tuple[dict[str, torch.Tensor], torch.Tensor, str]
+
+
+def made(algorithm: str, seed: int = 0) -> Made:
+    """The tensors of up_proj, its weight by the definition, and its scheme."""
+    random = torch.Generator().manual_seed(seed)
+    uniform = lambda *shape: torch.rand(*shape, generator=random) * 0.01 + 0.001  # noqa: E731
+    eights = torch.randn(ROWS, COLUMNS, generator=random).to(torch.float8_e4m3fn)
+    if algorithm == "FP8":
+        parts = {"weight": eights, "weight_scale": uniform(1)[0], "input_scale": uniform(1)[0]}
+        return parts, eights.float() * parts["weight_scale"], "W8A8-fp8-static"
+    if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+        parts = {"weight": eights, "weight_scale": uniform(ROWS)}
+        return parts, eights.float() * parts["weight_scale"][:, None], "W8A8-fp8-dyn"
+    if algorithm == "FP8_PB_WO":
+        parts = {"weight": eights, "weight_scale": uniform(1, 1, 1, 1)}
+        return parts, eights.float() * parts["weight_scale"].reshape(1, 1), "W8A16-fp8-block128"
+    if algorithm == "MXFP8":
+        exponents = torch.randint(118, 123, (ROWS, COLUMNS // 32), generator=random, dtype=torch.uint8)
+        scale = torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
+        return {"weight": eights, "weight_scale": exponents}, eights.float() * scale, "W8A8-mxfp8"
+    if algorithm.endswith("NVFP4"):
+        codes = torch.randint(0, 16, (ROWS, COLUMNS), generator=random, dtype=torch.uint8)
+        fine = (uniform(ROWS, COLUMNS // 16) * 100).to(torch.float8_e4m3fn)
+        coarse = uniform(1)[0]
+        weight = float_table("e2m1")[codes.int()] * (fine.float() * coarse).repeat_interleave(16, 1)
+        parts = {"weight": codes[:, 0::2] | codes[:, 1::2] << 4, "weight_scale": fine, "weight_scale_2": coarse}
+        return parts, weight, "W4A16-nvfp4" if algorithm.startswith("W4A16") else "W4A4-nvfp4"
+    if algorithm == "W4A16_AWQ":
+        codes = torch.randint(-8, 8, (ROWS, COLUMNS), generator=random)
+        scale = uniform(ROWS, COLUMNS // 32)
+        packed = ((codes[0::2] & 15) | (codes[1::2] & 15) << 4).to(torch.uint8)
+        parts = {"weight": packed, "weight_scale": scale, "pre_quant_scale": uniform(COLUMNS) * 100}
+        return parts, codes.float() * scale.repeat_interleave(32, 1), "W4A16-g32-sym"
+    codes = torch.randint(-127, 128, (ROWS, COLUMNS), generator=random, dtype=torch.int8)
+    scale = uniform(ROWS)
+    parts = {
+        "weight": codes,
+        "weight_scale": scale,
+        "input_scale": uniform(1)[0],
+        "pre_quant_scale": uniform(COLUMNS) * 100,
+    }
+    return parts, codes.float() * scale[:, None], "W8A8-int8-static"
+
+
+ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "W4A16_AWQ",
+              "W8A8_SQ_PER_CHANNEL")  # fmt: skip
+
+
+def checkpoint(
+    folder: Path, parts: dict[str, torch.Tensor], algorithm: str, *, side_file: bool = False, **config: Any
+) -> Path:
+    tensors = dense_llama()
+    del tensors[f"{UP}.weight"]
+    tensors |= {f"{UP}.{part}": tensor for part, tensor in parts.items()}
+    settings = {"quant_algo": algorithm, "exclude_modules": ["lm_head"], **config}
+    if not side_file:
+        return write(folder, tensors, {"quant_method": "modelopt", **settings})
+    path = write(folder, tensors)
+    (path / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": settings}))
+    return path
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("side_file", [False, True])
+def test_every_algorithm_is_exact(tmp_path: Path, algorithm: str, side_file: bool) -> None:
+    parts, weight, scheme = made(algorithm)
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, algorithm, side_file=side_file))
+    assert (opened.method, opened.format_version) == ("modelopt", algorithm)
+    assert opened.plan[UP] == opened.weight(UP).scheme == Scheme.parse(scheme)
+    assert torch.equal(opened.dequantize(UP), weight)
+    assert "lm_head" in opened.layers["lm_head"].reason
+
+
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a not in ("NVFP4", "MXFP8")])
+def test_a_model_runs_with_its_input_multiplier(tmp_path: Path, algorithm: str) -> None:
+    parts, weight, scheme = made(algorithm)
+    model = qcore.load_model(checkpoint(tmp_path, parts, algorithm), dtype="float32", kernel="reference_linear")
+    layer = model.get_submodule(UP)
+    x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(1))
+    given = x * parts.get("pre_quant_scale", torch.ones(COLUMNS))
+    if Scheme.parse(scheme).input is None:
+        assert torch.allclose(layer(x), given @ weight.t(), atol=1e-5)
+    assert bool(layer(x).isfinite().all())
+
+
+def test_without_an_input_scale_activations_stay_whole(tmp_path: Path) -> None:
+    parts, _, _ = made("FP8")
+    del parts["input_scale"]
+    assert str(qcore.open_checkpoint(checkpoint(tmp_path, parts, "FP8")).plan[UP]) == "W8A16-fp8-tensor"
+
+
+def test_mixed_layers(tmp_path: Path) -> None:
+    parts, weight, scheme = made("W4A16_AWQ")
+    layers = {UP: {"quant_algo": "W4A16_AWQ", "group_size": 32}}
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, "MIXED_PRECISION", quantized_layers=layers))
+    assert str(opened.plan[UP]) == scheme and torch.equal(opened.dequantize(UP), weight)
+    with pytest.raises(qcore.Refused, match="unknown-variant"):
+        qcore.open_checkpoint(checkpoint(tmp_path / "2", parts, "MIXED_PRECISION", quantized_layers={}))
+
+
+def test_a_quantized_kv_cache_is_told(tmp_path: Path) -> None:
+    parts, _, _ = made("FP8")
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, "FP8", kv_cache_quant_algo="FP8"))
+    assert str(opened.kv_cache) == "fp8-tensor"
+
+
+def test_the_tools_own_int4_model_is_as_near_to_the_base_as_the_tool_says() -> None:
+    """ModelOpt folds scales while it exports, so that weights cannot be compared one by one; logits can."""
+    from safetensors.torch import load_file
+
+    path = GOLDEN / "modelopt-int4-awq"
+    expected = load_file(path / "expected.safetensors")
+    assert qcore.open_checkpoint(path).layer("model.layers.0.mlp.down_proj").input_multiplier is not None
+    with torch.inference_mode():
+        ours, base = (
+            qcore.load_model(p, dtype="float32")(expected["input_ids"]).logits for p in (path, GOLDEN / "base")
+        )
+
+    def divergence(of: torch.Tensor) -> float:
+        return float((base.log_softmax(-1).exp() * (base.log_softmax(-1) - of.float().log_softmax(-1))).sum(-1).mean())
+
+    assert 0 < divergence(ours) < 1.1 * divergence(expected["logits"])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "change", "code"),
+    [
+        ("FP8", {"weight_scale": torch.zeros(2)}, "bad-shape"),
+        ("FP8", {"weight_scale": torch.tensor(float("nan"))}, "bad-content"),
+        ("FP8", {"input_scale": torch.zeros(3)}, "bad-shape"),
+        ("FP8", {"weight": torch.zeros(ROWS, COLUMNS, dtype=torch.int8)}, "bad-dtype"),
+        ("FP8", {"mystery": torch.zeros(3)}, "unexpected-tensor"),
+        ("FP8_PER_CHANNEL_PER_TOKEN", {"weight_scale": torch.zeros(COLUMNS)}, "bad-shape"),
+        ("FP8_PB_WO", {"weight_scale": torch.zeros(2, 1, 1, 1)}, "bad-shape"),
+        ("W4A16_NVFP4", {"weight_scale_2": None}, "missing-tensor"),
+        ("W4A16_NVFP4", {"weight_scale": torch.zeros(ROWS, 4)}, "bad-dtype"),
+        ("W4A16_AWQ", {"weight_scale": torch.zeros(ROWS, 3)}, "bad-shape"),
+        ("W4A16_AWQ", {"pre_quant_scale": torch.zeros(3)}, "bad-shape"),
+        ("W4A16_AWQ", {"weight": torch.zeros(ROWS, dtype=torch.uint8)}, "bad-shape"),
+        ("W4A8_AWQ", {}, "unknown-variant"),
+        ("ABACUS", {}, "unknown-variant"),
+    ],
+)
+def test_what_is_broken_or_not_read_is_refused(
+    tmp_path: Path, algorithm: str, change: dict[str, torch.Tensor | None], code: str
+) -> None:
+    parts, _, _ = made(algorithm if algorithm in ALGORITHMS else "FP8")
+    whole = {part: tensor for part, tensor in {**parts, **change}.items() if tensor is not None}
+    with pytest.raises(qcore.Refused) as caught:
+        qcore.open_checkpoint(checkpoint(tmp_path, whole, algorithm)).dequantize(UP)
+    assert caught.value.refusal.code == code and caught.value.refusal.fix
+
+
+def test_a_config_without_quantized_tensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(qcore.Refused, match="missing-tensor"):
+        qcore.open_checkpoint(write(tmp_path, dense_llama(), {"quant_method": "modelopt", "quant_algo": "FP8"}))
