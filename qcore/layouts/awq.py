@@ -103,13 +103,14 @@ def read_layer(files: CheckpointFiles, module: str, settings: AwqSettings) -> La
     rows, columns = shape_of(files, module, settings)
     scheme, read, groups = scheme_of(files, module, settings), files.source.read, settings.groups(columns)
     scales = finite(files, f"{module}.scales", read(f"{module}.scales"))
-    zeros = _nibbles(read(f"{module}.qzeros")) if scheme.weight.zero else None
+    zeros = None
+    if scheme.weight.zero:
+        zeros = unpack_words(read(f"{module}.qzeros"), reorder=settings.by_output)
+        zeros = zeros.t() if settings.by_output else zeros[:, :groups]
     if settings.by_output:
         codes, scales = _pack_rows(read(f"{module}.qweight"), rows), scales.t()
-        zeros = None if zeros is None else zeros[..., list(_PLACES)].flatten(1).t()
     else:
         codes, scales = _bytes(read(f"{module}.qweight")), scales[:, :groups]
-        zeros = None if zeros is None else zeros.flatten(1)[:, :groups]
     bias = f"{module}.bias"
     weight = QuantizedTensor(
         scheme, (rows, columns), codes, (scales.contiguous(),), None if zeros is None else zeros.contiguous()
@@ -121,6 +122,12 @@ def padded_words(groups: int, group_size: int) -> int:
     """Words of a gemv row of zero points: rounded up to what its kernel reads at once (AutoAWQ's calculate_zeros_width)."""
     unit = 1 if group_size >= 128 or group_size <= 0 else {64: 2, 32: 4}.get(group_size, 1)
     return math.ceil(groups / (8 * unit)) * unit
+
+
+def unpack_words(words: torch.Tensor, *, reorder: bool = True) -> torch.Tensor:
+    """int32 [A, B / 8] -> uint8 [A, B], in AWQ's order of nibbles or as they come."""
+    nibbles = _nibbles(words)
+    return (nibbles[..., list(_PLACES)] if reorder else nibbles).flatten(1)
 
 
 def _bytes(words: torch.Tensor) -> torch.Tensor:
@@ -147,6 +154,6 @@ def _pack_rows(words: torch.Tensor, rows: int) -> torch.Tensor:
     codes = torch.empty(rows, packed_bytes(words.shape[0], 4), dtype=torch.uint8)
     for start in range(0, rows, _CHANNELS):
         stop = min(start + _CHANNELS, rows)
-        block = _nibbles(words[:, start // 8 : stop // 8])[..., list(_PLACES)].flatten(1)
+        block = unpack_words(words[:, start // 8 : stop // 8])
         codes[start:stop] = pack(block.t().contiguous(), 4)
     return codes
