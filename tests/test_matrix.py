@@ -160,9 +160,13 @@ def test_a_family_row_counts_only_that_family(hopper: Path) -> None:
     assert world(hopper, kernels=kernels).cell("marlin", "hopper").kernels == ["perm"]
 
 
-def test_a_format_that_nothing_reads_is_not_supported_whatever_the_kernels(hopper: Path) -> None:
-    found = world(hopper, record("quark", "hopper", "fast"))
-    assert refusal_code(found, "quark") == "unknown-method"
+def test_a_format_that_nothing_reads_is_not_supported_whatever_the_kernels(
+    hopper: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert world(hopper, record("gptq", "hopper", "fast")).cell("gptq", "hopper").supported
+    monkeypatch.setattr(Gptq, "name", "another-format")
+    found = world(hopper, record("gptq", "hopper", "fast"))
+    assert refusal_code(found) == "unknown-method" and found.cell("gptq", "hopper").evidence == "none"
 
 
 def test_a_scheme_without_a_kernel_is_named(hopper: Path) -> None:
