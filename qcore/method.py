@@ -28,6 +28,12 @@ T = TypeVar("T")
 
 PLAIN_FLOATS = ("F16", "BF16", "F32", "F64")
 """Data types of unquantized weights."""
+SCALE_DTYPES: Mapping[str, tuple[str, ...]] = {
+    "float": ("F16", "BF16", "F32"),
+    "e4m3fn": ("F8_E4M3",),
+    "e8m0": ("U8", "F8_E8M0"),
+}
+"""Data types that files store scales of a ScaleType in."""
 
 
 @dataclass(frozen=True)
@@ -165,3 +171,15 @@ def finite(files: CheckpointFiles, name: str, values: torch.Tensor) -> torch.Ten
         raise bad_file("bad-content", "a scale is not a finite number", file=files.source.tensors[name].file,
                        tensor=name, field="values", found="NaN or infinity", expected="finite scales")  # fmt: skip
     return values
+
+
+def read_scale(files: CheckpointFiles, name: str, kind: str = "float") -> torch.Tensor:
+    """The scales of a ScaleType in the tensor of this name. Raises Refused (bad-content) where one is no number."""
+    import torch
+
+    values = files.source.read(name)
+    if kind != "e8m0":
+        return finite(files, name, values)
+    exponents = values.view(torch.uint8)
+    finite(files, name, exponents.view(torch.float8_e8m0fnu))
+    return exponents
