@@ -118,6 +118,8 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.weight.dynamic or self.weight.outliers is not None:
             raise ValueError("a weight's scales are stored, and it has no outliers")
+        if any(level.type in ("e8m0floor", "e8m0ceil") for level in self.weight.scales):
+            raise ValueError("a weight's scales are found already; they are e8m0")
 
     def __str__(self) -> str:
         if self in _SHORT_NAMES:

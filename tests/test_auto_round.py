@@ -136,10 +136,20 @@ def float_layer(kind: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[
     mx = {"data_type": "mx_fp", "group_size": 32, "act_data_type": "mx_fp", "act_group_size": 32}
     if kind == "MXFP4":
         config = {**mx, "bits": 4, "act_bits": 4}
-        return {"weight_packed": packed, "weight_scale": exponents}, values * powers, config, "W4A4-mxfp4"
+        return (
+            {"weight_packed": packed, "weight_scale": exponents},
+            values * powers,
+            config,
+            "W4A4-e2m1-g32:e8m0/e2m1-g32:e8m0floor-dyn",
+        )
     if kind == "MXFP8":
         config = {**mx, "bits": 8, "act_bits": 8}
-        return {"weight": eights, "weight_scale": exponents}, eights.float() * powers, config, "W8A8-mxfp8"
+        return (
+            {"weight": eights, "weight_scale": exponents},
+            eights.float() * powers,
+            config,
+            "W8A8-fp8-g32:e8m0/fp8-g32:e8m0floor-dyn",
+        )
     if kind == "NVFP4":
         fine = torch.rand(rows, columns // 16, generator=random).to(torch.float8_e4m3fn)
         whole = torch.tensor([731.25])
@@ -187,7 +197,7 @@ def test_float_exports_are_exact_and_run(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"act_data_type": "mx_fp_rceil"},
+        {"act_data_type": "mx_fp_stochastic"},
         {"bits": 6, "act_bits": 6},
         {"data_type": "mx_int"},
         {"data_type": "nvfp4_v2"},

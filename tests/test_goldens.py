@@ -24,6 +24,7 @@ READ = (
     "bitsandbytes",
     "modelopt-fp8",
     "quark",
+    "torchao",
 )
 BOUNDS = {
     "bitsandbytes-int8": 1e-4,
@@ -32,10 +33,23 @@ BOUNDS = {
     "quark-int8": 1e-4,
     "llmcompressor-nvfp4a16": 1e-4,
     "llmcompressor-mxfp4a16": 1e-4,
+    "torchao-int8da-int4w": 1e-4,
 }
 """Kullback-Leibler divergence of logits, where not 1e-5: bitsandbytes rounds activations to float16 on its way to int8,
-ModelOpt's and compressed-tensors' fp4 forwards are in bfloat16, and Quark's weights are rounded to it."""
-METHODS = ("auto-round", "awq", "bitsandbytes", "modelopt", "quark", "gguf", "gptq", "compressed-tensors", "dense")
+ModelOpt's and compressed-tensors' fp4 forwards are in bfloat16, Quark's weights are rounded to it, and
+torchao's logits in float32 leave activations unquantized."""
+METHODS = (
+    "auto-round",
+    "awq",
+    "bitsandbytes",
+    "modelopt",
+    "quark",
+    "torchao",
+    "gguf",
+    "gptq",
+    "compressed-tensors",
+    "dense",
+)
 
 
 def goldens() -> list[Path]:
@@ -62,7 +76,7 @@ def test_weights_are_the_tools_own(golden: tuple[Path, dict[str, torch.Tensor]])
         wanted = expected[f"dequant.{module}.weight"]
         if path.name == "bitsandbytes-int8":  # its own function multiplies by SCB first, and by 1 / 127 then
             assert torch.allclose(got, wanted, rtol=3e-7, atol=0), module
-        elif path.name.startswith(("quark", "llmcompressor-nvfp4", "llmcompressor-mxfp4")):
+        elif path.name.startswith(("quark", "llmcompressor-nvfp4", "llmcompressor-mxfp4", "torchao-int8da")):
             # their own weights are rounded to the model's bfloat16
             assert torch.equal(got.to(torch.bfloat16).float(), wanted), module
         else:

@@ -72,8 +72,8 @@ def _range(
         if not isinstance(scheme.element, Float):
             return _symmetric(magnitude, (2**scheme.bits - 1) / 2)
         name, kind = scheme.element.format, scheme.scales[0].type
-        if kind == "e8m0":
-            return mx_scale(magnitude, name), None
+        if kind.startswith("e8m0"):
+            return mx_scale(magnitude, name, kind), None
         if kind == "e4m3fn":
             if whole is None:
                 whole, _ = _symmetric(magnitude.amax(), LARGEST[name] * LARGEST[kind])

@@ -1,8 +1,13 @@
 """Small floats as activations: rounding to a format's grid, and the scales of MX and NVFP4 groups at run time.
 
-MX (OCP Microscaling Formats v1.0, section 6.3) leaves open how the shared exponent is rounded. As compressed-tensors and
-Quark do it, the largest magnitude is first rounded to the element's mantissa, so that 7 of a group in e2m1, which its
-6 is far from, takes the next exponent. NVFP4 scales are e4m3 under one float for the tensor.
+MX (OCP Microscaling Formats v1.0, section 6.3) leaves open how the shared exponent is rounded, and tools differ:
+
+    e8m0       the largest magnitude is first rounded to the element's mantissa, so that the 7 of a group in e2m1, which 6
+               is far from, takes the next exponent (compressed-tensors, Quark; torchao's EVEN)
+    e8m0floor  its exponent, less that of the element's largest number (the OCP's own example, AutoRound; FLOOR)
+    e8m0ceil   the least power of two under which nothing is clipped (cuBLAS; RCEIL)
+
+NVFP4 scales are e4m3 under one float for the tensor.
 """
 
 from __future__ import annotations
@@ -25,10 +30,14 @@ def round_to(values: torch.Tensor, name: str) -> torch.Tensor:
     return ((values / step).round_() * step).clamp_(-LARGEST[name], LARGEST[name])
 
 
-def mx_scale(magnitude: torch.Tensor, name: str) -> torch.Tensor:
+def mx_scale(magnitude: torch.Tensor, name: str, kind: str = "e8m0") -> torch.Tensor:
     """Power-of-two scales for groups whose largest magnitudes are given: 2^-127 .. 2^127."""
-    bits = magnitude.to(torch.float32).contiguous().view(torch.int32)
-    carried = bits + (1 << (22 - _CARRY_BITS[name]))
+    if kind == "e8m0ceil":
+        fraction, exponent = torch.frexp(magnitude / LARGEST[name])
+        exponent = torch.where(magnitude == 0, -127, exponent - (fraction == 0.5).int())
+        return torch.ldexp(torch.ones_like(magnitude), exponent.clamp(-127, 127))
+    carry = 1 << (22 - _CARRY_BITS[name]) if kind == "e8m0" else 0
+    carried = magnitude.to(torch.float32).contiguous().view(torch.int32) + carry
     largest = torch.frexp(torch.tensor(LARGEST[name]))[1].item() - 1
     exponent = (carried >> 23) - 127 - int(largest)
     return torch.ldexp(torch.ones_like(magnitude), exponent.clamp(-127, 127))

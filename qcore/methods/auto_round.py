@@ -22,7 +22,7 @@ from pydantic import Field
 
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
-from qcore.elements import Float, Granularity, Group, Level, PerChannel, PerTensor, PerToken, Tile
+from qcore.elements import Float, Granularity, Group, Level, PerChannel, PerTensor, PerToken, ScaleType, Tile
 from qcore.layouts import awq, gptq, scaled
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules
 from qcore.refusal import Refusal, Refused, bad_file
@@ -156,7 +156,7 @@ class AutoRound(Method):
 def _check_types(files: CheckpointFiles, config: AutoRoundConfig, where: str) -> None:
     """Raises Refused (unknown-variant) where the numbers are of a kind that is not read."""
     floats = config.data_type in _FLOATS
-    own_inputs = {"mx_fp": ("mx_fp",), "nv_fp": ("nv_fp", "nv_fp4_with_static_gs"), "fp": ("fp",)}
+    own_inputs = {"mx_fp": ("mx_fp", "mx_fp_rceil"), "nv_fp": ("nv_fp", "nv_fp4_with_static_gs"), "fp": ("fp",)}
     for field, found, known in (
         ("data_type", config.data_type, floats or config.data_type in _INTEGERS),
         ("bits", config.bits, not floats or config.bits in {"mx_fp": (4, 8), "nv_fp": (4,)}.get(config.data_type, (8,))
@@ -185,9 +185,11 @@ def _float_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) 
     if config.data_type == "fp":
         return _fp8_scheme(files, module, config)
     element = Float("e2m1" if config.bits == 4 else "e4m3fn")
-    levels = (Level(Group(32), "e8m0"),)
+    rounding: ScaleType = "e8m0ceil" if config.act_data_type == "mx_fp_rceil" else "e8m0floor"
+    levels: tuple[Level, ...] = (Level(Group(32), "e8m0"),)
+    given: tuple[Level, ...] = (Level(Group(32), rounding),)
     if config.data_type == "nv_fp":
-        levels = (Level(Group(16), "e4m3fn"), Level(PerTensor()))  # type: ignore[assignment]
+        levels = given = (Level(Group(16), "e4m3fn"), Level(PerTensor()))
     weight = TensorScheme(element, levels)
     names = scaled.Names(
         codes="weight_packed" if config.bits == 4 else "weight",
@@ -195,7 +197,7 @@ def _float_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) 
         input_whole="input_global_scale",
         divides=True,
     )
-    return Scheme(weight, TensorScheme(element, levels, dynamic=True) if quantized_inputs else None), names
+    return Scheme(weight, TensorScheme(element, given, dynamic=True) if quantized_inputs else None), names
 
 
 def _fp8_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) -> tuple[Scheme, scaled.Names]:
