@@ -24,6 +24,8 @@ _SEARCH: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = MappingProxy
 
 _PIECE = 1 << 18
 """Elements that are encoded at once: memory stays bounded, and a piece stays in the processor's cache."""
+_BY_MAGNITUDE = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s"})
+"""Types so coarse that, with no importance given, the weights' magnitudes serve in its place."""
 _LEAST_IMPORTANCE = 1e-4
 """Of the mean: a channel that the calibration never reached is still stored."""
 
@@ -56,11 +58,11 @@ def _encode(block: BlockType, rows: Tensor, importance: Tensor | None) -> Tensor
     unit = blocks.abs().amax(1, keepdim=True)
     unit.masked_fill_(unit == 0, 1)
     x = blocks / unit
-    if importance is None and block.bits > 2:
-        return _SEARCH[block.name](x, torch.ones_like(x), unit)
-    # llama.cpp's weights: large weights matter more than the mean square of the activations alone tells.
-    squares = x.square()
-    w = (squares + 2 * squares.mean(1, keepdim=True)).sqrt_()
+    w = torch.ones_like(x)
+    if block.name != "q1_0" and (importance is not None or block.name in _BY_MAGNITUDE):
+        # llama.cpp's weights: large weights matter more than the mean square of the activations alone tells.
+        squares = x.square()
+        w = (squares + 2 * squares.mean(1, keepdim=True)).sqrt_()
     if importance is not None:
         w = (w.view_as(rows) * importance).view_as(x)
     return _SEARCH[block.name](x, w, unit)

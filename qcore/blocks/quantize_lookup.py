@@ -60,7 +60,7 @@ def _nvfp4(x: Tensor, w: Tensor, unit: Tensor) -> Tensor:
     """Every run has a scale of its own, one of e4m3's 126 positive values."""
     x, w = x.view(-1, 4, 16), w.reshape(-1, 4, 16)
     table = torch.arange(127, dtype=torch.uint8, device=x.device).view(torch.float8_e4m3fn).float() / 2
-    scale = fit_scale(x, w, _FP4_TABLE)[0].squeeze(-1) * unit
+    scale = fit_scale(x, w, _FP4_TABLE)[0].squeeze(-1).abs() * unit  # of the extreme's sign, which the codes can hold
     near = torch.searchsorted(table, scale.contiguous()).clamp_(max=126)
     best = torch.zeros_like(near), torch.zeros_like(x), torch.full_like(scale, torch.inf)
     for offset in (0, -2, -1, 1):  # near is the value above, so -1 is the one below
