@@ -39,7 +39,9 @@ def quantize_blocks(type_name: str, rows: Tensor, importance: Tensor | None = No
     anything else.
     """
     block = _checked(type_name, rows, importance)
-    out = torch.empty(rows.shape[0], rows.shape[1] // block.elements * block.nbytes, dtype=torch.uint8, device=rows.device)
+    out = torch.empty(
+        rows.shape[0], rows.shape[1] // block.elements * block.nbytes, dtype=torch.uint8, device=rows.device
+    )
     if importance is not None:
         importance = _normal(importance.to(rows.device, torch.float32))
     step = max(1, _PIECE // max(rows.shape[1], 1))
@@ -47,7 +49,7 @@ def quantize_blocks(type_name: str, rows: Tensor, importance: Tensor | None = No
         piece = rows[start : start + step].float()
         if not piece.isfinite().all():
             raise ValueError(f"rows {start} to {start + len(piece) - 1} hold values that are infinite or NaN")
-        out[start : start + step] = _encode(block, piece, importance).view(len(piece), -1)
+        out[start : start + step] = _encode(block, piece, importance).view(len(piece), out.shape[1])
     return out
 
 

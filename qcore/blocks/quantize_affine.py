@@ -39,7 +39,9 @@ def fit_affine(x: Tensor, w: Tensor, high: int, most: float = 0.0, rounds: int =
     return best
 
 
-def _solve(x: Tensor, w: Tensor, codes: Tensor, sums: tuple[Tensor, Tensor], most: float) -> tuple[Tensor, Tensor, Tensor]:
+def _solve(
+    x: Tensor, w: Tensor, codes: Tensor, sums: tuple[Tensor, Tensor], most: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The best pair for given codes, and by how much the error is below sum w x^2: three [..., 1]."""
     weights, along_one = sums
     weighted = w * codes
@@ -76,10 +78,16 @@ def fit_affine_runs(x: Tensor, w: Tensor, unit: Tensor, high: int, steps: Steps,
     best, smallest = None, torch.full_like(unit, torch.inf)
     for _ in range(rounds):
         d, dmin = representable(d, unit), representable(dmin, unit)
-        scales, minima, codes, errors = _codes_at(x, w, d, dmin, (steps.codes(near[0]), steps.codes(near[1])), high, steps)
+        scales, minima, codes, errors = _codes_at(
+            x, w, d, dmin, (steps.codes(near[0]), steps.codes(near[1])), high, steps
+        )
         error = errors.sum(1, keepdim=True)
         found = AffineFit(d, dmin, scales, minima, codes)
-        best = found if best is None else AffineFit(*(choose(error < smallest, *pair) for pair in zip(found, best, strict=True)))
+        best = (
+            found
+            if best is None
+            else AffineFit(*(choose(error < smallest, *pair) for pair in zip(found, best, strict=True)))
+        )
         smallest = torch.minimum(error, smallest)
         d, dmin = _solve_both(x, w, scales, minima, codes)
         near = scales, minima
@@ -91,7 +99,12 @@ def _codes_at(
     x: Tensor, w: Tensor, d: Tensor, dmin: Tensor, near: tuple[Tensor, Tensor], high: int, steps: Steps
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best scales and minima around `near`, their codes, and each run's error, for given d and dmin."""
-    best = torch.zeros_like(near[0]), torch.zeros_like(near[0]), torch.zeros_like(x), torch.full_like(near[0], torch.inf)
+    best = (
+        torch.zeros_like(near[0]),
+        torch.zeros_like(near[0]),
+        torch.zeros_like(x),
+        torch.full_like(near[0], torch.inf),
+    )
     for scales in steps.around(near[0]):
         scale = (d * scales).unsqueeze(-1)
         inverse = inverse_of(scale)

@@ -161,9 +161,7 @@ def fit_scale(x: Tensor, w: Tensor, book: Book) -> tuple[Tensor, Tensor]:
     return scale, curvature
 
 
-def _codes_at(
-    x: Tensor, w: Tensor, d: Tensor, near: Tensor, book: Book, steps: Steps
-) -> tuple[Tensor, Tensor, Tensor]:
+def _codes_at(x: Tensor, w: Tensor, d: Tensor, near: Tensor, book: Book, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
     """The best multipliers' codes around `near` [B, runs], their levels, and each run's error, for a given d."""
     best = torch.zeros_like(near), torch.zeros_like(x), torch.full_like(near, torch.inf)
     for codes in steps.around(near):

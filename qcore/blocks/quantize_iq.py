@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
@@ -15,22 +15,24 @@ from qcore.blocks.grids import grid, shifted_grid
 from qcore.blocks.pack import LARGEST, half, neighbours, words
 from qcore.blocks.quantize_fit import Fit, Steps, fit, inverse_of
 
-_DISTANCES = 1 << 21
-"""Distances between tuples and grid points that are held at once."""
+_DISTANCES = 1 << 18
+"""Distances between tuples and grid points that are held at once: they stay in the processor's cache."""
 _LANES = 32
 """The least of a row of distances is found in two steps, over columns of so many lanes: a plain argmin is slow."""
+_STARTS = (0.75, 1.0, 1.25)
+"""Root mean squares, relative to the grid's own, that the search brings the values to. More of them, or going to and fro
+more than once, take time and gain less than a hundredth."""
 
 
 class Grid:
     """Tuples of a grid. With several variants of it, as many consecutive tuples as `group` share a variant.
 
-    points: float32 [variants, points, n]. starts: root mean squares, relative to the grid's own, that the search brings
-    the values to.
+    points: float32 [variants, points, n].
     """
 
-    def __init__(self, points: Tensor, starts: Iterable[float], group: int = 1) -> None:
+    def __init__(self, points: Tensor, group: int = 1) -> None:
         self.points, self.group = points, group
-        self._starts = [points.square().mean().sqrt().item() * start for start in starts]
+        self._starts = [points.square().mean().sqrt().item() * start for start in _STARTS]
         # |y - g|^2 = |y|^2 - 2 y g + g^2, the first of which is the same for every point.
         self._matrix = torch.cat([-2 * points, points.square()], 2).transpose(1, 2).contiguous()
 
@@ -74,25 +76,13 @@ def _least(distances: Tensor) -> tuple[Tensor, Tensor]:
 def _grid(name: str, device: torch.device) -> Grid:
     table = grid(name, device)
     points = table.view(torch.int8).view(1, len(table), -1).float()
-    return Grid(points, _STARTS[name])
+    return Grid(points)
 
 
 @functools.cache
 def _shifted(group: int, device: torch.device) -> Grid:
     """iq1's grid plus 1/8 and minus 1/8, in eighths."""
-    return Grid(shifted_grid(device).view(torch.int8).view(2, 2048, 8).float(), _STARTS["iq1"], group)
-
-
-_STARTS: Mapping[str, tuple[float, ...]] = MappingProxyType(
-    {
-        "iq2_xxs": tuple(0.6 + 0.05 * i for i in range(17)),
-        "iq2_xs": tuple(0.6 + 0.05 * i for i in range(17)),
-        "iq2_s": tuple(0.6 + 0.05 * i for i in range(17)),
-        "iq3_xxs": tuple(0.6 + 0.05 * i for i in range(17)),
-        "iq3_s": tuple(0.6 + 0.05 * i for i in range(17)),
-        "iq1": tuple(0.6 + 0.05 * i for i in range(17)),
-    }
-)
+    return Grid(shifted_grid(device).view(torch.int8).view(2, 2048, 8).float(), group)
 
 
 def _signed(
@@ -107,7 +97,7 @@ def _signed(
         minus = tuples.scatter(1, cheapest, tuples.gather(1, cheapest) ^ odd.bool()).view_as(x)
     book = _grid(name, x.device)
     along = torch.where(minus, -x, x).view(-1, runs, 256 // runs)
-    found = fit(along, w.view_as(along), unit, book, steps)
+    found = fit(along, w.view_as(along), unit, book, steps, rounds=1)
     _, indices = book.codes(found.levels, torch.ones_like(found.levels))
     return found, indices.view(len(x), -1), neighbours(minus, 1) & (127 if even else 255)
 
@@ -127,9 +117,7 @@ def _iq2_xxs(x: Tensor, w: Tensor, unit: Tensor) -> Tensor:
 
 def _iq2_xs(x: Tensor, w: Tensor, unit: Tensor) -> Tensor:
     found, indices, signs = _signed(x, w, unit, "iq2_xs", 16, _QUARTERS, even=True)
-    return torch.cat(
-        [half(found.d), words(indices | signs.long() << 9, torch.int16), neighbours(found.codes, 4)], 1
-    )
+    return torch.cat([half(found.d), words(indices | signs.long() << 9, torch.int16), neighbours(found.codes, 4)], 1)
 
 
 def _iq2_s(x: Tensor, w: Tensor, unit: Tensor) -> Tensor:
@@ -172,7 +160,7 @@ def _ternary(x: Tensor, w: Tensor, unit: Tensor, runs: int) -> tuple[Fit, Tensor
     """The fit, and for each tuple whether 1/8 is subtracted, and the grid's index: two int64 [B, 32]."""
     along = x.view(-1, runs, 256 // runs)
     book = _shifted(4 if runs == 8 else 1, x.device)
-    found = fit(along, w.view_as(along), unit, book, Steps(1 / 8, 2 / 8, 8))
+    found = fit(along, w.view_as(along), unit, book, Steps(1 / 8, 2 / 8, 8), rounds=1)
     variants, indices = book.codes(found.levels, torch.ones_like(found.levels))
     return found, variants.view(-1, 32), indices.view(-1, 32)
 

@@ -139,7 +139,9 @@ SEARCH: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = MappingProxyT
         # -128 is left out: kernels negate codes.
         "q8_0": _fitted(_pack_8, Uniform(-127, 127, _around(127, width=1.0)), lambda levels: levels),
         "q1_0": _fitted(_pack_neighbours(1), Table((-1, 1), (1.0,)), lambda levels: levels > 0),
-        "q2_0": _fitted(_pack_neighbours(2), Uniform(-1, 2, [0.2 * i for i in range(-12, 20)]), lambda levels: levels + 1),
+        "q2_0": _fitted(
+            _pack_neighbours(2), Uniform(-1, 2, [0.2 * i for i in range(-12, 20)]), lambda levels: levels + 1
+        ),
         "tq1_0": _fitted(_pack_tq1_0, _TERNARY, lambda levels: levels + 1),
         "tq2_0": _fitted(_pack_tq2_0, _TERNARY, lambda levels: levels + 1),
     }
