@@ -42,6 +42,8 @@ def quantize_blocks(type_name: str, rows: Tensor, importance: Tensor | None = No
     out = torch.empty(
         rows.shape[0], rows.shape[1] // block.elements * block.nbytes, dtype=torch.uint8, device=rows.device
     )
+    if not out.numel():
+        return out
     if importance is not None:
         importance = _normal(importance.to(rows.device, torch.float32))
     step = max(1, _PIECE // max(rows.shape[1], 1))

@@ -89,7 +89,8 @@ def _by_largest(pack: Callable[..., Tensor], high: int, offset: int) -> Callable
     def encode(x: Tensor) -> Tensor:
         d = x.abs().amax(1, keepdim=True) / high
         scaled = x * inverse_of(d)
-        rounded = scaled.abs().add_(0.5).floor_().copysign_(scaled)
+        whole = scaled.trunc()
+        rounded = whole + (2 * (scaled - whole)).trunc_()  # adding 1/2 to the number just below would make it 1
         return pack(rounded.clamp_(-high, high) + offset, d)
 
     return encode
