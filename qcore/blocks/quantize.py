@@ -22,8 +22,8 @@ _SEARCH: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = MappingProxy
     {**quantize_simple.SEARCH, **quantize_kquants.SEARCH, **quantize_lookup.SEARCH, **quantize_iq.SEARCH}
 )
 
-_PIECE = 1 << 18
-"""Elements that are encoded at once: memory stays bounded, and a piece stays in the processor's cache."""
+_PIECE_CPU, _PIECE = 1 << 18, 1 << 22
+"""Elements that are encoded at once, so that memory stays bounded: what a CPU's cache holds, or what fills a device."""
 _BY_MAGNITUDE = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s"})
 """Types so coarse that, with no importance given, the weights' magnitudes serve in its place."""
 _LEAST_IMPORTANCE = 1e-4
@@ -46,7 +46,7 @@ def quantize_blocks(type_name: str, rows: Tensor, importance: Tensor | None = No
         return out
     if importance is not None:
         importance = _normal(importance.to(rows.device, torch.float32))
-    step = max(1, _PIECE // max(rows.shape[1], 1))
+    step = max(1, (_PIECE_CPU if rows.device.type == "cpu" else _PIECE) // rows.shape[1])
     for start in range(0, rows.shape[0], step):
         piece = rows[start : start + step].float()
         if not piece.isfinite().all():

@@ -15,11 +15,11 @@ from qcore.blocks.grids import grid, shifted_grid
 from qcore.blocks.pack import LARGEST, half, neighbours, words
 from qcore.blocks.quantize_fit import Fit, Steps, fit, inverse_of
 
-_DISTANCES = 1 << 18
-"""Distances between tuples and grid points that are held at once: they stay in the processor's cache."""
+_DISTANCES_CPU, _DISTANCES = 1 << 18, 1 << 26
+"""Distances between tuples and grid points that are held at once: what a CPU's cache holds, or what fills a device."""
 _LANES = 32
 """The least of a row of distances is found in two steps, over columns of so many lanes: a plain argmin is slow."""
-_STARTS = (0.75, 1.0, 1.25)
+_STARTS = (0.8, 1.1)
 """Root mean squares, relative to the grid's own, that the search brings the values to. More of them, or going to and fro
 more than once, take time and gain less than a hundredth."""
 
@@ -32,14 +32,15 @@ class Grid:
 
     def __init__(self, points: Tensor, group: int = 1) -> None:
         self.points, self.group = points, group
-        self._starts = [points.square().mean().sqrt().item() * start for start in _STARTS]
+        self._size, self._extreme = points.square().mean().sqrt().item(), points.max().item()
         # |y - g|^2 = |y|^2 - 2 y g + g^2, the first of which is the same for every point.
         self._matrix = torch.cat([-2 * points, points.square()], 2).transpose(1, 2).contiguous()
 
     def inverses(self, values: Tensor, weights: Tensor) -> Iterator[Tensor]:
         size = (weights * values.square()).sum(-1, keepdim=True).div_(weights.sum(-1, keepdim=True)).sqrt_()
-        inverse = inverse_of(size)
-        return (inverse * start for start in self._starts)
+        for start in _STARTS:
+            yield inverse_of(size) * (start * self._size)
+        yield inverse_of(values.abs().amax(-1, keepdim=True)) * self._extreme  # for the sake of outliers
 
     def nearest(self, values: Tensor, weights: Tensor) -> Tensor:
         variants, indices = self.codes(values, weights)
@@ -50,7 +51,8 @@ class Grid:
         size = self.points.shape[2]
         weights = weights.reshape(-1, size)
         both = torch.cat([weights * values.reshape(-1, size), weights], 1)
-        step = max(1, _DISTANCES // self.points.shape[1] // self.group) * self.group
+        room = _DISTANCES_CPU if values.device.type == "cpu" else _DISTANCES
+        step = max(1, room // self.points.shape[1] // self.group) * self.group
         parts = [self._codes(part) for part in both.split(step)]
         variants, indices = (torch.cat(part) for part in zip(*parts, strict=True))
         return variants, indices
