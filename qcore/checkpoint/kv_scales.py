@@ -13,19 +13,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from qcore.checkpoint.source import TensorInfo, TensorSource
-from qcore.elements import Float, Int, Level, PerChannel, PerTensor, PerToken
+from qcore.elements import Element, Float, Granularity, Int, Level, PerChannel, PerTensor, PerToken
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import TensorScheme
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
+
+    from qcore.checkpoint.open import Checkpoint
+    from qcore.method import CheckpointFiles
 
 log = logging.getLogger("qcore")
 
 Part = Literal["k", "v", "kv", "q", "prob"]
 """Whose scale: keys, values, one for both, queries, or attention probabilities."""
+_PARTS: tuple[Part, Part] = ("k", "v")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ CHOICES: dict[str, TensorScheme | None] = {
     "int8": TensorScheme(Int(8, signed=True), (Level(PerToken()),), dynamic=True),
 }
 """What can be asked for beside auto. int8 takes a scale for each token and head, unless the checkpoint has calibrated ones."""
-
+_ALGORITHMS = {"FP8": _FP8, "INT8": TensorScheme(Int(8, signed=True), (Level(PerTensor()),))}
+"""ModelOpt's words for kv caches, of those that are read."""
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F64")
 _ZERO_DTYPES = (*_SCALE_DTYPES, "F8_E4M3", "I8", "U8", "I32", "I64")
 
@@ -116,20 +119,20 @@ def read_kv_scales(source: TensorSource) -> dict[str, KvScales]:
         attention, row = hit
         value = _read(source, info, row)
         sides = found.setdefault(attention, {})
-        for part in ("k", "v") if row.part == "kv" else (row.part,):
+        for part in _PARTS if row.part == "kv" else (row.part,):
             _agree(sides.setdefault((part, row.kind == "zero"), (value, name)), value, info)
     unused = sum(part in ("q", "prob") and not zero for sides in found.values() for part, zero in sides)
-    if unused:  # they belong to attention that multiplies in fp8; queries and probabilities stay in 16 bits or more here
+    if (
+        unused
+    ):  # they belong to attention that multiplies in fp8; queries and probabilities stay in 16 bits or more here
         log.info("%d scales of queries and attention probabilities are not needed", unused)
     return {name: scales for name, sides in found.items() if (scales := _both(name, sides)) is not None}
 
 
-def _both(
-    attention: str, sides: Mapping[tuple[Part, bool], tuple[torch.Tensor, str]]
-) -> KvScales | None:
+def _both(attention: str, sides: Mapping[tuple[Part, bool], tuple[torch.Tensor, str]]) -> KvScales | None:
     made: dict[str, Side] = {}
-    for part in ("k", "v"):
-        scale, zero = sides.get((part, False)), sides.get((part, True))  # type: ignore[call-overload]
+    for part in _PARTS:
+        scale, zero = sides.get((part, False)), sides.get((part, True))
         if scale is not None:
             made[part] = Side(scale[0], zero[0] if zero is not None and bool(zero[0].any()) else None, scale[1])
     if not made:
@@ -173,45 +176,61 @@ def _agree(first: tuple[torch.Tensor, str], value: torch.Tensor, info: TensorInf
                        expected=f"{first[0].flatten()[:4].tolist()}, as {first[1]} has")  # fmt: skip
 
 
-def declared_scheme(
-    *, element: str, bits: object, strategy: object = None, symmetric: bool = True, dynamic: object = False,
-    path: Path, file: Path, field: str,
-) -> TensorScheme:
-    """The scheme that a config's words stand for: 8-bit floats or integers, with one scale or one for each head.
+def declared_scheme(files: CheckpointFiles, field: str, given: Mapping[str, Any]) -> TensorScheme:
+    """The scheme that `kv_cache_scheme` stands for: 8-bit floats or integers, with one stored scale or one for each head.
 
-    vLLM tests `type != float and bits != 8`, and so takes int8 and 4-bit floats for fp8; both have to hold here.
+    vLLM refuses only what is neither a float nor of 8 bits, and so runs 4-bit floats as fp8; both have to hold here.
     Raises Refused (unknown-variant).
-    """  # fmt: skip
-    elements: dict[str, Float | Int] = {"float": Float("e4m3fn"), "int": Int(8, signed=True)}
-    levels = {None: PerTensor(), "tensor": PerTensor(), "attn_head": PerChannel()}
-    whole = strategy is None or isinstance(strategy, str)
-    level = levels.get(strategy) if whole else None  # type: ignore[arg-type]
-    if element not in elements or bits != 8 or level is None or dynamic or (element == "float" and not symmetric):
-        words = [f"{bits}-bit {element}", f"strategy {strategy}" if strategy else "", "dynamic" if dynamic else "",
-                 "" if symmetric else "asymmetric"]  # fmt: skip
-        raise unknown_kv_cache(" ".join(filter(None, words)), path=path, file=file, field=field)
-    return TensorScheme(elements[element], (Level(level),), None if symmetric else "stored")
+    """
+    kind, strategy = str(given.get("type", "int")), str(given.get("strategy") or "tensor")
+    bits, dynamic, affine = given.get("num_bits", 8), bool(given.get("dynamic")), given.get("symmetric") is False
+    elements: dict[str, Element] = {"float": Float("e4m3fn"), "int": Int(8, signed=True)}
+    levels: dict[str, Granularity] = {"tensor": PerTensor(), "attn_head": PerChannel()}
+    readable = kind in elements and bits == 8 and strategy in levels and not dynamic
+    if not readable or (kind == "float" and affine):
+        extra = ", dynamic" * dynamic + ", asymmetric" * affine
+        raise unknown_kv_cache(files, field, f"{bits}-bit {kind}, strategy {strategy}{extra}")
+    return TensorScheme(elements[kind], (Level(levels[strategy]),), "stored" if affine else None)
 
 
-def unknown_kv_cache(found: str, *, path: Path, file: Path, field: str) -> Refused:
-    """A kv cache that no checkpoint can have here."""
+def declared_algorithm(
+    files: CheckpointFiles, algorithm: str | None, scheme: Mapping[str, Any] | str | None
+) -> TensorScheme | None:
+    """ModelOpt's two ways to declare: `kv_cache_quant_algo`, and in config.json `kv_cache_scheme`. Raises Refused
+    (unknown-variant)."""
+    if isinstance(scheme, Mapping) and scheme:
+        return declared_scheme(files, "kv_cache_scheme", scheme)
+    name = algorithm or scheme
+    if not name:
+        return None
+    if name not in _ALGORITHMS:
+        raise unknown_kv_cache(files, "kv_cache_quant_algo", str(name))
+    return _ALGORITHMS[str(name)]
+
+
+def unknown_kv_cache(files: CheckpointFiles, field: str, found: str) -> Refused:
+    """A quantization of the kv cache that is not read."""
     return Refused(
-        Refusal("unknown-variant", "notimpl", str(path), "this quantization of the kv cache is not read yet",
-                f"found {found}, expected 8-bit floats or integers under one static scale, or one for each head",
-                "Quantize the kv cache to FP8, or take it out of the config.", str(file),
-                field=f"quantization_config.{field}")
+        Refusal("unknown-variant", "notimpl", str(files.path), "this quantization of the kv cache is not read yet",
+                f"found {found}, expected 8-bit floats or integers under one stored scale, or one for each head",
+                "Load the model with the kv cache 'none', or quantize it with an FP8 kv cache.",
+                str(files.quantization_file), field=f"quantization_config.{field}")
     )  # fmt: skip
 
 
-def chosen_scheme(
-    choice: str | None, declared: TensorScheme | None, scales: Mapping[str, KvScales], path: Path
-) -> TensorScheme | None:
+def chosen_scheme(choice: str | None, checkpoint: Checkpoint) -> TensorScheme | None:
     """The kv cache to run with. Raises Refused (bad-argument).
 
     auto (or None) does as the checkpoint declares. Scales without a declaration were calibrated for an fp8 cache, so that
     it is used: older tools declared nothing. A choice of the declared element keeps the declared granularity.
     """
     checked_choice(choice)
+    scales, path = checkpoint.kv_scales, checkpoint.path
+    if choice == "none":
+        if scales:
+            log.info("%s has calibrated kv scales; the kv cache stays unquantized, as was asked for", path)
+        return None
+    declared = checkpoint.kv_cache
     if choice is None or choice == "auto":
         if declared is None and scales:
             log.warning("%s declares no kv cache, but has calibrated scales for %d layers: it runs with an fp8 kv cache; "
@@ -219,8 +238,6 @@ def chosen_scheme(
             return _FP8
         return declared
     wanted = CHOICES[choice]
-    if wanted is None and (declared or scales):
-        log.info("%s is made for a quantized kv cache; it stays unquantized, as was asked for", path)
     return declared if wanted and declared and wanted.element == declared.element else wanted
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
+from qcore.checkpoint.kv_scales import declared_scheme
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Float, Granularity, Group, Int, Level, PerChannel, PerTensor, PerToken, Tile, scale_shape
@@ -126,8 +127,8 @@ class CompressedTensors(Method):
         return " ".join(word for word in (config.format, config.version) if word)
 
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
-        scheme = self._config(files).kv_cache_scheme
-        return None if scheme is None else self._tensor_scheme(files, scheme, "kv_cache_scheme", weight=False)
+        given = self._config(files).kv_cache_scheme
+        return None if given is None else declared_scheme(files, "kv_cache_scheme", given.model_dump())
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
         config = self._config(files)

@@ -90,6 +90,7 @@ class _Rounded:
     """What is added to transformers' layers, whose `keys` and `values` hold bytes then."""
 
     rounding: tuple[Rounding, Rounding]
+    is_initialized: bool
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         nothing = key_states.new_empty(0, dtype=torch.uint8)
@@ -161,7 +162,9 @@ def quantize_kv_cache(model: PreTrainedModel, scheme: TensorScheme, scales: Mapp
     base, config = model.base_model, model.config.get_text_config(decoder=True)
     if "past_key_values" not in inspect.signature(base.forward).parameters:
         raise _unsupported(f"found no past_key_values in {type(base).__name__}'s forward")
-    numbers = {name: number for name, m in model.named_modules() if isinstance(number := getattr(m, "layer_idx", None), int)}
+    numbers = {
+        name: number for name, m in model.named_modules() if isinstance(number := getattr(m, "layer_idx", None), int)
+    }
     calibrated = {}
     for name, found in scales.items():
         if name not in numbers:
@@ -229,7 +232,9 @@ class _Hook:
 
     def _adopt(self, cache: Any, config: Any) -> None:
         """An empty cache that transformers or the caller made."""
-        if not isinstance(cache, DynamicCache) or any(layer.is_initialized for layer in cache.layers if layer.keys is not None):
+        if not isinstance(cache, DynamicCache) or any(
+            layer.is_initialized for layer in cache.layers if layer.keys is not None
+        ):
             raise Refused(
                 Refusal("bad-argument", "usage", "past_key_values", "the model runs with a quantized kv cache, and this "
                         "cache cannot become one", f"found a {type(cache).__name__}, expected an empty DynamicCache",

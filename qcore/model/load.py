@@ -63,7 +63,7 @@ def load_model(
     exact = exact_activations(activations)
     wanted = _torch_dtype(checkpoint.own_dtype if dtype is None else dtype)
     _check_memory(checkpoint, target)
-    scheme = chosen_scheme(kv_cache, checkpoint.kv_cache, checkpoint.kv_scales, checkpoint.path)
+    scheme = chosen_scheme(kv_cache, checkpoint)
     model = _skeleton(checkpoint, wanted)
     if scheme is not None:
         from qcore.model.kv_cache import quantize_kv_cache
