@@ -121,10 +121,8 @@ def read_kv_scales(source: TensorSource) -> dict[str, KvScales]:
         sides = found.setdefault(attention, {})
         for part in _PARTS if row.part == "kv" else (row.part,):
             _agree(sides.setdefault((part, row.kind == "zero"), (value, name)), value, info)
-    unused = sum(part in ("q", "prob") and not zero for sides in found.values() for part, zero in sides)
-    if (
-        unused
-    ):  # they belong to attention that multiplies in fp8; queries and probabilities stay in 16 bits or more here
+    # Those of queries and probabilities are for attention that multiplies in fp8; here they stay in 16 bits or more.
+    if unused := sum(part in ("q", "prob") and not zero for sides in found.values() for part, zero in sides):
         log.info("%d scales of queries and attention probabilities are not needed", unused)
     return {name: scales for name, sides in found.items() if (scales := _both(name, sides)) is not None}
 
