@@ -54,7 +54,8 @@ def made(folder: Path, extra: dict[str, torch.Tensor] | None = None, scheme: Any
     for name in tensors:
         if "k_proj" in name or "q_proj" in name:
             tensors[name] *= 4
-    quantization = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+    groups = config.pop("config_groups", {})
+    quantization = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": groups}
     if scheme is not None:
         quantization["kv_cache_scheme"] = scheme
     return write(folder, {**tensors, **(extra or {})}, quantization, num_hidden_layers=LAYERS, **config)
@@ -346,6 +347,14 @@ def test_what_compressed_tensors_declares_else_is_refused_by_name(tmp_path: Path
         qcore.load_model(path)
     assert named in caught.value.refusal.fact and caught.value.refusal.field == "quantization_config.kv_cache_scheme"
     assert kv_cache_of(qcore.load_model(path, kv_cache="none")) is None
+
+
+def test_quantized_queries_are_refused(tmp_path: Path) -> None:
+    path = made(
+        tmp_path, scales(), config_groups={"attention": {"targets": ["LlamaAttention"], "input_activations": FP8}}
+    )
+    with pytest.raises(qcore.Refused, match="quantizes attention"):
+        qcore.load_model(path)
 
 
 @pytest.mark.parametrize(

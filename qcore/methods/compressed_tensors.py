@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from qcore.checkpoint.kv_scales import declared_scheme
+from qcore.checkpoint.kv_scales import declared_scheme, unknown_kv_cache
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Float, Granularity, Group, Int, Level, PerChannel, PerTensor, PerToken, Tile, scale_shape
@@ -127,7 +127,12 @@ class CompressedTensors(Method):
         return " ".join(word for word in (config.format, config.version) if word)
 
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
-        given = self._config(files).kv_cache_scheme
+        config = self._config(files)
+        for name, entry in config.config_groups.items():
+            group = _scope(name, entry)
+            if group.weights is None and group.input_activations:  # of attention: queries are quantized too
+                raise unknown_kv_cache(files, "config_groups", f"{name!r}, which quantizes attention")
+        given = config.kv_cache_scheme
         return None if given is None else declared_scheme(files, "kv_cache_scheme", given.model_dump())
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:

@@ -21,11 +21,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
+    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
 )
 
 from qcore.checkpoint.kv_scales import KvScales, Side
@@ -117,8 +116,6 @@ _LAYERS: dict[type, type] = {
     DynamicLayer: RoundedLayer,
     DynamicSlidingWindowLayer: RoundedSlidingLayer,
 }
-_WITHOUT_KEYS = (DummyLayer, LinearAttentionLayer)
-"""Layers that hold no keys and values of their own: of shared caches, and recurrent states."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +135,8 @@ class QuantizedKvCache(DynamicCache):  # type: ignore[misc]
         self.transient = transient
         """Whether it is dropped after the call that it was made for."""
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, _WITHOUT_KEYS):
-                continue
+            if not isinstance(layer, CacheLayerMixin):
+                continue  # no keys and values of its own: of a shared cache, or a recurrent state
             made = _LAYERS.get(type(layer))
             if made is None:
                 raise _unsupported(f"found a {type(layer).__name__} for layer {index}")
@@ -204,7 +201,9 @@ class _Hook:
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Supplies the cache."""
-        named = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        named = dict(kwargs)
+        if args:
+            named |= zip(inspect.signature(module.forward).parameters, args, strict=False)
         config: Any = module.config
         cache = named.get("past_key_values")
         if cache is None:
