@@ -1,6 +1,7 @@
 """Quantized kv caches: a model that runs with one gives the logits of a model whose attention rounds keys and values.
 
-That other model is the reference here: it has no cache, computes everything anew each time, and shares no code with it.
+That other model is the reference here: it has no cache, computes everything anew each time, and shares no code with it. Both
+run in float64, and round from float32, so that the noise of float32's sums moves no key from one number to the next.
 """
 
 from __future__ import annotations
@@ -84,16 +85,25 @@ def affine(scale: float, zero: int) -> Round:
     return lambda x: (((x / scale).round() + zero).clamp(-128, 127) - zero) * scale
 
 
-def reference(path: Path, rounds: list[tuple[Round, Round]]) -> PreTrainedModel:
+def load(path: Path, kv_cache: str = "auto", dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    return qcore.load_model(path, dtype=dtype, kv_cache=kv_cache)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, bound: float = 1e-6) -> None:
+    torch.testing.assert_close(found, wanted, atol=bound, rtol=0)
+
+
+def reference(path: Path, rounds: list[tuple[Round, Round]], dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """The unquantized model, with attention that rounds keys and values first."""
 
     def rounded(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         of_keys, of_values = rounds[module.layer_idx]
-        return sdpa_attention_forward(module, query, of_keys(key), of_values(value), *args, **kwargs)
+        key, value = of_keys(key.float()).to(dtype), of_values(value.float()).to(dtype)
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register("rounded", rounded)
     AttentionMaskInterface.register("rounded", sdpa_mask)
-    model = qcore.load_model(path, kv_cache="none")
+    model = load(path, "none", dtype)
     assert kv_cache_of(model) is None
     model.set_attn_implementation("rounded")
     model.config.use_cache = model.generation_config.use_cache = False
@@ -109,6 +119,7 @@ UNIT = [(fp8(1.0), fp8(1.0))] * LAYERS
 E5M2 = torch.float8_e5m2
 CASES: dict[str, tuple[dict[str, torch.Tensor], Any, str, list[tuple[Round, Round]], str]] = {
     "fp8": (scales(), FP8, "auto", twice(), "fp8-tensor"),
+    "fp8, saturated": (scales(K / 20, V / 20), FP8, "auto", twice(K / 20, V / 20), "fp8-tensor"),
     "fp8, asked for": (scales(), FP8, "fp8_e4m3", twice(), "fp8-tensor"),
     "fp8 without scales": ({}, FP8, "auto", UNIT, "fp8-tensor"),
     "fp8, not declared": ({}, None, "fp8", UNIT, "fp8-tensor"),
@@ -124,8 +135,9 @@ CASES: dict[str, tuple[dict[str, torch.Tensor], Any, str, list[tuple[Round, Roun
         scales(), INT8, "int8", [(affine(K * n, 0), affine(V * n, 0)) for n in (1, 2)], "int8-tensor-sym",
     ),
     "int8 with zero points": (
-        scales() | {f"{attention(n)}.k_zero_point": torch.tensor([5], dtype=torch.int8) for n in range(LAYERS)},
-        {**INT8, "symmetric": False}, "auto", [(affine(K * n, 5), affine(V * n, 0)) for n in (1, 2)], "int8-tensor-asym",
+        scales() | {f"{attention(n)}.{part}_zero_point": torch.tensor([zero], dtype=torch.int8)
+                    for n in range(LAYERS) for part, zero in (("k", 5), ("v", -9))},
+        {**INT8, "symmetric": False}, "auto", [(affine(K * n, 5), affine(V * n, -9)) for n in (1, 2)], "int8-tensor-asym",
     ),
 }  # fmt: skip
 
@@ -135,10 +147,10 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedMode
     """The model with the cache, and the reference, which differs from the model without it."""
     extra, declared, choice, rounds, scheme = CASES[request.param]
     path = made(tmp_path, extra, declared)
-    model = qcore.load_model(path, kv_cache=choice)
+    model = load(path, choice)
     assert str(kv_cache_of(model)) == scheme
     rounded, ids = reference(path, rounds), tokens(2, 12)
-    plain = logits(qcore.load_model(path, kv_cache="none"), ids)
+    plain = logits(load(path, "none"), ids)
     assert (plain - logits(rounded, ids)).abs().max() > 1e-3
     return model, rounded
 
@@ -153,14 +165,14 @@ def test_every_way_to_run_gives_the_logits_of_rounded_keys_and_values(
     ids = tokens(2, 12)
     wanted = logits(rounded, ids)
     for arguments in ({}, {"use_cache": False}, {"use_cache": True}, {"past_key_values": DynamicCache()}):
-        torch.testing.assert_close(logits(model, ids, **arguments), wanted, atol=2e-5, rtol=0)
+        close(logits(model, ids, **arguments), wanted)
     with torch.inference_mode():
         first = model(ids[:, :5])
         assert isinstance(first.past_key_values, QuantizedKvCache)
         pieces, cache = [first.logits], first.past_key_values
         for start, stop in ((5, 6), (6, 10), (10, 12)):
             pieces.append(model(ids[:, start:stop], past_key_values=cache).logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), wanted, atol=2e-5, rtol=0)
+    close(torch.cat(pieces, 1), wanted)
     assert cache.get_seq_length() == 12
 
 
@@ -183,14 +195,14 @@ def test_generated_tokens_are_the_references(pair: tuple[PreTrainedModel, PreTra
 def test_rounding_is_visible_and_the_bound_tells_schemes_apart(tmp_path: Path) -> None:
     """What the bound of the tests above is worth: other rounding is a hundred times farther away."""
     path, ids = made(tmp_path), tokens(2, 12)
-    found = [logits(qcore.load_model(path, kv_cache=choice), ids) for choice in ("none", "fp8", "fp8_e5m2", "int8")]
+    found = [logits(load(path, choice), ids) for choice in ("none", "fp8", "fp8_e5m2", "int8")]
     for index, one in enumerate(found):
         for other in found[:index]:
             assert (one - other).abs().max() > 2e-3
 
 
 def test_without_a_cache_asked_for_none_is_kept(tmp_path: Path) -> None:
-    model = qcore.load_model(made(tmp_path), kv_cache="fp8")
+    model = load(made(tmp_path), "fp8")
     ids = tokens(1, 4)
     with torch.inference_mode():
         assert model(ids, use_cache=False).past_key_values is None
@@ -209,7 +221,7 @@ def test_the_tools_own_logits_need_the_rounding(name: str) -> None:
     dtype = torch.bfloat16 if name.startswith("modelopt") else torch.float32
     apart = []
     for choice in ("auto", "none"):
-        found = logits(qcore.load_model(path, dtype=dtype, kv_cache=choice), expected["input_ids"]).float()
+        found = logits(load(path, choice, dtype), expected["input_ids"]).float()
         apart.append((found - expected["logits"]).abs().max())
     assert apart[1] > 4 * apart[0]
 
@@ -236,13 +248,13 @@ def test_each_spelling_is_the_scale_that_it_says(tmp_path: Path, row: Any) -> No
             given = torch.tensor([0], dtype=torch.int8) if row.kind == "zero" else torch.tensor(stored)
             extra[f"{attention(layer)}.{row.suffix}"] = given
         path = made(tmp_path / folder, extra, FP8)
-        return path, logits(qcore.load_model(path), ids)
+        return path, logits(load(path), ids)
 
     ids = tokens(1, 10)
     path, found = loaded(0.03, "1")
     own = {part: fp8(0.03) for part in ("k", "v") if row.kind != "zero" and part in row.part}
     rounds = [(own.get("k", k), own.get("v", v)) for k, v in twice()]
-    torch.testing.assert_close(found, logits(reference(path, rounds), ids), atol=2e-5, rtol=0)
+    close(found, logits(reference(path, rounds), ids))
     changed = not torch.allclose(found, loaded(0.05, "2")[1], atol=1e-4)
     assert changed == bool(own)
 
@@ -259,20 +271,20 @@ def test_a_mixer_is_attention_too() -> None:
 def test_one_scale_alone_is_for_both(tmp_path: Path, part: str, caplog: pytest.LogCaptureFixture) -> None:
     extra = {name: value for name, value in scales().items() if name.endswith(f"{part}_scale")}
     path, one, ids = made(tmp_path, extra, FP8), K if part == "k" else V, tokens(1, 10)
-    found = logits(qcore.load_model(path), ids)
+    found = logits(load(path), ids)
     assert f"a scale for {part} alone" in caplog.text
-    torch.testing.assert_close(found, logits(reference(path, twice(one, one)), ids), atol=2e-5, rtol=0)
+    close(found, logits(reference(path, twice(one, one)), ids))
 
 
 def test_undeclared_scales_are_used_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, ids = made(tmp_path, scales()), tokens(1, 10)
     assert qcore.open_checkpoint(path).kv_cache is None
-    found = logits(qcore.load_model(path), ids)
+    found = logits(load(path), ids)
     assert "declares no kv cache" in caplog.text
-    torch.testing.assert_close(found, logits(reference(path, twice()), ids), atol=2e-5, rtol=0)
+    close(found, logits(reference(path, twice()), ids))
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        plain = qcore.load_model(path, kv_cache="none")
+        plain = load(path, "none")
     assert "stays unquantized" in caplog.text and kv_cache_of(plain) is None
     assert not torch.allclose(logits(plain, ids), found, atol=1e-4)
 
@@ -280,15 +292,15 @@ def test_undeclared_scales_are_used_and_it_is_said(tmp_path: Path, caplog: pytes
 def test_missing_and_unused_scales_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = {name: value for name, value in scales().items() if ".0." in name}
     path = made(tmp_path, first, FP8)
-    found = logits(qcore.load_model(path), tokens(1, 10))
+    found = logits(load(path), tokens(1, 10))
     assert "no kv scales for 1 attention layers" in caplog.text
     wanted = reference(path, [twice()[0], UNIT[0]])
-    torch.testing.assert_close(found, logits(wanted, tokens(1, 10)), atol=2e-5, rtol=0)
+    close(found, logits(wanted, tokens(1, 10)))
     caplog.clear()
-    qcore.load_model(path, kv_cache="int8")
+    load(path, "int8")
     assert "are not used" in caplog.text
     caplog.clear()
-    qcore.load_model(made(tmp_path / "2", scales(), FP8))
+    load(made(tmp_path / "2", scales(), FP8))
     assert not caplog.text
 
 
@@ -320,7 +332,7 @@ def test_bad_scales_are_refused(tmp_path: Path, case: str) -> None:
     extra, code = BAD[case]
     path = made(tmp_path, {**scales(), **extra}, FP8)
     with pytest.raises(qcore.Refused) as caught:
-        qcore.load_model(path)
+        load(path)
     assert caught.value.refusal.code == code and caught.value.refusal.kind == "bad-file"
     assert caught.value.refusal.tensor is not None
 
@@ -344,9 +356,9 @@ def test_a_scale_may_stand_there_twice(tmp_path: Path) -> None:
 def test_what_compressed_tensors_declares_else_is_refused_by_name(tmp_path: Path, change: Any, named: str) -> None:
     path = made(tmp_path, scales(), {**FP8, **change})
     with pytest.raises(qcore.Refused, match="unknown-variant") as caught:
-        qcore.load_model(path)
+        load(path)
     assert named in caught.value.refusal.fact and caught.value.refusal.field == "quantization_config.kv_cache_scheme"
-    assert kv_cache_of(qcore.load_model(path, kv_cache="none")) is None
+    assert kv_cache_of(load(path, "none")) is None
 
 
 def test_quantized_queries_are_refused(tmp_path: Path) -> None:
@@ -354,7 +366,7 @@ def test_quantized_queries_are_refused(tmp_path: Path) -> None:
         tmp_path, scales(), config_groups={"attention": {"targets": ["LlamaAttention"], "input_activations": FP8}}
     )
     with pytest.raises(qcore.Refused, match="quantizes attention"):
-        qcore.load_model(path)
+        load(path)
 
 
 @pytest.mark.parametrize(
@@ -395,16 +407,28 @@ def test_what_quark_declares(tmp_path: Path, dtype: str) -> None:
     }  # fmt: skip
     path = write(tmp_path, tensors, config)
     if dtype == "fp8_e4m3":
-        assert str(kv_cache_of(qcore.load_model(path))) == "fp8-tensor"
+        assert str(kv_cache_of(load(path, dtype=torch.float32))) == "fp8-tensor"
         return
     with pytest.raises(qcore.Refused, match="unknown-variant"):
-        qcore.load_model(path)
+        load(path)
+
+
+def test_autofp8_keeps_scales_in_quantized_layers_and_declares_nothing(tmp_path: Path) -> None:
+    tensors = dense_llama()
+    for part, scale in (("k", K), ("v", V)):
+        name = f"{attention(0)}.{part}_proj"
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
+        tensors |= {f"{name}.weight_scale": torch.tensor(4.0), f"{name}.output_scale": torch.tensor(scale)}
+    path, ids = write(tmp_path, tensors, {"quant_method": "fp8", "activation_scheme": "dynamic"}), tokens(1, 10)
+    model = load(path, dtype=torch.float32)  # in which its kernels compute
+    assert str(kv_cache_of(model)) == "fp8-tensor"
+    close(logits(model, ids), logits(reference(path, twice(), torch.float32), ids), 2e-5)
 
 
 @pytest.mark.parametrize("choice", ["fp4", "FP8", "", "int4"])
 def test_unknown_choices_are_refused(tmp_path: Path, choice: str) -> None:
     with pytest.raises(qcore.Refused) as caught:
-        qcore.load_model(made(tmp_path), kv_cache=choice)
+        load(made(tmp_path), choice)
     assert caught.value.refusal.code == "bad-argument"
     assert all(name in caught.value.refusal.fix for name in ("auto", *CHOICES))
 
@@ -417,10 +441,8 @@ def test_memory_is_half_of_bfloat16(tmp_path: Path, choice: str, most: float) ->
     """int8 adds four bytes of scale to each token and head."""
     path, ids = made(tmp_path), tokens(3, 40)
     with torch.inference_mode():
-        caches = [
-            qcore.load_model(path, dtype=torch.bfloat16, kv_cache=one)(ids).past_key_values for one in ("none", choice)
-        ]
-        wide = qcore.load_model(path, dtype=torch.float32, kv_cache="none")(ids).past_key_values
+        caches = [load(path, one, torch.bfloat16)(ids).past_key_values for one in ("none", choice)]
+        wide = load(path, "none", torch.float32)(ids).past_key_values
     numbers = 2 * LAYERS * 3 * HEADS * 40 * HEAD_DIM
     assert cache_bytes(caches[0]) == 2 * numbers and cache_bytes(wide) == 4 * numbers
     assert cache_bytes(caches[1]) == most * 2 * numbers
@@ -431,23 +453,23 @@ def test_memory_is_half_of_bfloat16(tmp_path: Path, choice: str, most: float) ->
 
 @pytest.mark.parametrize("choice", ["fp8", "int8"])
 def test_crop_and_reorder_take_scales_along(tmp_path: Path, choice: str) -> None:
-    model, ids = qcore.load_model(made(tmp_path), kv_cache=choice), tokens(3, 12)
+    model, ids = load(made(tmp_path), choice), tokens(3, 12)
     wanted = logits(model, ids)
     with torch.inference_mode():
         cache = model(torch.cat([ids[:, :8], tokens(3, 4, seed=9)], 1)).past_key_values
         cache.crop(-4)
-        torch.testing.assert_close(logits(model, ids[:, 8:], past_key_values=cache), wanted[:, 8:], atol=2e-5, rtol=0)
+        close(logits(model, ids[:, 8:], past_key_values=cache), wanted[:, 8:])
         cache = model(ids[:, :8]).past_key_values
         order = torch.tensor([2, 0, 0])
         cache.reorder_cache(order)
         found = logits(model, ids[order, 8:], past_key_values=cache)
-        torch.testing.assert_close(found, wanted[order, 8:], atol=2e-5, rtol=0)
+        close(found, wanted[order, 8:])
         cache.reset()
-        torch.testing.assert_close(logits(model, ids, past_key_values=cache), wanted, atol=2e-5, rtol=0)
+        close(logits(model, ids, past_key_values=cache), wanted)
 
 
 def test_rollbacks_of_guessed_tokens_change_nothing(tmp_path: Path) -> None:
-    model = qcore.load_model(made(tmp_path), kv_cache="int8")
+    model = load(made(tmp_path), "int8")
     ids = tokens(1, 6).repeat(1, 3)
     plain, guessed = (
         model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None, **arguments)
@@ -461,21 +483,29 @@ def test_sliding_windows_hold_their_window(tmp_path: Path, choice: str) -> None:
     config = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
     path, ids = made(tmp_path, **config), tokens(2, 14)
     rounds = UNIT if choice == "fp8" else [(int8, int8)] * LAYERS
-    model, rounded = qcore.load_model(path, kv_cache=choice), reference(path, rounds)
+    model, rounded = load(path, choice), reference(path, rounds)
     wanted = logits(rounded, ids)
-    torch.testing.assert_close(logits(model, ids), wanted, atol=2e-5, rtol=0)
+    close(logits(model, ids), wanted)
     with torch.inference_mode():
         cache = model(ids[:, :9]).past_key_values
         for start in range(9, 14):
             found = model(ids[:, start : start + 1], past_key_values=cache).logits
-            torch.testing.assert_close(found, wanted[:, start : start + 1], atol=2e-5, rtol=0)
+            close(found, wanted[:, start : start + 1])
     assert cache.is_sliding == [True] * LAYERS and cache.layers[0].keys.shape[-2] == 7
+    recording = DynamicCache(config=model.config)
+    recording.activate_past_recording()
+    with torch.inference_mode():
+        for piece in (ids[:, :10], tokens(2, 3)):
+            model(piece, past_key_values=recording)
+        recording.crop(-3)
+        found = model(ids[:, 10:], past_key_values=recording).logits
+        close(found, wanted[:, 10:])
     arguments = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(model.generate(ids, **arguments), rounded.generate(ids, use_cache=False, **arguments))
 
 
 def test_caches_of_others_are_taken_over_or_refused(tmp_path: Path) -> None:
-    model, plain = (qcore.load_model(made(tmp_path), kv_cache=choice) for choice in ("fp8", "none"))
+    model, plain = (load(made(tmp_path), choice) for choice in ("fp8", "none"))
     ids = tokens(1, 4)
     with torch.inference_mode():
         own = DynamicCache(config=model.config)
@@ -493,7 +523,7 @@ def test_an_architecture_without_keys_is_refused(tmp_path: Path) -> None:
     """Mamba keeps a state in place of keys and values. What it lacks is told before its weights are looked for."""
     path = made(tmp_path, model_type="mamba", architectures=["MambaForCausalLM"])
     with pytest.raises(qcore.Refused) as caught:
-        qcore.load_model(path, kv_cache="fp8")
+        load(path, "fp8")
     assert caught.value.refusal.subject == "kv_cache"
 
 

@@ -91,9 +91,8 @@ class _Rounded:
     rounding: tuple[Rounding, Rounding]
     is_initialized: bool
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        nothing = key_states.new_empty(0, dtype=torch.uint8)
-        super().lazy_initialization(nothing, nothing)  # type: ignore[misc]
+    def lazy_initialization(self, *states: torch.Tensor) -> None:  # keys; and values since transformers 5
+        super().lazy_initialization(*(one.new_empty(0, dtype=torch.uint8) for one in states))  # type: ignore[misc]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -241,7 +240,6 @@ class _Hook:
             )  # fmt: skip
         recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
         cache.layers = self._made(config, transient=False).layers
-        cache.layer_class_to_replicate = None
         if recording:
             cache.activate_past_recording()
 
