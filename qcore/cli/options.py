@@ -16,6 +16,13 @@ Dtype = Annotated[
 ]
 Activations = Annotated[str, typer.Option(help="exact, or int8: kernels may round activations to 8 bits.")]
 
+KvCache = Annotated[
+    str,
+    typer.Option(
+        help="auto (as the checkpoint declares), none, fp8, fp8_e4m3, fp8_e5m2 or int8: keys and values in 8 bits."
+    ),
+]
+
 
 _DTYPES = ("auto", "checkpoint", "float32", "bfloat16", "float16")
 
