@@ -16,12 +16,14 @@ w = (q - z) * s. Source: the compressed-tensors library (quantization/quant_args
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from qcore.checkpoint.kv_scales import declared_scheme, unknown_kv_cache
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import check
 from qcore.elements import Float, Group, PerTensor, scale_shape
+from qcore.layouts import compressed_writer
 from qcore.layouts.compressed_config import CompressedConfig, Preset, Scope
 from qcore.method import (
     PLAIN_FLOATS,
@@ -144,6 +146,12 @@ class CompressedTensors(Method):
             input_scale,
             input_zero,
         )
+
+    def encode_config(self, plan: Mapping[str, ModulePlan]) -> dict[str, Any]:
+        return compressed_writer.config_of(plan)
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return compressed_writer.pack_layer(module, layer)
 
     def _config(self, files: CheckpointFiles) -> CompressedConfig:
         return files.once("config", lambda: self._checked(files))
