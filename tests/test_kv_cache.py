@@ -127,6 +127,7 @@ CASES: dict[str, tuple[dict[str, torch.Tensor], Any, str, list[tuple[Round, Roun
         scales(*PER_HEAD), {**FP8, "strategy": "attn_head"}, "auto", twice(*(s[:, None, None] for s in PER_HEAD)), "fp8-channel",
     ),
     "e5m2": ({}, None, "fp8_e5m2", [(fp8(1.0, E5M2), fp8(1.0, E5M2))] * LAYERS, "e5m2-tensor"),
+    "e5m2, saturated": (scales(1e-4, 1e-5), FP8, "fp8_e5m2", twice(1e-4, 1e-5, E5M2), "e5m2-tensor"),
     "e5m2 under e4m3's scales": (scales(), FP8, "fp8_e5m2", twice(kind=E5M2), "e5m2-tensor"),
     "int8": ({}, None, "int8", [(int8, int8)] * LAYERS, "int8-token-sym-dyn"),
     "int8 in place of fp8": (scales(), FP8, "int8", [(int8, int8)] * LAYERS, "int8-token-sym-dyn"),
