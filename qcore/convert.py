@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcore.checkpoint.kv_scales import CHOICES, spelled
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.writer import AtomicFolder, SafetensorsWriter, write_json, writing
 from qcore.discovery import registry
@@ -40,7 +41,8 @@ def convert(
     """
     source, method = open_checkpoint(path), writer_of(format)
     plan = dict(source.layers)
-    if method.name != "dense" and not any(entry.scheme for entry in plan.values()):
+    cache = source.kv_cache or (CHOICES["fp8"] if source.kv_scales else None)
+    if method.name != "dense" and cache is None and not any(entry.scheme for entry in plan.values()):
         raise Refused(
             Refusal("not-representable", "never", str(source.path), "nothing in the checkpoint is quantized",
                     f"found no quantized layer to write as {method.name}", "Quantize the model, or convert it to dense.")
@@ -49,25 +51,30 @@ def convert(
         config: dict[str, Any] | None = None
     else:
         config = method.encode_config(plan)
-    _refuse_kv_cache(source, method)
+    kv_config, kv_tensors = method.encode_kv_cache(cache, source.kv_scales) if cache is not None else ({}, {})
+    if config is not None:
+        config |= kv_config
+    kept = [name for name in source.parameters if cache is None or spelled(name) is None]
     with AtomicFolder(Path(out)) as target:
         metadata = method.encode_metadata(plan, config) if config is not None else {}
         writer = SafetensorsWriter(target.folder, metadata=metadata)
         modules = [module for module, entry in plan.items() if entry.scheme is not None]
-        total = len(modules) + len(source.parameters)
+        total = len(modules) + len(kept)
         for done, module in enumerate(modules, 1):
             for name, tensor in _encoded(source, method, module, config).items():
                 writer.add(name, tensor)
             if progress:
                 progress(module, done, total)
-        for done, name in enumerate(source.parameters, len(modules) + 1):
+        for name, tensor in kv_tensors.items():
+            writer.add(name, tensor)
+        for done, name in enumerate(kept, len(modules) + 1):
             writer.add(name, source.parameter(name))
             if progress:
                 progress(name, done, total)
         writer.close()
         _write_configs(source, target.folder, config)
         if verify:
-            _compare(source, open_checkpoint(target.folder), method)
+            _compare(source, open_checkpoint(target.folder), method, kept)
     return target.out
 
 
@@ -93,15 +100,6 @@ def _encoded(
     return dense if layer.bias is None else {**dense, f"{module}.bias": layer.bias}
 
 
-def _refuse_kv_cache(source: Checkpoint, method: Method) -> None:
-    """Calibrated scales of the cache are never dropped without a word."""
-    if source.kv_cache is not None and method.name != source.method:
-        raise Refused(
-            Refusal("not-representable", "notimpl", str(source.path), "the checkpoint declares a quantized kv cache, which is not written yet",
-                    f"found {source.kv_cache}", "Convert it within its own format, or quantize the model again.")
-        )  # fmt: skip
-
-
 def _write_configs(source: Checkpoint, folder: Path, quantization: Mapping[str, Any] | None) -> None:
     config = dict(source.config)
     if quantization is not None:
@@ -119,7 +117,7 @@ def _write_configs(source: Checkpoint, folder: Path, quantization: Mapping[str, 
             shutil.copyfile(source.files.folder / name, folder / name)
 
 
-def _compare(source: Checkpoint, written: Checkpoint, method: Method) -> None:
+def _compare(source: Checkpoint, written: Checkpoint, method: Method, kept: list[str]) -> None:
     """Reads everything back. Raises Refused (not-representable) where a number has changed."""
     import torch
 
@@ -138,7 +136,12 @@ def _compare(source: Checkpoint, written: Checkpoint, method: Method) -> None:
                 ours is not None and not torch.equal(ours.float(), theirs.float())
             ):
                 _changed(method, module, f"its {part}")
-    for name in source.parameters:
+    for attention, own in source.kv_scales.items():
+        again = written.kv_scales.get(attention)
+        for side in ("k", "v"):
+            if again is None or not torch.equal(getattr(own, side).scale, getattr(again, side).scale):
+                _changed(method, attention, f"its {side} cache's scale")
+    for name in kept:
         if name not in written.parameters or not torch.equal(source.parameter(name), written.parameter(name)):
             _changed(method, name, "its values")
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from qcore.checkpoint.kv_scales import KvScales
     from qcore.tensor import LayerTensors
 
 
@@ -132,6 +133,18 @@ class Method(ABC):
     def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """A quantized module's tensors, by full name, under what `encode_config` gave. Raises Refused (not-representable)."""
         raise NotImplementedError(f"{self.name} has encode_config and no encode")
+
+    def encode_kv_cache(
+        self, scheme: TensorScheme, scales: Mapping[str, KvScales]
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What declares a quantized kv cache in the quantization config, and the tensors of its scales by attention module.
+
+        Raises Refused (not-representable).
+        """
+        raise Refused(
+            Refusal("not-representable", "notimpl", self.name, "a quantized kv cache is not written in this format",
+                    f"found {scheme}", "Choose compressed-tensors, or quantize the model again without it.")
+        )  # fmt: skip
 
     def encode_metadata(self, plan: Mapping[str, ModulePlan], config: Mapping[str, Any]) -> dict[str, str]:
         """What the format keeps in the metadata of the safetensors files."""

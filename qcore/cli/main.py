@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qcore.cli import bench, doctor, evaluate, explain, inspect, matrix, plugins, run, verify
+from qcore.cli import bench, convert, doctor, evaluate, explain, inspect, matrix, plugins, run, verify
 from qcore.cli.output import note, print_refusal
 from qcore.refusal import Refused
 
@@ -31,6 +31,7 @@ app = typer.Typer(
 app.command("matrix")(matrix.matrix_command)
 app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
+app.command("convert")(convert.convert_command)
 app.command("explain")(explain.explain_command)
 app.command("eval")(evaluate.evaluate_command)
 app.command("verify")(verify.verify_command)

@@ -14,6 +14,7 @@ from qcore.scheme import Scheme, TensorScheme
 if TYPE_CHECKING:
     import torch
 
+    from qcore.checkpoint.kv_scales import KvScales
     from qcore.tensor import LayerTensors, QuantizedTensor
 
 NAME = "compressed-tensors"
@@ -101,6 +102,23 @@ def _arguments(module: str, scheme: TensorScheme) -> dict[str, Any]:
         "actorder": "group" if scheme.ordered else None,
         "scale_dtype": _SCALE_TYPES.get(types[0]),
     }
+
+
+def kv_cache_of(scheme: TensorScheme, scales: Mapping[str, KvScales]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """kv_cache_scheme, and the tensors beside attention. Raises Refused (not-representable)."""
+    grid, element = scheme.scales[0].granularity, scheme.element
+    known = element in (Float("e4m3fn"), Int(8, signed=True))
+    if not known or scheme.dynamic or not isinstance(grid, PerTensor | PerChannel):
+        unholdable(NAME, "kv_cache_scheme", scheme, "fp8 or int8 under calibrated scales")
+    arguments = {"num_bits": 8, "type": "float" if isinstance(element, Float) else "int", "symmetric": scheme.zero is None,
+                 "strategy": "attn_head" if isinstance(grid, PerChannel) else "tensor", "dynamic": False}  # fmt: skip
+    tensors = {}
+    for attention, own in scales.items():
+        for part, side in (("k", own.k), ("v", own.v)):
+            tensors[f"{attention}.{part}_scale"] = side.scale
+            if side.zero is not None:
+                tensors[f"{attention}.{part}_zero_point"] = side.zero
+    return {"kv_cache_scheme": arguments}, tensors
 
 
 def pack_layer(module: str, layer: LayerTensors) -> dict[str, torch.Tensor]:

@@ -41,6 +41,7 @@ from qcore.scheme import Scheme, TensorScheme
 if TYPE_CHECKING:
     import torch
 
+    from qcore.checkpoint.kv_scales import KvScales
     from qcore.tensor import LayerTensors
 
 _FORMATS = (
@@ -152,6 +153,11 @@ class CompressedTensors(Method):
 
     def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return compressed_writer.pack_layer(module, layer)
+
+    def encode_kv_cache(
+        self, scheme: TensorScheme, scales: Mapping[str, KvScales]
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return compressed_writer.kv_cache_of(scheme, scales)
 
     def _config(self, files: CheckpointFiles) -> CompressedConfig:
         return files.once("config", lambda: self._checked(files))
