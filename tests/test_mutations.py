@@ -15,6 +15,7 @@ import qcore
 import test_auto_round
 import test_awq
 import test_bitsandbytes
+import test_deepspeedfp
 import test_fp8
 import test_gptq
 import test_modelopt
@@ -42,6 +43,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
         folder, test_quark.made("uint4", "per_group")[0], test_quark.spec("uint4", "per_group", group_size=32)
     ),
     "fp8": lambda folder: test_fp8.checkpoint(folder, test_fp8.made("block")[0], weight_block_size=[32, 48]),
+    "deepspeedfp": test_deepspeedfp.checkpoint,
     "quark-fp8": lambda folder: test_quark.checkpoint(
         folder, {**test_quark.made("fp8_e4m3", "per_tensor")[0], "input_scale": torch.tensor(0.1)},
         test_quark.spec("fp8_e4m3"), test_quark.spec("fp8_e4m3"),

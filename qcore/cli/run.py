@@ -20,6 +20,7 @@ def run(
     device: options.Device = "auto",
     kernel: Annotated[str | None, typer.Option(help="Run every layer that takes it with this kernel.")] = None,
     activations: options.Activations = "exact",
+    quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Makes sampling repeatable.")] = 0,
@@ -39,6 +40,8 @@ def run(
     from qcore.model.devices import compute_dtype, find_device
 
     checkpoint = open_checkpoint(path)
+    if quantize is not None:
+        checkpoint = checkpoint.quantized(quantize)
     target = find_device(device)
 
     from qcore.model.generate import Timing, encode, generate
