@@ -14,7 +14,7 @@ from pydantic import Field
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.layouts import awq, gptq
-from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules
+from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, stated_method
 from qcore.refusal import Refusal, Refused, bad_file
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ class AutoRound(Method):
     variants = ("auto_round", "auto_round:auto_gptq", "auto_round:auto_awq")
     side_files = ("quantization_config.json",)
     parts = gptq.PARTS | awq.PARTS
+
+    def recognizes(self, files: CheckpointFiles) -> bool:
+        """INC's name means AutoRound's tensors where the config has AutoRound's keys."""
+        stated, config = stated_method(files.quantization), files.quantization or {}
+        return super().recognizes(files) or (stated == "inc" and "bits" in config)
 
     def format_version(self, files: CheckpointFiles) -> str:
         return self._config(files).packing_format
