@@ -25,6 +25,7 @@ _INPUTS = (
     "fp8-token-dyn",
     "fp8-tensor*",
     "fp8-g*-dyn",
+    "e?m?-g*-dyn",
 )
 _ANY = Accepts(elements=("*",), zeros=(None, "stored", "float"), ordered=True, inputs=_INPUTS)
 _ROWS = Accepts(elements=("*",), scales=("[!f]*",), zeros=(None, "stored", "float"), ordered=True, inputs=_INPUTS)

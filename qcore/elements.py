@@ -22,9 +22,10 @@ FLOAT_BITS: dict[str, int] = {
 CodebookName = Literal["nf4", "fp4"]
 CODEBOOK_BITS: dict[str, int] = {"nf4": 4, "fp4": 4}
 
-ScaleType = Literal["float", "e8m0", "e4m3fn", "dynamic8"]
-"""float: f32, f16 or bf16 as stored. e8m0: a power of two. e4m3fn: an 8-bit float. dynamic8: an 8-bit codebook index
-(bitsandbytes' nested absmax)."""
+ScaleType = Literal["float", "e8m0", "e8m0floor", "e8m0ceil", "e4m3fn", "dynamic8"]
+"""float: f32, f16 or bf16 as stored. e8m0: a power of two; of inputs, e8m0, e8m0floor and e8m0ceil say how it is found at
+run time (qcore/kernels/minifloat.py). e4m3fn: an 8-bit float. dynamic8: an 8-bit codebook index (bitsandbytes' nested
+absmax)."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,12 @@ T = TypeVar("T")
 
 PLAIN_FLOATS = ("F16", "BF16", "F32", "F64")
 """Data types of unquantized weights."""
+SCALE_DTYPES: Mapping[str, tuple[str, ...]] = {
+    "float": ("F16", "BF16", "F32"),
+    "e4m3fn": ("F8_E4M3",),
+    "e8m0": ("U8", "F8_E8M0"),
+}
+"""Data types that files store scales of a ScaleType in."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,17 @@ def in_flight(algorithm: str, scheme: Scheme, reason: str, shape: tuple[int, int
         level = replace(levels[0], granularity=in_rows(group, shape[1]))
         scheme = replace(scheme, weight=replace(scheme.weight, scales=(level,)))
     return ModulePlan(scheme, reason, shape, algorithm)
+
+
+def quantizable(weight: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+    """A weight that is to be quantized while it is read. Raises Refused (bad-shape, bad-content)."""
+    if not weight.numel():
+        raise bad_file("bad-shape", "a weight that is to be quantized has no elements", file=info.file, tensor=info.name,
+                       field="shape", found=list(info.shape), expected="rows and columns")  # fmt: skip
+    if not bool(weight.isfinite().all()):
+        raise bad_file("bad-content", "a weight that is to be quantized is not finite", file=info.file, tensor=info.name,
+                       field="values", found="NaN or infinity", expected="finite weights")  # fmt: skip
+    return weight
 
 
 class Method(ABC):
@@ -180,3 +197,15 @@ def finite(files: CheckpointFiles, name: str, values: torch.Tensor) -> torch.Ten
         raise bad_file("bad-content", "a scale is not a finite number", file=files.source.tensors[name].file,
                        tensor=name, field="values", found="NaN or infinity", expected="finite scales")  # fmt: skip
     return values
+
+
+def read_scale(files: CheckpointFiles, name: str, kind: str = "float") -> torch.Tensor:
+    """The scales of a ScaleType in the tensor of this name. Raises Refused (bad-content) where one is no number."""
+    import torch
+
+    values = files.source.read(name)
+    if kind != "e8m0":
+        return finite(files, name, values)
+    exponents = values.view(torch.uint8)
+    finite(files, name, exponents.view(torch.float8_e8m0fnu))
+    return exponents

@@ -118,6 +118,8 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.weight.dynamic or self.weight.outliers is not None:
             raise ValueError("a weight's scales are stored, and it has no outliers")
+        if any(level.type in ("e8m0floor", "e8m0ceil") for level in self.weight.scales):
+            raise ValueError("a weight's scales are found already; they are e8m0")
 
     def __str__(self) -> str:
         if self in _SHORT_NAMES:
@@ -186,6 +188,7 @@ SHORTHANDS: dict[str, Scheme] = {
     "W4A4-mxfp4": Scheme(TensorScheme(_E2M1, _MX), _dynamic(_E2M1, *_MX)),
     "W4A16-mxfp4": Scheme(TensorScheme(_E2M1, _MX)),
     "W8A8-mxfp8": Scheme(TensorScheme(_FP8, _MX), _dynamic(_FP8, *_MX)),
+    "W8A16-mxfp8": Scheme(TensorScheme(_FP8, _MX)),
 }
 
 PRESETS: dict[str, Scheme] = {
@@ -198,7 +201,15 @@ PRESETS: dict[str, Scheme] = {
     "FP8_DYNAMIC": SHORTHANDS["W8A8-fp8-dyn"],
     "FP8_BLOCK": SHORTHANDS["W8A8-fp8-block128"],
     "NVFP4": SHORTHANDS["W4A4-nvfp4"],
+    "NVFP4A16": SHORTHANDS["W4A16-nvfp4"],
     "MXFP4": SHORTHANDS["W4A4-mxfp4"],
+    "MXFP4A16": SHORTHANDS["W4A16-mxfp4"],
+    "MXFP8": SHORTHANDS["W8A8-mxfp8"],
+    "MXFP8A16": SHORTHANDS["W8A16-mxfp8"],
+    "MXFP6A16": Scheme(TensorScheme(Float("e2m3"), _MX)),
+    "MXFP6A8": Scheme(TensorScheme(Float("e2m3"), _MX), _dynamic(_FP8, *_MX)),
+    "W4A8": Scheme(integer_weight(4, Group(128), symmetric=True), _dynamic(_INT8, Level(PerToken()))),
+    "W4AFP8": Scheme(integer_weight(4, Group(128), symmetric=True), _dynamic(_FP8, Level(PerToken()))),
 }
 """LLM Compressor's preset names."""
 

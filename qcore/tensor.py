@@ -5,7 +5,7 @@
     Int         w = (q - z) * s            with a float zero point: w = q * s + z
     Float       w = q * s
     Codebook    w = table[q] * s           nested scales: s = scale_table[q_s] * s2 + offset
-    levels      s = s0 * s1
+    levels      s = s0 * s1; a scale that divides in its file is kept as 1 / s1 in float64, and s is rounded once
     Block       ggml's definition of the block type
 """
 
@@ -154,11 +154,11 @@ class QuantizedTensor:
         levels = self.scheme.weight.scales
         scale = _widen(self.scales[0], levels[0], self.scale_table)
         for level, coarse in zip(levels[1:], self.scales[1:], strict=True):
-            other = coarse.to(torch.float32)
+            other = coarse if coarse.dtype == torch.float64 else coarse.to(torch.float32)
             if isinstance(level.granularity, FlatGroup):  # counts weight elements; here they are finest-level scales
                 other = other.repeat_interleave(level.granularity.size // _size(levels[0].granularity), -1)
                 other = other[..., : scale.numel()].reshape(scale.shape)
-            scale = scale * other
+            scale = (scale * other).to(torch.float32)
         return scale if self.offset is None else scale + self.offset
 
     def _apply(
@@ -249,7 +249,8 @@ def _cut(granularity: Granularity, part: torch.Tensor, start: int, stop: int) ->
 class LayerTensors:
     """All that a checkpoint holds of one linear layer or embedding.
 
-    input_scale, input_zero: of statically quantized activations, [1] float and [1] int8. input_multiplier: [K], a vector
+    input_scale, input_zero: of statically quantized activations, [1] float and [1] int8; input_scale is also the scale of
+    the whole tensor above NVFP4's run-time ones. input_multiplier: [K], a vector
     that multiplies the input first (SmoothQuant, AWQ scales that were not folded away).
     """
 

@@ -9,6 +9,7 @@ import torch
 import qcore
 from makers import LINEARS, dense_llama, gptq_tensors, write
 from qcore.scheme import Scheme
+from qcore.tensor import float_table
 from test_awq import gemm_words
 
 PREFIX = "model.layers.0."
@@ -43,7 +44,7 @@ def checkpoint(folder: Path, layers: dict[str, dict[str, torch.Tensor]], **confi
     return write(folder, tensors, {k: v for k, v in settings.items() if v is not None})
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize(
     "packing", ["auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:auto_awq"]
 )
@@ -103,11 +104,11 @@ def test_names_of_the_method(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "code"),
     [
-        ({"data_type": "mx_fp"}, "unknown-variant"),
-        ({"data_type": "nv_fp"}, "unknown-variant"),
+        ({"data_type": "mx_fp"}, "missing-tensor"),
+        ({"data_type": "nv_fp", "group_size": -2}, "bad-field"),
         ({"act_bits": 8}, "unknown-variant"),
         ({"packing_format": "abacus"}, "unknown-variant"),
-        ({"bits": 5}, "bad-field"),
+        ({"bits": 9}, "bad-field"),
         ({"bits": None}, "bad-field"),
         ({"group_size": 0}, "bad-field"),
         ({"group_size": 64}, "bad-shape"),
@@ -121,3 +122,92 @@ def test_what_is_broken_or_not_read_is_refused(tmp_path: Path, config: dict[str,
     with pytest.raises(qcore.Refused) as caught:
         qcore.open_checkpoint(checkpoint(tmp_path, {UP: parts}, **config))
     assert caught.value.refusal.code == code and caught.value.refusal.fix
+
+
+def float_layer(kind: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, Any], str]:
+    """up_proj in one of the float exports: tensors, weight by the definition, config and scheme."""
+    random = torch.Generator().manual_seed(1)
+    rows, columns = LINEARS["mlp.up_proj"]
+    nibbles = torch.randint(0, 16, (rows, columns), generator=random, dtype=torch.uint8)
+    packed, values = nibbles[:, 0::2] | nibbles[:, 1::2] << 4, float_table("e2m1")[nibbles.int()]
+    exponents = torch.randint(118, 123, (rows, columns // 32), generator=random, dtype=torch.uint8)
+    powers = torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
+    eights = torch.randn(rows, columns, generator=random).to(torch.float8_e4m3fn)
+    mx = {"data_type": "mx_fp", "group_size": 32, "act_data_type": "mx_fp", "act_group_size": 32}
+    if kind == "MXFP4":
+        config = {**mx, "bits": 4, "act_bits": 4}
+        return (
+            {"weight_packed": packed, "weight_scale": exponents},
+            values * powers,
+            config,
+            "W4A4-e2m1-g32:e8m0/e2m1-g32:e8m0floor-dyn",
+        )
+    if kind == "MXFP8":
+        config = {**mx, "bits": 8, "act_bits": 8}
+        return (
+            {"weight": eights, "weight_scale": exponents},
+            eights.float() * powers,
+            config,
+            "W8A8-fp8-g32:e8m0/fp8-g32:e8m0floor-dyn",
+        )
+    if kind == "NVFP4":
+        fine = torch.rand(rows, columns // 16, generator=random).to(torch.float8_e4m3fn)
+        whole = torch.tensor([731.25])
+        config = {"data_type": "nv_fp", "bits": 4, "group_size": 16, "act_bits": 4, "act_group_size": 16,
+                  "act_data_type": "nv_fp4_with_static_gs"}  # fmt: skip
+        parts = {"weight_packed": packed, "weight_scale": fine, "weight_global_scale": whole,
+                 "input_global_scale": torch.tensor([99.0])}  # fmt: skip
+        return parts, values * (fine.float() / whole).repeat_interleave(16, 1), config, "W4A4-nvfp4"
+    config = {"data_type": "fp", "bits": 8, "act_bits": 8, "act_data_type": "fp", "group_size": -1}
+    if kind == "FP8_STATIC":
+        scale = torch.rand(rows, generator=random).bfloat16()
+        parts = {"weight": eights, "weight_scale": scale, "input_scale": torch.tensor([0.5])}
+        config |= {"act_group_size": 0, "act_dynamic": False}
+        return parts, eights.float() * scale.float()[:, None], config, "W8A8-fp8-channel/fp8-tensor"
+    if kind == "FPW8A16":
+        scale = torch.rand(1, generator=random)
+        fives = eights.float().to(torch.float8_e5m2)
+        config |= {"group_size": 0, "act_bits": 16, "fmt": "e5m2"}
+        return {"weight": fives, "weight_scale": scale}, fives.float() * scale, config, "W8A16-e5m2-tensor"
+    scale = torch.rand(2, 2, generator=random)
+    spread = scale.repeat_interleave(64, 0)[:rows].repeat_interleave(32, 1)
+    config |= {"group_size": [64, 32], "act_group_size": 32, "act_dynamic": True}
+    return (
+        {"weight": eights, "weight_scale_inv": scale},
+        eights.float() * spread,
+        config,
+        "W8A8-fp8-tile64x32/fp8-g32-dyn",
+    )
+
+
+FLOATS = ("MXFP4", "MXFP8", "NVFP4", "FP8_STATIC", "FPW8A16", "FP8_BLOCK")
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_float_exports_are_exact_and_run(tmp_path: Path, kind: str) -> None:
+    parts, weight, config, scheme = float_layer(kind)
+    layers = {UP: {f"{UP}.{part}": tensor for part, tensor in parts.items()}}
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, layers, packing_format="auto_round:llm_compressor", **config))
+    assert opened.plan[UP] == opened.weight(UP).scheme == Scheme.parse(scheme)
+    assert torch.equal(opened.dequantize(UP), weight)
+    logits = qcore.load_model(opened, dtype="float32")(torch.tensor([[1, 5, 9]])).logits
+    assert bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"act_data_type": "mx_fp_stochastic"},
+        {"bits": 6, "act_bits": 6},
+        {"data_type": "mx_int"},
+        {"data_type": "nvfp4_v2"},
+        {"act_bits": 8},
+        {"fmt": "e3m4"},
+    ],
+)
+def test_float_forms_that_are_not_read_are_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    parts, _, stated, _ = float_layer("MXFP4")
+    layers = {UP: {f"{UP}.{part}": tensor for part, tensor in parts.items()}}
+    with pytest.raises(qcore.Refused, match="unknown-variant"):
+        qcore.open_checkpoint(checkpoint(tmp_path, layers, **stated, **config) if not stated.keys() & config.keys()
+                              else checkpoint(tmp_path, layers, **{**stated, **config}))  # fmt: skip

@@ -122,8 +122,8 @@ def nan_scales() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("config", "change", "code"),
     [
-        ({"version": "gemv_fast"}, {}, "unknown-variant"),
-        ({"version": "marlin"}, {}, "unknown-variant"),
+        ({"version": "gemv_fast"}, {}, "bad-dtype"),
+        ({"version": "marlin"}, {}, "bad-shape"),
         ({"version": "abacus"}, {}, "unknown-variant"),
         ({"bits": 3}, {}, "bad-field"),
         ({"bits": "four"}, {}, "bad-field"),

@@ -115,6 +115,7 @@ def test_groups_that_end_with_rows_are_counted_along_them(tmp_path: Path) -> Non
         ({"group_size": 1 << 40}, {}, "bad-field"),
         ({}, {f"{UP}.weight": torch.zeros(96, 64, dtype=torch.uint8)}, "bad-dtype"),
         ({}, {f"{UP}.weight": torch.full((96, 64), float("inf"))}, "bad-content"),
+        ({}, {f"{UP}.weight": torch.zeros(0, 64)}, "bad-shape"),
     ],
 )
 def test_what_is_broken_is_refused(

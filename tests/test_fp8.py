@@ -22,6 +22,10 @@ def made(kind: str, block: tuple[int, int] = (32, 48)) -> tuple[dict[str, torch.
         scale = torch.rand(-(-ROWS // block[0]), -(-COLUMNS // block[1]), generator=random) + 0.1
         spread = scale.repeat_interleave(block[0], 0)[:ROWS].repeat_interleave(block[1], 1)[:, :COLUMNS]
         return {"weight": codes, "weight_scale_inv": scale}, codes.float() * spread
+    if kind == "e8m0":
+        exponents = torch.randint(118, 123, (1, 1), generator=random, dtype=torch.uint8)
+        weight = codes.float() * torch.exp2(exponents.float() - 127)
+        return {"weight": codes, "weight_scale_inv": exponents.view(torch.float8_e8m0fnu)}, weight
     scale = torch.rand(ROWS if kind == "channel" else 1, 1, generator=random) + 0.1
     stored = scale if kind == "channel" else scale[0, 0]
     return {"weight": codes, "weight_scale": stored, "input_scale": torch.tensor(0.1)}, codes.float() * scale
@@ -41,6 +45,7 @@ def checkpoint(folder: Path, parts: dict[str, torch.Tensor], method: str = "fp8"
         ("tensor", "fp8", {"activation_scheme": "dynamic"}, "W8A8-fp8-tensor/fp8-tensor-dyn"),
         ("channel", "fbgemm_fp8", {"activation_scale_ub": 1200.0}, "W8A8-fp8-dyn"),
         ("block", "fp8", {"weight_block_size": [32, 48], "fmt": "e4m3"}, "W8A8-fp8-tile32x48/fp8-g48-dyn"),
+        ("e8m0", "fp8", {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"}, "W8A8-fp8-block128:e8m0/fp8-g128-dyn"),
         ("block128", "fp8", {"weight_block_size": [128, 128]}, "W8A8-fp8-block128"),
     ],
 )

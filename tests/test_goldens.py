@@ -24,19 +24,39 @@ READ = (
     "bitsandbytes",
     "modelopt-fp8",
     "quark",
+    "torchao",
 )
-NOT_YET = ("llmcompressor-nvfp4", "llmcompressor-mxfp4")
-BOUNDS = {"bitsandbytes-int8": 1e-4, "modelopt": 1e-3, "quark-fp8": 1e-4, "quark-int8": 1e-4}
+BOUNDS = {
+    "bitsandbytes-int8": 1e-4,
+    "modelopt": 1e-3,
+    "quark-fp8": 1e-4,
+    "quark-int8": 1e-4,
+    "llmcompressor-nvfp4a16": 1e-4,
+    "llmcompressor-mxfp4a16": 1e-4,
+    "torchao-int8da-int4w": 1e-4,
+}
 """Kullback-Leibler divergence of logits, where not 1e-5: bitsandbytes rounds activations to float16 on its way to int8,
-ModelOpt's own forward is in bfloat16, and Quark's weights are rounded to it."""
-METHODS = ("auto-round", "awq", "bitsandbytes", "modelopt", "quark", "gguf", "gptq", "compressed-tensors", "dense")
+ModelOpt's and compressed-tensors' fp4 forwards are in bfloat16, Quark's weights are rounded to it, and
+torchao's logits in float32 leave activations unquantized."""
+METHODS = (
+    "auto-round",
+    "awq",
+    "bitsandbytes",
+    "modelopt",
+    "quark",
+    "torchao",
+    "gguf",
+    "gptq",
+    "compressed-tensors",
+    "dense",
+)
 
 
 def goldens() -> list[Path]:
     """Checkpoints of the formats that are read in this version; others must be refused, which test_methods.py checks."""
     found = sorted(path for folder in FOLDERS for path in folder.iterdir() if (path / "expected.safetensors").is_file())
     assert found, "no golden checkpoints"
-    return [path for path in found if path.name.startswith(READ) and not path.name.startswith(NOT_YET)]
+    return [path for path in found if path.name.startswith(READ)]
 
 
 @pytest.fixture(scope="module", params=goldens(), ids=lambda path: path.name)
@@ -56,7 +76,8 @@ def test_weights_are_the_tools_own(golden: tuple[Path, dict[str, torch.Tensor]])
         wanted = expected[f"dequant.{module}.weight"]
         if path.name == "bitsandbytes-int8":  # its own function multiplies by SCB first, and by 1 / 127 then
             assert torch.allclose(got, wanted, rtol=3e-7, atol=0), module
-        elif path.name.startswith("quark"):  # its own weights are rounded to the model's bfloat16
+        elif path.name.startswith(("quark", "llmcompressor-nvfp4", "llmcompressor-mxfp4", "torchao-int8da")):
+            # their own weights are rounded to the model's bfloat16
             assert torch.equal(got.to(torch.bfloat16).float(), wanted), module
         else:
             assert torch.equal(got, wanted), module
@@ -74,8 +95,6 @@ def test_logits_are_the_tools_own(golden: tuple[Path, dict[str, torch.Tensor]], 
     path, expected = golden
     if qcore.open_checkpoint(path).kv_cache is not None:
         request.applymarker(pytest.mark.xfail(reason="the kv cache is not quantized yet", strict=True))
-    if path.name == "quark-mxfp4":
-        request.applymarker(pytest.mark.xfail(reason="no kernel quantizes inputs to MXFP4 yet", strict=True))
     model = qcore.load_model(path, dtype=torch.float32)
     with torch.inference_mode():
         logits = model(expected["input_ids"]).logits.float()

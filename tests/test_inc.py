@@ -29,10 +29,15 @@ def nodes(largest: float = 3.0, layers: list[str] = ALL) -> dict[str, Any]:
 
 def measured(
     folder: Path, tensors: dict[str, torch.Tensor] | None = None, found: dict[str, Any] | None = None,
-    name: str = "measure_hooks_maxabs.json", **config: Any
+    name: str = "measure_hooks_maxabs.json", *, stated: bool = False, **config: Any
 ) -> Path:  # fmt: skip
-    path = write(folder, tensors or dense_llama())
-    (path / "quant_config.json").write_text(json.dumps({**CONFIG, **config}))
+    """Plain weights with measurements; stated: QUANT_CONFIG stands in config.json, and up_proj is in bfloat16."""
+    tensors = tensors or dense_llama()
+    if stated:
+        tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].to(torch.bfloat16)
+    path = write(folder, tensors, {**CONFIG, **config} if stated else None)
+    if not stated:
+        (path / "quant_config.json").write_text(json.dumps({**CONFIG, **config}))
     if name:
         text = {
             "GlobalRank": None,
@@ -304,3 +309,12 @@ def test_incs_name_over_autorounds_keys_is_autoround(tmp_path: Path) -> None:
     parts = {test_auto_round.UP: test_auto_round.layer(test_auto_round.UP, 4, 32, "auto_round", sym=False)[0]}
     path = test_auto_round.checkpoint(tmp_path, parts, packing_format="auto_round", quant_method="inc")
     assert qcore.open_checkpoint(path).method == "auto-round"
+
+
+def test_incs_codebooks_under_gptqs_name_are_refused(tmp_path: Path) -> None:
+    tensors = dense_llama()
+    del tensors[f"{UP}.weight"]
+    tensors |= {f"{UP}.qweight": torch.zeros(96, 8, dtype=torch.int32), f"{UP}.scales": torch.ones(96, 2)}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    with pytest.raises(qcore.Refused, match="nf4"):
+        qcore.open_checkpoint(write(tmp_path, tensors, config))

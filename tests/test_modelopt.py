@@ -37,21 +37,41 @@ def made(algorithm: str, seed: int = 0) -> Made:
         exponents = torch.randint(118, 123, (ROWS, COLUMNS // 32), generator=random, dtype=torch.uint8)
         scale = torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
         return {"weight": eights, "weight_scale": exponents}, eights.float() * scale, "W8A8-mxfp8"
-    if algorithm.endswith("NVFP4"):
+    if "MXFP4" in algorithm:
+        codes = torch.randint(0, 16, (ROWS, COLUMNS), generator=random, dtype=torch.uint8)
+        exponents = torch.randint(118, 123, (ROWS, COLUMNS // 32), generator=random, dtype=torch.uint8)
+        scale = torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
+        parts = {"weight": codes[:, 0::2] | codes[:, 1::2] << 4, "weight_scale": exponents}
+        weight = float_table("e2m1")[codes.int()] * scale
+        if algorithm == "MXFP4":
+            return parts, weight, "W4A4-mxfp4"
+        return {**parts, "input_scale": uniform(1)[0]}, weight, "W4A8-e2m1-g32:e8m0/fp8-tensor"
+    if "NVFP4" in algorithm:
         codes = torch.randint(0, 16, (ROWS, COLUMNS), generator=random, dtype=torch.uint8)
         fine = (uniform(ROWS, COLUMNS // 16) * 100).to(torch.float8_e4m3fn)
         coarse = uniform(1)[0]
         weight = float_table("e2m1")[codes.int()] * (fine.float() * coarse).repeat_interleave(16, 1)
         parts = {"weight": codes[:, 0::2] | codes[:, 1::2] << 4, "weight_scale": fine, "weight_scale_2": coarse}
-        return parts, weight, "W4A16-nvfp4" if algorithm.startswith("W4A16") else "W4A4-nvfp4"
-    if algorithm == "W4A16_AWQ":
+        if not algorithm.startswith("W4A16"):
+            parts["input_scale"] = uniform(1)[0]
+        if algorithm == "NVFP4_AWQ":
+            parts["pre_quant_scale"] = uniform(COLUMNS) * 100
+        schemes = {"W4A16_NVFP4": "W4A16-nvfp4", "W4A8_NVFP4_FP8": "W4A8-e2m1-g16:e4m3fn+tensor/fp8-tensor"}
+        return parts, weight, schemes.get(algorithm, "W4A4-nvfp4")
+    if algorithm.endswith("A16_AWQ") or algorithm == "W4A8_AWQ":
         codes = torch.randint(-8, 8, (ROWS, COLUMNS), generator=random)
         scale = uniform(ROWS, COLUMNS // 32)
         packed = ((codes[0::2] & 15) | (codes[1::2] & 15) << 4).to(torch.uint8)
         parts = {"weight": packed, "weight_scale": scale, "pre_quant_scale": uniform(COLUMNS) * 100}
-        return parts, codes.float() * scale.repeat_interleave(32, 1), "W4A16-g32-sym"
+        weight = codes.float() * scale.repeat_interleave(32, 1)
+        if algorithm == "W4A16_AWQ":
+            return parts, weight, "W4A16-g32-sym"
+        parts |= {"input_scale": uniform(1)[0], "weight_scale_2": uniform(1)[0]}
+        return parts, weight, "W4A8-int4-g32-sym/fp8-tensor"
     codes = torch.randint(-127, 128, (ROWS, COLUMNS), generator=random, dtype=torch.int8)
     scale = uniform(ROWS)
+    if algorithm == "W8A16":
+        return {"weight": codes, "weight_scale": scale}, codes.float() * scale[:, None], "W8A16-channel-sym"
     parts = {
         "weight": codes,
         "weight_scale": scale,
@@ -62,7 +82,8 @@ def made(algorithm: str, seed: int = 0) -> Made:
 
 
 ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "W4A16_AWQ",
-              "W8A8_SQ_PER_CHANNEL")  # fmt: skip
+              "W8A8_SQ_PER_CHANNEL", "NVFP4_AWQ", "W4A8_NVFP4_FP8", "MXFP4", "W4A8_MXFP4_FP8", "W4A8_AWQ",
+              "W8A16")  # fmt: skip
 
 
 def checkpoint(
@@ -90,7 +111,7 @@ def test_every_algorithm_is_exact(tmp_path: Path, algorithm: str, side_file: boo
     assert "lm_head" in opened.layers["lm_head"].reason
 
 
-@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a not in ("NVFP4", "MXFP8")])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_model_runs_with_its_input_multiplier(tmp_path: Path, algorithm: str) -> None:
     parts, weight, scheme = made(algorithm)
     model = qcore.load_model(checkpoint(tmp_path, parts, algorithm), dtype="float32", kernel="reference_linear")
@@ -115,6 +136,13 @@ def test_mixed_layers(tmp_path: Path) -> None:
     assert str(opened.plan[UP]) == scheme and torch.equal(opened.dequantize(UP), weight)
     with pytest.raises(qcore.Refused, match="unknown-variant"):
         qcore.open_checkpoint(checkpoint(tmp_path / "2", parts, "MIXED_PRECISION", quantized_layers={}))
+
+
+def test_algorithms_in_lower_case_are_the_same(tmp_path: Path) -> None:
+    """ModelOpt writes its own word where it has no name for one: `mxfp4`, `fp8_pb_wo`."""
+    parts, weight, scheme = made("MXFP4")
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, "mxfp4"))
+    assert opened.plan[UP] == Scheme.parse(scheme) and torch.equal(opened.dequantize(UP), weight)
 
 
 def test_a_quantized_kv_cache_is_told(tmp_path: Path) -> None:
@@ -156,7 +184,7 @@ def test_the_tools_own_int4_model_is_as_near_to_the_base_as_the_tool_says() -> N
         ("W4A16_AWQ", {"weight_scale": torch.zeros(ROWS, 3)}, "bad-shape"),
         ("W4A16_AWQ", {"pre_quant_scale": torch.zeros(3)}, "bad-shape"),
         ("W4A16_AWQ", {"weight": torch.zeros(ROWS, dtype=torch.uint8)}, "bad-shape"),
-        ("W4A8_AWQ", {}, "unknown-variant"),
+        ("NVFP4_SVD", {}, "unknown-variant"),
         ("ABACUS", {}, "unknown-variant"),
     ],
 )

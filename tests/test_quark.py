@@ -20,6 +20,9 @@ def spec(dtype: str, qscheme: str = "per_tensor", **rest: Any) -> dict[str, Any]
     return {"dtype": dtype, "qscheme": qscheme, "symmetric": dtype != "uint4", "is_dynamic": False, **rest}
 
 
+NV = [spec("fp4", "per_group", group_size=16), spec("fp8_e4m3", is_scale_quant=True)]
+
+
 def made(dtype: str, qscheme: str, *, order: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The tensors of up_proj, and its weight by the definition."""
     random = torch.Generator().manual_seed(0)
@@ -32,6 +35,39 @@ def made(dtype: str, qscheme: str, *, order: bool = False) -> tuple[dict[str, to
         codes = torch.randint(-127, 128, (ROWS, COLUMNS), generator=random, dtype=torch.int8)
         zero = torch.zeros_like(stored, dtype=torch.int8)
         return {"weight": codes, "weight_scale": stored, "weight_zero_point": zero}, codes.float() * scale[:, None]
+    if dtype == "fp8_block":
+        codes, scales = torch.randn(ROWS, COLUMNS, generator=random).to(torch.float8_e5m2), torch.rand(3, 2) * 0.01
+        spread = scales.repeat_interleave(32, 0).repeat_interleave(32, 1)
+        return {"weight": codes, "weight_scale": scales}, codes.float() * spread
+    if dtype.startswith("fp6"):
+        codes = torch.randint(0, 64, (ROWS, COLUMNS), generator=random)
+        exponents = torch.randint(118, 123, (ROWS, COLUMNS // 32), generator=random, dtype=torch.uint8)
+        weight = float_table(dtype[4:])[codes] * torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
+        return {"weight": words(codes, 6).view(torch.uint8), "weight_scale": exponents}, weight
+    if dtype == "nvfp4":
+        nibbles = torch.randint(0, 16, (ROWS, COLUMNS), generator=random, dtype=torch.uint8)
+        fine = torch.rand(ROWS, COLUMNS // 16, generator=random).to(torch.float8_e4m3fn)
+        weight = float_table("e2m1")[nibbles.int()] * (fine.float() * stored).repeat_interleave(16, 1)
+        packed = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+        parts = {"weight": packed, "weight_scale": fine, "weight_scale_2": stored, "input_scale_2": torch.tensor(0.1)}
+        return parts, weight
+    if dtype in ("int4", "w4a8"):
+        codes = torch.randint(-8, 8, (ROWS, COLUMNS), generator=random)
+        pack = (lambda t: words(t, 4)) if order else gemm_words
+        if qscheme == "per_group":
+            fine = torch.rand(ROWS, COLUMNS // 32, generator=random) * 0.01 + 0.001
+            parts = {"weight": pack(codes.t() & 15), "weight_scale": fine.t()}
+            return parts, codes.float() * fine.repeat_interleave(32, 1)
+        parts = {"weight": pack(codes & 15), "weight_scale": stored}
+        if dtype == "w4a8":
+            fine = torch.rand(ROWS, generator=random)
+            parts |= {"weight_scale_2": fine, "input_scale": torch.tensor(0.1)}
+            return parts, codes.float() * (fine * stored)[:, None]
+        return parts, codes.float() * scale[:, None]
+    if dtype == "uint4" and qscheme == "per_channel":
+        codes, zeros = (torch.randint(0, 16, (ROWS, n), generator=random) for n in (COLUMNS, 1))
+        parts = {"weight": gemm_words(codes), "weight_scale": stored, "weight_zero_point": gemm_words(zeros.t())[0]}
+        return parts, (codes - zeros).float() * scale[:, None]
     if dtype == "fp4":
         nibbles = torch.randint(0, 16, (ROWS, COLUMNS), generator=random, dtype=torch.uint8)
         exponents = torch.randint(118, 123, (ROWS, COLUMNS // 32), generator=random, dtype=torch.uint8)
@@ -71,18 +107,35 @@ def checkpoint(folder: Path, parts: dict[str, torch.Tensor], weight: Any, inputs
             spec("fp4", "per_group", group_size=32, scale_format="e8m0", is_dynamic=True),
             "W4A4-mxfp4",
         ),
+        (MX6 := spec("fp6_e3m2", "per_group", group_size=32, scale_format="e8m0"), None, "W6A16-e3m2-g32:e8m0"),
+        ({**MX6, "dtype": "fp6_e2m3"}, {**MX6, "is_dynamic": True}, "W6A6-e2m3-g32:e8m0/e3m2-g32:e8m0-dyn"),
+        (spec("fp8_e5m2", "per_block", block_size=[32, 32]), None, "W8A16-e5m2-block32"),
+        (spec("int4", "per_group", group_size=32), None, "W4A16-g32-sym"),
+        (
+            spec("int4", "per_channel"),
+            spec("int8", "per_channel", is_dynamic=True),
+            "W4A8-int4-channel-sym/int8-token-sym-dyn",
+        ),
+        (spec("uint4", "per_channel"), None, "W4A16-channel-asym"),
+        (NV, [{**NV[0], "is_dynamic": True}, NV[1]], "W4A4-nvfp4"),
+        (NV, None, "W4A16-nvfp4"),
+        ([spec("fp8_e4m3"), spec("int4", "per_channel")], spec("fp8_e4m3"), "W4A8-int4-channel+tensor-sym/fp8-tensor"),
     ],
 )
-def test_every_scheme_is_exact(tmp_path: Path, weight: dict[str, Any], inputs: Any, scheme: str) -> None:
-    parts, expected = made(weight["dtype"], weight["qscheme"])
-    if inputs and not inputs["is_dynamic"]:
+def test_every_scheme_is_exact(tmp_path: Path, weight: Any, inputs: Any, scheme: str) -> None:
+    if isinstance(weight, list):
+        parts, expected = made("nvfp4" if weight is NV else "w4a8", "per_tensor")
+    elif weight["qscheme"] == "per_block":
+        parts, expected = made("fp8_block", "per_block")
+    else:
+        parts, expected = made(weight["dtype"], weight["qscheme"])
+    if isinstance(inputs, dict) and not inputs["is_dynamic"]:
         parts["input_scale"] = torch.tensor(0.03)
     opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, weight, inputs))
     assert opened.method == "quark" and torch.equal(opened.dequantize(UP), expected)
     assert opened.plan[UP] == opened.weight(UP).scheme == Scheme.parse(scheme)
-    if scheme != "W4A4-mxfp4":
-        model = qcore.load_model(opened, dtype="float32")
-        assert bool(model(torch.tensor([[1, 5, 9]])).logits.isfinite().all())
+    model = qcore.load_model(opened, dtype="float32")
+    assert bool(model(torch.tensor([[1, 5, 9]])).logits.isfinite().all())
     reasons = {module: entry.reason for module, entry in opened.layers.items()}
     assert "lm_head" in reasons["lm_head"] and "re:" in reasons["model.layers.0.self_attn.q_proj"]
     assert reasons["model.layers.0.mlp.gate_proj"] == "stored unquantized"
@@ -110,8 +163,10 @@ def test_a_quantized_kv_cache_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weight", "inputs", "change", "code"),
     [
-        (spec("int4", "per_group", group_size=32), None, {}, "unknown-variant"),
+        (spec("int3", "per_group", group_size=32), None, {}, "unknown-variant"),
         (spec("fp6_e3m2", "per_group", group_size=32), None, {}, "unknown-variant"),
+        (spec("int4", "per_block", block_size=[32, 32]), None, {}, "unknown-variant"),
+        ([], None, {}, "unknown-variant"),
         ([spec("fp4", "per_group", group_size=16), spec("fp8_e4m3")], None, {}, "unknown-variant"),
         (None, None, {}, "unknown-variant"),
         (spec("fp8_e4m3", "per_group", group_size=32), None, {}, "unknown-variant"),

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from qcore.algorithm import Algorithm
 from qcore.checkpoint.source import TensorInfo
 from qcore.discovery import registry
-from qcore.method import ModulePlan, in_flight, is_embedding
-from qcore.refusal import Refusal, Refused, bad_file
+from qcore.method import ModulePlan, in_flight, is_embedding, quantizable
+from qcore.refusal import Refusal, Refused
 from qcore.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -72,16 +72,13 @@ class InFlight:
 
 
 def made(entry: ModulePlan, weight: torch.Tensor, bias: torch.Tensor | None, info: TensorInfo) -> LayerTensors:
-    """The layer of a stored weight [N, K] that the plan has quantized in flight. Raises Refused (bad-content,
+    """The layer of a stored weight [N, K] that the plan has quantized in flight. Raises Refused (bad-shape, bad-content,
     shape-unsupported)."""
     from qcore.tensor import LayerTensors
 
     assert entry.scheme is not None
-    if not bool(weight.isfinite().all()):
-        raise bad_file("bad-content", "a weight that is to be quantized is not finite", file=info.file, tensor=info.name,
-                       field="values", found="NaN or infinity", expected="finite weights")  # fmt: skip
     algorithm = next(row for row in registry().algorithms if row.name == entry.algorithm)
-    return LayerTensors(algorithm.load()(weight, entry.scheme), bias)
+    return LayerTensors(algorithm.load()(quantizable(weight, info), entry.scheme), bias)
 
 
 def _algorithm(rows: list[Algorithm], scheme: Scheme, how: str) -> Algorithm:

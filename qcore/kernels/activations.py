@@ -1,8 +1,9 @@
 """Quantizing a layer's input: what a scheme's input part means.
 
 The arithmetic is compressed-tensors' (quantization/utils/helpers.py, calculate_qparams), in float32: a symmetric scale
-is absmax / 127.5 for int8 and absmax / 448 for fp8; values are divided by it, clamped, and rounded half to even. Where a
-scheme keeps outliers apart it is LLM.int8's.
+is absmax / 127.5 for int8 and absmax / 448 for fp8; values are divided by it, clamped, and rounded half to even. Groups
+of small floats have MX's or NVFP4's scales (qcore/kernels/minifloat.py). Where a scheme keeps outliers apart it is
+LLM.int8's.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import torch
 
 from qcore.elements import Float, Group, Int, PerToken
+from qcore.kernels.minifloat import LARGEST, mx_scale, nv_scale, round_to
 from qcore.scheme import TensorScheme
-
-_FP8_MAX = 448.0
 
 
 def quantize_input(
@@ -20,7 +20,7 @@ def quantize_input(
 ) -> torch.Tensor:
     """The values that the quantized input stands for: x rounded to the scheme and back, in x's shape and dtype.
 
-    x: [..., K]. scale, zero: [1], for static schemes.
+    x: [..., K]. scale, zero: [1], for static schemes; of NVFP4 the scale of the whole tensor, taken from x if absent.
     """
     if not x.numel():  # nothing to find a range of
         return x
@@ -33,7 +33,7 @@ def quantize_input(
         values = torch.nn.functional.pad(values, (0, ragged)).unflatten(-1, (-1, granularity.size))
     if scheme.dynamic:
         reduced = values if isinstance(granularity, PerToken | Group) else values.reshape(1, -1)
-        scale, zero = _range(reduced, scheme)
+        scale, zero = _range(reduced, scheme, scale)
     assert scale is not None, "a static scheme comes with its scale"
     rounded = _round_trip(values, scheme, scale.to(torch.float32), zero)
     if isinstance(granularity, Group):
@@ -63,11 +63,22 @@ def _around_outliers(values: torch.Tensor, threshold: float) -> torch.Tensor:
     return torch.where(kept, values, (inside / scale).round_() * scale)
 
 
-def _range(values: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero point over the last dimension."""
+def _range(
+    values: torch.Tensor, scheme: TensorScheme, whole: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point over the last dimension; `whole` is the stored scale of the tensor, where the scheme has one."""
     if scheme.zero is None:
-        half = _FP8_MAX if isinstance(scheme.element, Float) else (2**scheme.bits - 1) / 2
-        return _symmetric(values.abs().amax(-1, keepdim=True), half)
+        magnitude = values.abs().amax(-1, keepdim=True)
+        if not isinstance(scheme.element, Float):
+            return _symmetric(magnitude, (2**scheme.bits - 1) / 2)
+        name, kind = scheme.element.format, scheme.scales[0].type
+        if kind.startswith("e8m0"):
+            return mx_scale(magnitude, name, kind), None
+        if kind == "e4m3fn":
+            if whole is None:
+                whole, _ = _symmetric(magnitude.amax(), LARGEST[name] * LARGEST[kind])
+            return nv_scale(magnitude, name, whole.to(torch.float32)), None
+        return _symmetric(magnitude, LARGEST[name])
     low = values.amin(-1, keepdim=True).clamp(max=0)
     high = values.amax(-1, keepdim=True).clamp(min=0)
     least, most = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
@@ -86,7 +97,7 @@ def _round_trip(
 ) -> torch.Tensor:
     scaled = values / scale
     if isinstance(scheme.element, Float):
-        return scaled.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).to(torch.float32) * scale
+        return round_to(scaled, scheme.element.format) * scale
     assert isinstance(scheme.element, Int)
     least, most = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
     if zero is None:

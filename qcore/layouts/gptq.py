@@ -1,7 +1,7 @@
 """The GPTQ layout: codes packed along the input channels, zero points along the output channels.
 
-    qweight  int32 [ceil(K bits / 32), N]   codes as a little-endian bit stream along K
-    qzeros   int32 [G, ceil(N bits / 32)]   zero points along N; v1 stores z - 1, v2 stores z
+    qweight  int32 [ceil(K bits / 32), N]   codes as a little-endian bit stream along K, or in planes (layouts/planar.py)
+    qzeros   int32 [G, ceil(N bits / 32)]   zero points along N, packed alike; v1 stores z - 1, v2 stores z
     scales   f16 or bf16 [G, N]
     g_idx    int32 [K], optional            the group of each input channel (act-order)
 
@@ -16,6 +16,7 @@ from pydantic import Field
 
 from qcore.checkpoint.settings import Settings
 from qcore.elements import Granularity, Group, PerChannel
+from qcore.layouts.planar import RUN, unpack_planes
 from qcore.method import CheckpointFiles, finite, require_tensor
 from qcore.refusal import bad_file
 from qcore.scheme import Scheme, integer_weight
@@ -25,18 +26,22 @@ if TYPE_CHECKING:
 
     from qcore.tensor import LayerTensors
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
+WORDS = {"int8": ("I8", 8), "int16": ("I16", 16), "int32": ("I32", 32), "int64": ("I64", 64)}
+"""Types of the words that codes are packed into, and their bits."""
 PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx", "bias"})
 
 
 class GptqSettings(Settings):
-    """One module's numbers. v1: stored zero points are one less than they are."""
+    """One module's numbers. v1: stored zero points are one less than they are. planar: codes are stored in planes."""
 
     bits: int
     group_size: int = Field(ge=-1)
     desc_act: bool = False
     sym: bool = True
     v1: bool = True
+    planar: bool = False
+    pack_dtype: str = "int32"
 
     def scheme(self) -> Scheme:
         # One group for the whole row cannot be reordered.
@@ -57,8 +62,8 @@ def check_settings(files: CheckpointFiles, module: str, settings: GptqSettings) 
 
 def shape_of(files: CheckpointFiles, module: str, settings: GptqSettings) -> tuple[int, int]:
     """[N, K], once all headers agree. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
-    bits = settings.bits
-    qweight = require_tensor(files, f"{module}.qweight", dtypes=["I32"])
+    bits, (held, width) = settings.bits, WORDS[settings.pack_dtype]
+    qweight = require_tensor(files, f"{module}.qweight", dtypes=[held])
     scales = require_tensor(files, f"{module}.scales", dtypes=["F16", "BF16", "F32"])
     if len(qweight.shape) != 2 or len(scales.shape) != 2:
         raise bad_file("bad-shape", "qweight and scales are matrices", file=qweight.file, tensor=qweight.name,
@@ -66,11 +71,14 @@ def shape_of(files: CheckpointFiles, module: str, settings: GptqSettings) -> tup
     groups, rows = scales.shape
     order = files.source.tensors.get(f"{module}.g_idx")
     # Where bits do not divide 32 or K is ragged, only g_idx has K itself.
-    columns = order.shape[0] if order and len(order.shape) == 1 else qweight.shape[0] * 32 // bits
+    columns = order.shape[0] if order and len(order.shape) == 1 else qweight.shape[0] * width // bits
     group_size = settings.group_size if settings.group_size > 0 else max(columns, 1)
-    require_tensor(files, f"{module}.qweight", shape=(-(-columns * bits // 32), rows))
+    require_tensor(files, f"{module}.qweight", shape=(-(-columns * bits // width), rows))
     require_tensor(files, f"{module}.scales", shape=(-(-columns // group_size), rows))
-    require_tensor(files, f"{module}.qzeros", shape=(groups, -(-rows * bits // 32)), dtypes=["I32"])
+    require_tensor(files, f"{module}.qzeros", shape=(groups, -(-rows * bits // width)), dtypes=[held])
+    if settings.planar and (rows % RUN or columns % RUN):
+        raise bad_file("bad-shape", "planes hold 32 codes each", file=qweight.file, tensor=qweight.name, field="shape",
+                       found=[rows, columns], expected="rows and columns that are multiples of 32")  # fmt: skip
     if order:
         require_tensor(files, order.name, shape=(columns,), dtypes=["I32", "I64"])
     return rows, columns
@@ -83,15 +91,19 @@ def read_layer(files: CheckpointFiles, module: str, settings: GptqSettings) -> L
     """
     import torch
 
-    from qcore.bits import unpack
+    from qcore.bits import pack, unpack
     from qcore.tensor import LayerTensors, QuantizedTensor
 
     rows, columns = shape_of(files, module, settings)
     read, bits = files.source.read, settings.bits
     stream = read(f"{module}.qweight").t().contiguous().view(torch.uint8)
     codes = stream[:, : (columns * bits + 7) // 8].contiguous()
+    zero_stream = read(f"{module}.qzeros").contiguous().view(torch.uint8)
+    if settings.planar:
+        codes, zeros = pack(unpack_planes(codes, bits), bits), unpack_planes(zero_stream, bits).t().contiguous()
+    else:
+        zeros = unpack(zero_stream, bits, rows).t().contiguous()
     scales = finite(files, f"{module}.scales", read(f"{module}.scales").t().contiguous())
-    zeros = unpack(read(f"{module}.qzeros").contiguous().view(torch.uint8), bits, rows).t().contiguous()
     if settings.v1:
         zeros = (zeros + 1) & ((1 << bits) - 1)  # v1; field by field, so that no carry reaches the next zero point
     scheme = settings.scheme()

@@ -1,34 +1,54 @@
-"""AutoRound's own format: integer weights in the GPTQ or AWQ layout, with other bits for some layers.
+"""AutoRound's own format: integer weights in the GPTQ or AWQ layout or small floats, with other bits for some layers.
 
 `packing_format` decides: `auto_round:auto_gptq` (also where it is absent) stores zero points as GPTQ v1 does, less one;
 `auto_round:auto_awq` is AWQ's gemm layout; `auto_round` and its other forms store zero points as they are, like GPTQ v2.
-Read from AutoRound's exporter and layers (export_to_autoround, qlinear_torch, qlinear_torch_zp).
+
+Floats are stored as compressed-tensors and DeepSeek store them:
+
+    mx_fp, 4 bits  weight_packed uint8 [N, K / 2]; weight_scale uint8 [N, K / 32] (e8m0)
+    mx_fp, 8 bits  weight e4m3 [N, K]; weight_scale uint8 [N, K / 32] (e8m0)
+    nv_fp, 4 bits  weight_packed uint8 [N, K / 2]; weight_scale e4m3 [N, K / 16]; weight_global_scale and
+                   input_global_scale f32 [1], which divide
+    fp, 8 bits     weight e4m3 or e5m2 [N, K]; weight_scale [N] or [1], or weight_scale_inv by blocks; input_scale
+
+Read from AutoRound's exporter and layers (export_to_autoround, qlinear_torch, qlinear_torch_zp, qlinear_fp).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
-from qcore.layouts import awq, gptq
+from qcore.elements import Float, Granularity, Group, Level, PerChannel, PerTensor, PerToken, ScaleType, Tile
+from qcore.layouts import awq, gptq, scaled
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, stated_method
 from qcore.refusal import Refusal, Refused, bad_file
+from qcore.scheme import Scheme, TensorScheme
 
 if TYPE_CHECKING:
     from qcore.tensor import LayerTensors
+
+
+_INTEGERS = ("int", "int_sym", "int_asym")
+_FLOATS = ("mx_fp", "nv_fp", "fp")
+_CODES = (".qweight", ".weight_packed")
 
 
 class AutoRoundConfig(Settings):
     """The keys that decide what the tensors mean."""
 
     bits: int
-    group_size: int = Field(ge=-1)
+    group_size: Annotated[int, Field(ge=-1)] | tuple[int, int]
     sym: bool = True
     data_type: str = "int"
     act_bits: int = 16
+    act_data_type: str | None = None
+    act_group_size: int | None = None
+    act_dynamic: bool = True
+    fmt: str = "e4m3"
     packing_format: str = "auto_round:auto_gptq"
     extra_config: dict[str, dict[str, Any]] | None = None
 
@@ -36,9 +56,21 @@ class AutoRoundConfig(Settings):
 class AutoRound(Method):
     name = "auto-round"
     quant_methods = ("auto-round", "auto_round", "intel/auto-round")
-    variants = ("auto_round", "auto_round:auto_gptq", "auto_round:auto_awq")
+    variants = ("auto_round", "auto_round:auto_gptq", "auto_round:auto_awq", *_FLOATS)
     side_files = ("quantization_config.json",)
-    parts = gptq.PARTS | awq.PARTS
+    parts = (
+        gptq.PARTS
+        | awq.PARTS
+        | {
+            "weight",
+            "weight_packed",
+            "weight_scale",
+            "weight_scale_inv",
+            "weight_global_scale",
+            "input_scale",
+            "input_global_scale",
+        }
+    )
 
     def recognizes(self, files: CheckpointFiles) -> bool:
         """INC's name means AutoRound's tensors where the config has AutoRound's keys."""
@@ -50,15 +82,22 @@ class AutoRound(Method):
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
         tensors = files.source.tensors
-        quantized = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+        quantized = [
+            name.rpartition(".")[0]
+            for name, info in tensors.items()
+            if name.endswith(_CODES) or (name.endswith(".weight") and info.dtype in ("F8_E4M3", "F8_E5M2"))
+        ]
         if not quantized:
-            raise bad_file("missing-tensor", "the config says AutoRound, but no tensor is named *.qweight",
-                           file=files.path)  # fmt: skip
+            raise bad_file("missing-tensor", "the config says AutoRound, but no weight is stored quantized",
+                           file=files.path, expected="*.qweight, *.weight_packed or fp8 weights")  # fmt: skip
         plan = {}
         for module in quantized:
             settings, named = self._module(files, module)
             reason = f"extra_config {named!r}" if named else "quantization_config"
-            if isinstance(settings, awq.AwqSettings):
+            if isinstance(settings, AutoRoundConfig):
+                scheme, names = _float_scheme(files, module, settings)
+                shape = scaled.shape_of(files, module, scheme, names)
+            elif isinstance(settings, awq.AwqSettings):
                 scheme, shape = awq.scheme_of(files, module, settings), awq.shape_of(files, module, settings)
             else:
                 scheme, shape = settings.scheme(), gptq.shape_of(files, module, settings)
@@ -71,15 +110,23 @@ class AutoRound(Method):
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         settings, _ = self._module(files, module)
+        if isinstance(settings, AutoRoundConfig):
+            return scaled.read_layer(files, module, *_float_scheme(files, module, settings))
         if isinstance(settings, awq.AwqSettings):
             return awq.read_layer(files, module, settings)
         return gptq.read_layer(files, module, settings)
 
-    def _module(self, files: CheckpointFiles, module: str) -> tuple[gptq.GptqSettings | awq.AwqSettings, str]:
+    def _module(
+        self, files: CheckpointFiles, module: str
+    ) -> tuple[gptq.GptqSettings | awq.AwqSettings | AutoRoundConfig, str]:
         """The module's numbers, and the entry of extra_config that changed them, if any."""
         config = self._config(files)
         overrides, named = self._overrides(files, module)
-        values = config.model_dump(include={"bits", "group_size", "sym"}) | overrides
+        own = check(AutoRoundConfig, config.model_dump() | overrides, file=files.quantization_file)
+        _check_types(files, own, f"extra_config.{named}." if named else "")
+        if own.data_type in _FLOATS:
+            return own, named
+        values = own.model_dump(include={"bits", "group_size", "sym"})
         if "awq" in config.packing_format:
             stated = check(awq.AwqSettings, {**values, "zero_point": not values["sym"]}, file=files.quantization_file)
             return awq.check_settings(files, stated), named
@@ -99,7 +146,7 @@ class AutoRound(Method):
                 named = pattern
                 break
         found = entries.get(named, {})
-        return {key: found[key] for key in ("bits", "group_size", "sym") if found.get(key) is not None}, named
+        return {key: found[key] for key in _DECISIVE if found.get(key) is not None}, named
 
     def _config(self, files: CheckpointFiles) -> AutoRoundConfig:
         return files.once("config", lambda: self._checked(files))
@@ -107,19 +154,74 @@ class AutoRound(Method):
     def _checked(self, files: CheckpointFiles) -> AutoRoundConfig:
         assert files.quantization is not None
         config = check(AutoRoundConfig, files.quantization, file=files.quantization_file)
-        for field, found, known in (
-            ("data_type", config.data_type, config.data_type in ("int", "int_sym", "int_asym")),
-            ("act_bits", config.act_bits, config.act_bits >= 16),
-            ("packing_format", config.packing_format, config.packing_format.startswith("auto_round")),
-        ):
-            if not known:
-                raise Refused(
-                    Refusal("unknown-variant", "notimpl", str(files.path), "this form of AutoRound is not read yet",
-                            f"found {field} {found!r}, expected integer weights, activations of 16 bits, auto_round",
-                            "Export the model with AutoRound as auto_round, auto_gptq or auto_awq.",
-                            str(files.quantization_file), field=f"quantization_config.{field}")
-                )  # fmt: skip
+        _check_types(files, config, "")
         return config
+
+
+def _check_types(files: CheckpointFiles, config: AutoRoundConfig, where: str) -> None:
+    """Raises Refused (unknown-variant) where the numbers are of a kind that is not read."""
+    floats = config.data_type in _FLOATS
+    own_inputs = {"mx_fp": ("mx_fp", "mx_fp_rceil"), "nv_fp": ("nv_fp", "nv_fp4_with_static_gs"), "fp": ("fp",)}
+    for field, found, known in (
+        ("data_type", config.data_type, floats or config.data_type in _INTEGERS),
+        ("bits", config.bits, not floats or config.bits in {"mx_fp": (4, 8), "nv_fp": (4,)}.get(config.data_type, (8,))
+         or config.bits >= 16),
+        ("act_bits", config.act_bits, config.act_bits >= 16 or (floats and config.act_bits == config.bits)),
+        ("act_data_type", config.act_data_type, config.act_bits >= 16
+         or config.act_data_type in (None, *own_inputs.get(config.data_type, ()))),
+        ("packing_format", config.packing_format, floats or config.packing_format.startswith("auto_round")),
+        ("fmt", config.fmt, config.fmt in ("e4m3", "e5m2")),
+    ):  # fmt: skip
+        if not known:
+            raise Refused(
+                Refusal("unknown-variant", "notimpl", str(files.path), "this form of AutoRound is not read yet",
+                        f"found {field} {found!r}, expected integers with activations of 16 bits, or {', '.join(_FLOATS)}",
+                        "Export the model with AutoRound in one of its presets, such as W4A16, MXFP4 or FP8_STATIC.",
+                        str(files.quantization_file), field=f"quantization_config.{where}{field}")
+            )  # fmt: skip
+
+
+_DECISIVE = ("bits", "group_size", "sym", "data_type", "act_bits", "act_data_type", "act_group_size", "act_dynamic")
+
+
+def _float_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) -> tuple[Scheme, scaled.Names]:
+    """The scheme of a float layer and the names of its tensors."""
+    quantized_inputs = config.act_bits < 16
+    if config.data_type == "fp":
+        return _fp8_scheme(files, module, config)
+    element = Float("e2m1" if config.bits == 4 else "e4m3fn")
+    rounding: ScaleType = "e8m0ceil" if config.act_data_type == "mx_fp_rceil" else "e8m0floor"
+    levels: tuple[Level, ...] = (Level(Group(32), "e8m0"),)
+    given: tuple[Level, ...] = (Level(Group(32), rounding),)
+    if config.data_type == "nv_fp":
+        levels = given = (Level(Group(16), "e4m3fn"), Level(PerTensor()))
+    weight = TensorScheme(element, levels)
+    names = scaled.Names(
+        codes="weight_packed" if config.bits == 4 else "weight",
+        whole="weight_global_scale",
+        input_whole="input_global_scale",
+        divides=True,
+    )
+    return Scheme(weight, TensorScheme(element, given, dynamic=True) if quantized_inputs else None), names
+
+
+def _fp8_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) -> tuple[Scheme, scaled.Names]:
+    size, element = config.group_size, Float("e5m2" if config.fmt == "e5m2" else "e4m3fn")
+    granularity: Granularity
+    if isinstance(size, tuple):
+        if min(size) < 1:
+            raise bad_file("bad-field", "blocks have rows and columns", file=files.quantization_file,
+                           field="quantization_config.group_size", found=list(size), expected="positive sizes")  # fmt: skip
+        granularity = Tile(*size)
+    else:
+        granularity = Group(size) if size > 0 else PerChannel() if size == -1 else PerTensor()
+    given: TensorScheme | None = None
+    if config.act_bits < 16:
+        width = config.act_group_size
+        spread: Granularity = PerTensor() if width == 0 else Group(width) if width and width > 0 else PerToken()
+        given = TensorScheme(element, (Level(spread),), dynamic=config.act_dynamic)
+    names = scaled.Names(scale="weight_scale_inv" if isinstance(size, tuple) else "weight_scale")
+    return Scheme(TensorScheme(element, (Level(granularity),)), given), names
 
 
 def _is_layer(files: CheckpointFiles, name: str) -> bool:

@@ -1,4 +1,7 @@
-"""AWQ as AutoAWQ, AutoRound and GPTQModel write it; qcore/layouts/awq.py has the tensors, docs/formats.md the details."""
+"""AWQ as AutoAWQ, AutoRound and GPTQModel write it; docs/formats.md has the details.
+
+`version` decides: gemm and gemv (qcore/layouts/awq.py), gemv_fast (layouts/awq_fast.py), marlin (layouts/marlin.py).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ from typing import TYPE_CHECKING
 from pydantic import AliasChoices, Field, field_validator
 
 from qcore.checkpoint.settings import Settings, check
-from qcore.layouts.awq import LAYOUTS, PARTS, AwqSettings, check_settings, read_layer, scheme_of, shape_of
+from qcore.layouts import awq, awq_fast, marlin
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules
 from qcore.refusal import Refusal, Refused, bad_file
 
 if TYPE_CHECKING:
+    from qcore.scheme import Scheme
     from qcore.tensor import LayerTensors
+
+_LAYOUTS = (*awq.LAYOUTS, "gemv_fast", "marlin")
 
 
 class AwqConfig(Settings):
@@ -33,9 +39,9 @@ class AwqConfig(Settings):
 class Awq(Method):
     name = "awq"
     quant_methods = ("awq",)
-    variants = LAYOUTS
+    variants = _LAYOUTS
     side_files = ("quant_config.json",)
-    parts = PARTS
+    parts = awq.PARTS
 
     def format_version(self, files: CheckpointFiles) -> str:
         return self._config(files).layout
@@ -47,7 +53,7 @@ class Awq(Method):
             raise bad_file("missing-tensor", "the config says AWQ, but no tensor is named *.qweight", file=files.path)
         plan = {}
         for module in quantized:
-            scheme, shape = scheme_of(files, module, settings), shape_of(files, module, settings)
+            scheme, shape = self._headers(files, module, settings)
             plan[module] = ModulePlan(scheme, "quantization_config", shape)
         for module, entry in dense_modules(tensors, "").items():
             named = next((skip for skip in config.modules_to_not_convert or () if skip in module), None)
@@ -56,12 +62,29 @@ class Awq(Method):
         return plan
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
-        return read_layer(files, module, self._settings(files))
+        settings = self._settings(files)
+        if settings.layout == "marlin":
+            codes, scales = f"{module}.qweight", f"{module}.scales"
+            return marlin.read_layer(files, module, codes, scales, settings.group_size)
+        if settings.layout == "gemv_fast":
+            return awq_fast.read_layer(files, module, settings)
+        return awq.read_layer(files, module, settings)
 
-    def _settings(self, files: CheckpointFiles) -> AwqSettings:
+    def _headers(
+        self, files: CheckpointFiles, module: str, settings: awq.AwqSettings
+    ) -> tuple[Scheme, tuple[int, int]]:
+        if settings.layout == "marlin":
+            shape = marlin.shape_of(files, f"{module}.qweight", f"{module}.scales", settings.group_size)
+            return marlin.scheme_of(settings.group_size), shape
+        if settings.layout == "gemv_fast":
+            shape = awq_fast.shape_of(files, module, settings)
+            return awq_fast.scheme_of(settings, shape[1]), shape
+        return awq.scheme_of(files, module, settings), awq.shape_of(files, module, settings)
+
+    def _settings(self, files: CheckpointFiles) -> awq.AwqSettings:
         config = self._config(files)
         values = config.model_dump(include={"bits", "group_size", "zero_point", "layout"})
-        return check_settings(files, AwqSettings(**values))
+        return awq.check_settings(files, awq.AwqSettings(**values))
 
     def _config(self, files: CheckpointFiles) -> AwqConfig:
         return files.once("config", lambda: self._checked(files))
@@ -69,10 +92,10 @@ class Awq(Method):
     def _checked(self, files: CheckpointFiles) -> AwqConfig:
         assert files.quantization is not None
         config = check(AwqConfig, files.quantization, file=files.quantization_file)
-        if config.layout not in LAYOUTS:
+        if config.layout not in _LAYOUTS:
             raise Refused(
                 Refusal("unknown-variant", "notimpl", str(files.path), "this layout of AWQ is not read yet",
-                        f"found {config.layout}, expected {' or '.join(LAYOUTS)}",
+                        f"found {config.layout}, expected {' or '.join(_LAYOUTS)}",
                         'Save the model again with version "gemm".', str(files.quantization_file),
                         field="quantization_config.version")
             )  # fmt: skip

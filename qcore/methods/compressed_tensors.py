@@ -1,102 +1,58 @@
-"""compressed-tensors as LLM Compressor writes it: pack-, int-, float- and naive-quantized modules.
+"""compressed-tensors as LLM Compressor writes it.
 
-    pack-quantized   weight_packed int32 [N, ceil(K bits / 32)], codes q + 2^(bits-1) as a little-endian bit stream
-                     along K; weight_shape int64 [2]; weight_zero_point int32 [ceil(N bits / 32), G], packed along N
-    int-quantized    weight int8 [N, K], one code a byte
-    float-quantized  weight float8_e4m3fn [N, K]
-    all of them      weight_scale [1] | [N, 1] | [N, G] | [ceil(N / r), ceil(K / c)]; weight_zero_point;
-                     weight_g_idx (act-order); input_scale, input_zero_point (static activations)
+    pack-quantized        weight_packed int32 [N, ceil(K bits / 32)], codes q + 2^(bits-1) as a little-endian bit stream
+                          along K; weight_shape int64 [2]; weight_zero_point int32 [ceil(N bits / 32), G], along N
+    int-quantized         weight int8 [N, K], one code a byte
+    float-quantized       weight float8_e4m3fn [N, K]
+    nvfp4-pack-quantized  weight_packed uint8 [N, K / 2], e2m1, first code low; weight_scale e4m3 [N, K / 16];
+                          weight_global_scale f32 [1], which divides; so does input_global_scale
+    mxfp4-, mxfp6-pack-   weight_packed uint8 [N, K bits / 8], e2m1 or e2m3; weight_scale uint8 [N, K / 32] (e8m0)
+    mxfp8-quantized       weight float8_e4m3fn [N, K]; weight_scale uint8 [N, K / 32] (e8m0)
+    the others            weight_scale [1] | [N, 1] | [N, G] | [ceil(N / r), ceil(K / c)]; weight_zero_point;
+                          weight_g_idx (act-order); input_scale, input_zero_point (static activations)
 
 w = (q - z) * s. Source: the compressed-tensors library (quantization/quant_args.py, compressors/); docs/formats.md.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import Field, field_validator
+from typing import TYPE_CHECKING
 
 from qcore.checkpoint.patterns import matches
-from qcore.checkpoint.settings import Settings, check
-from qcore.elements import Float, Granularity, Group, Int, Level, PerChannel, PerTensor, PerToken, Tile, scale_shape
-from qcore.method import PLAIN_FLOATS, CheckpointFiles, Method, ModulePlan, finite, is_embedding, require_tensor
+from qcore.checkpoint.settings import check
+from qcore.elements import Float, Group, PerTensor, scale_shape
+from qcore.layouts.compressed_config import CompressedConfig, Preset, Scope
+from qcore.method import (
+    PLAIN_FLOATS,
+    SCALE_DTYPES,
+    CheckpointFiles,
+    Method,
+    ModulePlan,
+    finite,
+    read_scale,
+    require_tensor,
+)
 from qcore.refusal import Refusal, Refused, bad_file
-from qcore.scheme import PRESETS, Scheme, TensorScheme
+from qcore.scheme import Scheme, TensorScheme
 
 if TYPE_CHECKING:
     import torch
 
     from qcore.tensor import LayerTensors
 
-_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense")
-_SCALE_DTYPES = ("F16", "BF16", "F32")
-
-
-class Arguments(Settings):
-    """QuantizationArgs: how one tensor is quantized."""
-
-    num_bits: int = Field(8, ge=1, le=8)
-    type: Literal["int", "float"] = "int"
-    symmetric: bool = True
-    group_size: int | None = None
-    strategy: Literal["tensor", "channel", "group", "block", "token", "tensor_group", "attn_head"] | None = None
-    block_structure: tuple[int, int] | None = None
-    dynamic: bool | Literal["local"] = False
-    actorder: str | bool | None = None
-    scale_dtype: str | None = None
-
-    @field_validator("block_structure", mode="before")
-    @classmethod
-    def _legacy_blocks(cls, value: object) -> object:
-        return value.split("x") if isinstance(value, str) else value
-
-    def tensor_scheme(self, *, weight: bool) -> TensorScheme:
-        """Raises ValueError where no kernel's words describe it."""
-        strategy = self.strategy or {None: "tensor", -1: "channel"}.get(self.group_size, "group")
-        size = self.group_size or 0
-        granularities: dict[str, Granularity | None] = {
-            "tensor": PerTensor(),
-            "channel": PerChannel(),
-            "token": PerToken(),
-            "group": Group(size) if size > 0 else None,
-            "block": Tile(*self.block_structure) if self.block_structure and min(self.block_structure) > 0 else None,
-        }
-        granularity = granularities.get(strategy)
-        if granularity is None or self.scale_dtype not in (None, *_TORCH_SCALES):
-            raise ValueError(f"strategy {strategy} with group_size {self.group_size}, scale_dtype {self.scale_dtype}")
-        if self.type == "float" and self.num_bits != 8:
-            raise ValueError(f"{self.num_bits}-bit floats")
-        # Weights come to the normal form: asymmetric codes are unsigned.
-        signed = self.symmetric or not weight
-        element = Float("e4m3fn") if self.type == "float" else Int(self.num_bits, signed)
-        ordered = self.actorder in ("group", "dynamic", True) and isinstance(granularity, Group)
-        zero = None if self.symmetric else "stored"
-        levels = (Level(granularity),)
-        return TensorScheme(element, levels, zero, ordered, dynamic=bool(self.dynamic))  # type: ignore[arg-type]
-
-
-_TORCH_SCALES = ("torch.float16", "torch.bfloat16", "torch.float32")
-
-
-class Scope(Settings):
-    """One of config_groups: which modules, and how."""
-
-    targets: list[str]
-    weights: Arguments | None = None
-    input_activations: Arguments | None = None
-    output_activations: Arguments | None = None
-    format: str | None = None
-
-
-class CompressedConfig(Settings):
-    config_groups: dict[str, Scope | list[str]] = Field(default_factory=dict)
-    format: str = "dense"
-    quantization_status: str = "compressed"
-    ignore: list[str] = Field(default_factory=list)
-    kv_cache_scheme: Arguments | None = None
-    sparsity_config: dict[str, Any] | None = None
-    transform_config: dict[str, Any] | None = None
-    version: str = ""
+_FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp6-pack-quantized",
+    "mxfp8-quantized",
+    "mixed-precision",
+    "dense",
+)
+_SCALE_DTYPES = SCALE_DTYPES["float"]
 
 
 class CompressedTensors(Method):
@@ -109,6 +65,8 @@ class CompressedTensors(Method):
             "weight_packed",
             "weight_shape",
             "weight_scale",
+            "weight_global_scale",
+            "input_global_scale",
             "weight_zero_point",
             "weight_g_idx",
             "bias",
@@ -127,7 +85,10 @@ class CompressedTensors(Method):
 
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
         scheme = self._config(files).kv_cache_scheme
-        return None if scheme is None else self._tensor_scheme(files, scheme, "kv_cache_scheme", weight=False)
+        try:
+            return None if scheme is None else scheme.tensor_scheme(weight=False)
+        except ValueError as error:
+            raise self._variant(files, "kv_cache_scheme", error) from error
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
         config = self._config(files)
@@ -160,14 +121,11 @@ class CompressedTensors(Method):
         scheme = self._scheme(files, group, reason)
         shape = self._check(files, module, scheme)
         rows, columns = self._true_shape(files, module, scheme.weight) or shape
-        scale = self._part(files, module, "weight_scale")
-        assert scale is not None
-        if scale.numel() == 1:
-            scale = scale.reshape(1, 1)
+        scales = self._scales(files, module, scheme.weight)
         zeros = self._zeros(files, module, scheme.weight, rows) if scheme.weight.zero else None
         index = self._part(files, module, "weight_g_idx") if scheme.weight.ordered else None
         if index is not None:
-            groups = scale.shape[1]
+            groups = scales[0].shape[1]
             if bool(((index < 0) | (index >= groups)).any()):
                 raise bad_file("bad-content", "a group index is out of range", file=files.path,
                                tensor=f"{module}.weight_g_idx", field="values",
@@ -175,8 +133,10 @@ class CompressedTensors(Method):
             index = index.int()
         codes = self._codes(files, module, scheme.weight, columns)
         input_scale, input_zero = (self._part(files, module, part) for part in ("input_scale", "input_zero_point"))
+        if scheme.input is not None and len(scheme.input.scales) > 1:
+            input_scale = self._divisor(files, f"{module}.input_global_scale")
         return LayerTensors(
-            QuantizedTensor(scheme, (rows, columns), codes, (scale,), zeros, index),
+            QuantizedTensor(scheme, (rows, columns), codes, scales, zeros, index),
             files.source.read(bias) if (bias := f"{module}.bias") in files.source.tensors else None,
             input_scale,
             input_zero,
@@ -189,7 +149,7 @@ class CompressedTensors(Method):
         assert files.quantization is not None
         config = check(CompressedConfig, files.quantization, file=files.quantization_file)
         for field, found in (
-            ("format", config.format if config.format not in (*_FORMATS, "mixed-precision") else None),
+            ("format", config.format if config.format not in _FORMATS else None),
             ("sparsity_config.format", (config.sparsity_config or {}).get("format", "dense")),
             ("transform_config", (config.transform_config or {}).get("config_groups")),
         ):
@@ -202,76 +162,66 @@ class CompressedTensors(Method):
             Refusal(
                 "unknown-variant", "notimpl", str(files.path), "this variant of compressed-tensors is not read yet",
                 f"found {found}, expected one of {', '.join(_FORMATS)}",
-                "Quantize to W4A16, W8A16, INT8, FP8, FP8_DYNAMIC or FP8_BLOCK.",
+                "Quantize to a preset of LLM Compressor such as W4A16, INT8, FP8_DYNAMIC or NVFP4.",
                 str(files.quantization_file), field=f"quantization_config.{field}",
             )
         )  # fmt: skip
 
-    def _scope(self, files: CheckpointFiles, config: CompressedConfig, module: str) -> tuple[Scope | None, str]:
-        """The module's group and its name; or None and why. `ignore` wins, then names, then the module's class."""
+    def _scope(
+        self, files: CheckpointFiles, config: CompressedConfig, module: str
+    ) -> tuple[Scope | Preset | None, str]:
+        def regex(pattern: str, name: str) -> bool:
+            return matches(pattern, name, file=files.quantization_file, field="quantization_config")
 
-        def hit(pattern: str) -> bool:
-            if not pattern.startswith("re:"):
-                return pattern == module
-            return matches(pattern[3:], module, file=files.quantization_file, field="quantization_config")
+        return config.scope(module, regex)
 
-        for pattern in config.ignore:
-            if hit(pattern):
-                return None, f"in the ignore list as {pattern!r}"
-        groups = {name: _scope(name, entry) for name, entry in config.config_groups.items()}
-        for by_class in (False, True):
-            for name, group in groups.items():
-                for target in group.targets:
-                    if (target == "Linear" and not is_embedding(module)) if by_class else hit(target):
-                        return group, f"config group {name!r}"
-        return None, "no config group targets it"
-
-    def _scheme(self, files: CheckpointFiles, group: Scope, name: str) -> Scheme:
+    def _scheme(self, files: CheckpointFiles, group: Scope | Preset, name: str) -> Scheme:
         layout = group.format or self._config(files).format
-        if layout not in _FORMATS or group.output_activations or group.weights is None:
-            found = layout if layout not in _FORMATS else "output_activations" if group.weights else "no weights"
-            raise self._variant(files, f"config_groups ({name})", found)
-        weight = self._tensor_scheme(files, group.weights, f"config_groups ({name}).weights", weight=True)
-        given = group.input_activations
-        if given is None:
-            return Scheme(weight)
-        return Scheme(
-            weight, self._tensor_scheme(files, given, f"config_groups ({name}).input_activations", weight=False)
-        )
-
-    def _tensor_scheme(self, files: CheckpointFiles, given: Arguments, field: str, *, weight: bool) -> TensorScheme:
+        if layout not in _FORMATS:
+            raise self._variant(files, f"config_groups ({name}).format", layout)
         try:
-            return given.tensor_scheme(weight=weight)
+            return group.scheme()
         except ValueError as error:
-            raise self._variant(files, field, str(error)) from error
+            raise self._variant(files, f"config_groups ({name})", error) from error
 
     def _check(self, files: CheckpointFiles, module: str, scheme: Scheme) -> tuple[int, int]:
         """[N, K], once all headers agree. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
         weight, tensors = scheme.weight, files.source.tensors
-        packed = tensors.get(f"{module}.weight_packed")
-        if packed is None:
-            dtype = "F8_E4M3" if isinstance(weight.element, Float) else "I8"
-            info = require_tensor(files, f"{module}.weight", dtypes=[dtype])
-            rows, columns = info.shape
-        else:
-            if len(require_tensor(files, packed.name, dtypes=["I32"]).shape) != 2:
-                raise bad_file("bad-shape", "packed weights are matrices", file=packed.file, tensor=packed.name,
-                               field="shape", found=list(packed.shape), expected="two dimensions")  # fmt: skip
-            require_tensor(files, f"{module}.weight_shape", shape=(2,), dtypes=["I64", "I32"])
-            rows, columns = self._packed_shape(files, module, weight)
-        scale = require_tensor(files, f"{module}.weight_scale", dtypes=_SCALE_DTYPES)
-        granularity = weight.scales[0].granularity
-        expected = scale_shape(granularity, rows, columns)
-        if not (isinstance(granularity, PerTensor) and scale.shape in ((), (1,))):
+        rows, columns = self._stored_shape(files, module, weight)
+        fine = weight.scales[0]
+        scale = require_tensor(files, f"{module}.weight_scale", dtypes=SCALE_DTYPES[fine.type])
+        expected = scale_shape(fine.granularity, rows, columns)
+        if not (isinstance(fine.granularity, PerTensor) and scale.shape in ((), (1,))):
             require_tensor(files, scale.name, shape=expected)
+        if len(weight.scales) > 1:
+            require_tensor(files, f"{module}.weight_global_scale", shape=(1,), dtypes=["F32"])
         if weight.zero:
-            grid = expected if packed is None else (-(-rows * weight.bits // 32), expected[1])
+            packed = f"{module}.weight_packed" in tensors
+            grid = (-(-rows * weight.bits // 32), expected[1]) if packed else expected
             require_tensor(files, f"{module}.weight_zero_point", shape=grid, dtypes=["I8", "I32"])
         if weight.ordered:
             require_tensor(files, f"{module}.weight_g_idx", shape=(columns,), dtypes=["I32", "I64"])
         if scheme.input and not scheme.input.dynamic:
             require_tensor(files, f"{module}.input_scale", dtypes=_SCALE_DTYPES)
+        if scheme.input and len(scheme.input.scales) > 1:
+            require_tensor(files, f"{module}.input_global_scale", shape=(1,), dtypes=["F32"])
         return rows, columns
+
+    def _stored_shape(self, files: CheckpointFiles, module: str, weight: TensorScheme) -> tuple[int, int]:
+        """[N, K] of the codes. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
+        floats, packed = isinstance(weight.element, Float), files.source.tensors.get(f"{module}.weight_packed")
+        if packed is None or (floats and weight.bits == 8):
+            info = require_tensor(files, f"{module}.weight", dtypes=["F8_E4M3" if floats else "I8"])
+            return info.shape[0], info.shape[1]
+        require_tensor(files, packed.name, dtypes=["U8" if floats else "I32"])
+        if floats:
+            if packed.shape[1] * 8 % (weight.bits * 4):
+                raise bad_file("bad-shape", "rows of packed floats are whole", file=packed.file, tensor=packed.name,
+                               field="shape", found=list(packed.shape),
+                               expected=f"a multiple of {weight.bits // 2} bytes")  # fmt: skip
+            return packed.shape[0], packed.shape[1] * 8 // weight.bits
+        require_tensor(files, f"{module}.weight_shape", shape=(2,), dtypes=["I64", "I32"])
+        return self._packed_shape(files, module, weight)
 
     def _packed_shape(self, files: CheckpointFiles, module: str, weight: TensorScheme) -> tuple[int, int]:
         """[N, K] as far as headers tell: K is ambiguous where rows are padded to a word. `decode` reads weight_shape."""
@@ -287,7 +237,7 @@ class CompressedTensors(Method):
     def _true_shape(self, files: CheckpointFiles, module: str, weight: TensorScheme) -> tuple[int, int] | None:
         """What weight_shape says, checked against the packed words; None where weights are not packed."""
         packed = files.source.tensors.get(f"{module}.weight_packed")
-        if packed is None:
+        if packed is None or isinstance(weight.element, Float):
             return None
         rows, columns = (int(size) for size in files.source.read(f"{module}.weight_shape"))
         if rows != packed.shape[0] or columns < 1 or packed.shape[1] not in _word_counts(columns, weight.bits):
@@ -301,6 +251,8 @@ class CompressedTensors(Method):
 
         from qcore.bits import pack, packed_bytes
 
+        if isinstance(weight.element, Float) and weight.bits < 8:
+            return files.source.read(f"{module}.weight_packed")
         if f"{module}.weight_packed" not in files.source.tensors:
             codes = files.source.read(f"{module}.weight")
             if isinstance(weight.element, Float) or (weight.bits == 8 and weight.zero is None):
@@ -326,39 +278,28 @@ class CompressedTensors(Method):
             return unpack(stored.t().contiguous().view(torch.uint8), weight.bits, rows).t().contiguous()
         return (stored.to(torch.int16) + (1 << (weight.bits - 1))).to(torch.uint8)
 
+    def _scales(self, files: CheckpointFiles, module: str, weight: TensorScheme) -> tuple[torch.Tensor, ...]:
+        fine = read_scale(files, f"{module}.weight_scale", weight.scales[0].type)
+        if fine.numel() == 1:
+            fine = fine.reshape(1, 1)
+        if len(weight.scales) == 1:
+            return (fine,)
+        return fine, self._divisor(files, f"{module}.weight_global_scale").reshape(1, 1)
+
+    def _divisor(self, files: CheckpointFiles, name: str) -> torch.Tensor:
+        """A global scale, which divides, as float64 [1] to multiply with: s / g is then exact when rounded to float32."""
+        stored = read_scale(files, name)
+        if not bool((stored > 0).all()):
+            raise bad_file("bad-content", "a global scale divides, and is positive", file=files.source.tensors[name].file,
+                           tensor=name, field="values", found=float(stored.min()), expected="a positive number")  # fmt: skip
+        return 1 / stored.double()
+
     def _part(self, files: CheckpointFiles, module: str, part: str) -> torch.Tensor | None:
         name = f"{module}.{part}"
         if name not in files.source.tensors:
             return None
         tensor = files.source.read(name)
         return finite(files, name, tensor) if part.endswith("scale") else tensor
-
-
-def _scope(name: str, entry: Scope | list[str]) -> Scope:
-    """A config group; the short form maps a preset's name to its targets."""
-    if isinstance(entry, Scope):
-        return entry
-    scheme = PRESETS.get(name)
-    if scheme is None:
-        return Scope(targets=entry)
-    return Scope(targets=entry, weights=_arguments(scheme.weight), input_activations=_arguments(scheme.input))
-
-
-def _arguments(scheme: TensorScheme | None) -> Arguments | None:
-    """The arguments that a preset's tensor scheme stands for."""
-    if scheme is None:
-        return None
-    granularity = scheme.scales[0].granularity
-    strategies = {PerTensor: "tensor", PerChannel: "channel", PerToken: "token", Group: "group", Tile: "block"}
-    return Arguments(
-        num_bits=scheme.bits,
-        type="float" if isinstance(scheme.element, Float) else "int",
-        symmetric=scheme.zero is None,
-        group_size=granularity.size if isinstance(granularity, Group) else None,
-        strategy=strategies[type(granularity)],  # type: ignore[arg-type]
-        block_structure=(granularity.rows, granularity.cols) if isinstance(granularity, Tile) else None,
-        dynamic=scheme.dynamic,
-    )
 
 
 def _word_counts(columns: int, bits: int) -> tuple[int, int]:

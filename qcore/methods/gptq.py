@@ -1,4 +1,8 @@
-"""GPTQ as AutoGPTQ, GPTQModel and optimum write it; qcore/layouts/gptq.py has the tensors, docs/formats.md the details."""
+"""GPTQ as AutoGPTQ, GPTQModel and optimum write it, and what they serialize for Marlin's and BitBLAS's kernels.
+
+`checkpoint_format` decides: gptq, gptq_v2 and gptq_p (qcore/layouts/gptq.py), marlin (layouts/marlin.py) and bitblas
+(layouts/bitblas.py). docs/formats.md has the details.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,16 @@ from pydantic import AliasChoices, Field
 
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
-from qcore.layouts.gptq import PARTS, GptqSettings, check_settings, read_layer, shape_of
+from qcore.layouts import bitblas, gptq, marlin
+from qcore.layouts.gptq import WORDS, GptqSettings, check_settings
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules
 from qcore.refusal import Refusal, Refused, bad_file
 
 if TYPE_CHECKING:
+    from qcore.scheme import Scheme
     from qcore.tensor import LayerTensors
 
-_OTHER_LAYOUTS = {
-    "marlin": "serialized Marlin",
-    "marlin_24": "serialized 2:4 Marlin",
-    "bitblas": "serialized BitBLAS",
-    "gptq_p": "GPTQModel's planar layout",
-}
+_FORMATS = ("gptq", "gptq_v2", "gptq_p", "marlin", "bitblas")
 
 
 class GptqConfig(Settings):
@@ -35,15 +36,19 @@ class GptqConfig(Settings):
     pack_dtype: str = "int32"
     is_marlin_format: bool = False
     is_bitblas_format: bool = False
+    zeros_mode: str = "quantized"
+    fast_decoding: bool | None = None
     dynamic: dict[str, dict[str, Any]] | None = None
     modules_in_block_to_quantize: list[Any] | None = None
 
 
 class Gptq(Method):
     name = "gptq"
-    quant_methods = ("gptq",)
+    quant_methods = ("gptq", "gptqmodel")
+    variants = _FORMATS
     side_files = ("quantize_config.json",)
-    parts = PARTS | {"scale_bf16_to_fp8"}  # INC writes it for a Gaudi's fp8 unit; the weight does not depend on it
+    # INC writes scale_bf16_to_fp8 for an fp8 unit; the weight does not depend on it
+    parts = gptq.PARTS | marlin.PARTS | bitblas.PARTS | {"scale_bf16_to_fp8"}
 
     def format_version(self, files: CheckpointFiles) -> str:
         return self._config(files).checkpoint_format
@@ -51,21 +56,44 @@ class Gptq(Method):
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
         config = self._config(files)
         tensors = files.source.tensors
-        quantized = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+        codes = ".B" if config.checkpoint_format == "marlin" else ".qweight"
+        quantized = [name.removesuffix(codes) for name in tensors if name.endswith(codes)]
         if not quantized:
-            raise bad_file("missing-tensor", "the config says GPTQ, but no tensor is named *.qweight", file=files.path)
+            raise bad_file("missing-tensor", f"the config says GPTQ, but no tensor is named *{codes}", file=files.path)
         plan = {}
         for module in quantized:
+            _refuse_codebook(files, module)
             settings, pattern = self._module(files, config, module)
-            shape = shape_of(files, module, settings)
             reason = f"dynamic pattern {pattern!r}" if pattern else "quantization_config"
-            plan[module] = ModulePlan(settings.scheme(), reason, shape)
+            plan[module] = ModulePlan(*self._shape(files, config, module, settings, reason))
         for module, entry in dense_modules(tensors, "").items():
             plan.setdefault(module, ModulePlan(None, _skip_reason(files, module, config), entry.shape))
         return plan
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
-        return read_layer(files, module, self._module(files, self._config(files), module)[0])
+        config = self._config(files)
+        settings, _ = self._module(files, config, module)
+        if config.checkpoint_format == "marlin":
+            return marlin.read_layer(files, module, f"{module}.B", f"{module}.s", settings.group_size)
+        if config.checkpoint_format == "bitblas":
+            return bitblas.read_layer(files, module, self._bitblas(files, config, settings))
+        return gptq.read_layer(files, module, settings)
+
+    def _shape(
+        self, files: CheckpointFiles, config: GptqConfig, module: str, settings: GptqSettings, reason: str
+    ) -> tuple[Scheme, str, tuple[int, int]]:
+        if config.checkpoint_format == "marlin":
+            shape = marlin.shape_of(files, f"{module}.B", f"{module}.s", settings.group_size)
+            return marlin.scheme_of(settings.group_size), reason, shape
+        if config.checkpoint_format == "bitblas":
+            own = self._bitblas(files, config, settings)
+            return own.scheme(), reason, bitblas.shape_of(files, module, own)
+        return settings.scheme(), reason, gptq.shape_of(files, module, settings)
+
+    def _bitblas(self, files: CheckpointFiles, config: GptqConfig, settings: GptqSettings) -> bitblas.BitblasSettings:
+        values = settings.model_dump(include={"bits", "group_size", "sym"})
+        values |= {"zeros_mode": config.zeros_mode, "fast_decoding": config.fast_decoding}
+        return check(bitblas.BitblasSettings, values, file=files.quantization_file)
 
     def _config(self, files: CheckpointFiles) -> GptqConfig:
         return files.once("config", lambda: self._checked(files))
@@ -76,17 +104,23 @@ class Gptq(Method):
         layout = config.checkpoint_format
         if config.is_marlin_format or config.is_bitblas_format:
             layout = "marlin" if config.is_marlin_format else "bitblas"
-        if layout not in ("gptq", "gptq_v2") or config.pack_dtype != "int32":
-            found = _OTHER_LAYOUTS.get(layout, layout) if config.pack_dtype == "int32" else config.pack_dtype
+        unknown = (
+            layout not in _FORMATS
+            or config.pack_dtype not in WORDS
+            or (config.pack_dtype != "int32" and layout not in ("gptq", "gptq_v2"))
+            or (layout == "marlin" and not (config.bits == 4 and config.sym and not config.desc_act))
+        )
+        if unknown:
+            found = f"{layout} of {config.bits} bits, symmetric {config.sym}, desc_act {config.desc_act}, in {config.pack_dtype}"
             raise Refused(
                 Refusal(
-                    "unknown-variant", "notimpl", str(files.path), "this layout of GPTQ is not read yet",
-                    f"found {found}, expected checkpoint_format gptq or gptq_v2, packed in int32",
+                    "unknown-variant", "notimpl", str(files.path), "this layout of GPTQ is not read",
+                    f"found {found}, expected checkpoint_format {', '.join(_FORMATS)}; of marlin 4 bits, symmetric, no desc_act",
                     "Save the model again with GPTQModel as format=gptq.",
                     str(files.quantization_file), field="quantization_config.checkpoint_format",
                 )
             )  # fmt: skip
-        return config
+        return config.model_copy(update={"checkpoint_format": layout})
 
     def _module(self, files: CheckpointFiles, config: GptqConfig, module: str) -> tuple[GptqSettings, str]:
         """The module's numbers and the `dynamic` pattern that changed them, if any. The first match wins."""
@@ -97,8 +131,15 @@ class Gptq(Method):
                 values |= {key: overrides[key] for key in values.keys() & overrides.keys()}
                 matched = pattern
                 break
-        values["v1"] = config.checkpoint_format == "gptq"
+        layout = config.checkpoint_format
+        values |= {"v1": layout == "gptq", "planar": layout == "gptq_p", "pack_dtype": config.pack_dtype}
         settings = check_settings(files, module, check(GptqSettings, values, file=files.quantization_file))
+        if layout in ("gptq", "gptq_v2") and (
+            settings.bits in (5, 6, 7) or (settings.bits == 3 and config.pack_dtype != "int32")
+        ):
+            raise bad_file("bad-field", f"{module} has bits that are only stored planar", file=files.quantization_file,
+                           field="quantization_config.bits", found=settings.bits,
+                           expected="2, 3, 4 or 8 bits, or checkpoint_format gptq_p")  # fmt: skip
         return settings, matched
 
 
@@ -106,6 +147,19 @@ def _matches(files: CheckpointFiles, pattern: str, module: str) -> bool:
     """GPTQModel's rule: `+:` and `-:` are prefixes of the sign, the rest is a regular expression anchored at the start."""
     bare = pattern.removeprefix("+:").removeprefix("-:")
     return matches(bare, module, file=files.quantization_file, field="quantization_config.dynamic")
+
+
+def _refuse_codebook(files: CheckpointFiles, module: str) -> None:
+    """INC saves nf4 and fp4 under GPTQ's name: rows and groups are not transposed, and nothing says which codebook it is."""
+    codes, scales = (files.source.tensors.get(f"{module}.{part}") for part in ("qweight", "scales"))
+    if codes is None or scales is None or f"{module}.qzeros" in files.source.tensors:
+        return
+    if codes.shape[:1] == scales.shape[:1] and codes.shape[1:] != scales.shape[1:]:
+        raise Refused(
+            Refusal("unknown-variant", "never", str(files.path), "it is INC's nf4 or fp4, and no file says which of them",
+                    f"found qweight {list(codes.shape)} and scales {list(scales.shape)} without qzeros",
+                    "Quantize to int4 with INC, or to nf4 with bitsandbytes.", str(codes.file), codes.name)
+        )  # fmt: skip
 
 
 def _skip_reason(files: CheckpointFiles, module: str, config: GptqConfig) -> str:

@@ -32,6 +32,7 @@ from qcore.method import (
     dense_modules,
     finite,
     is_embedding,
+    quantizable,
     require_tensor,
     stated_method,
 )
@@ -177,7 +178,7 @@ class Inc(Method):
             scale, given = (finite(files, n, read(n)) for n in (f"{module}.scale_weight", f"{module}.scale_input"))
             made = QuantizedTensor(entry.scheme, entry.shape, weight.t().contiguous(), (scale.reshape(-1, 1),))
             return LayerTensors(made, bias, input_scale=given.reshape(1))
-        weight = finite(files, f"{module}.weight", weight).to(_torch(self._config(files).hp_dtype))
+        weight = quantizable(weight, tensors[f"{module}.weight"]).to(_torch(self._config(files).hp_dtype))
         scale, given = self._scales(files, module, weight)
         element, largest = self._element(files), self._largest(files)
         codes = (weight.float() * (1 / scale).float()).clamp_(-largest, largest).to(TORCH_FLOATS[element.format])

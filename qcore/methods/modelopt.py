@@ -1,13 +1,15 @@
-"""NVIDIA ModelOpt's unified checkpoints: fp8 per tensor, channel and block, NVFP4, MXFP8, int4 AWQ and int8 SmoothQuant.
+"""NVIDIA ModelOpt's unified checkpoints: fp8, NVFP4 and MX formats, int4 AWQ and int8 SmoothQuant.
 
     FP8                        weight e4m3 [N, K], weight_scale and input_scale f32 scalars
     FP8_PER_CHANNEL_PER_TOKEN  weight_scale f32 [N]; inputs by token
     FP8_PB_WO                  weight_scale f32 [N / 128, 1, K / 128, 1]; inputs as they are
     NVFP4, W4A16_NVFP4         weight uint8 [N, K / 2], first code low; weight_scale e4m3 [N, K / 16], weight_scale_2 f32
-    MXFP8                      weight e4m3 [N, K], weight_scale uint8 [N, K / 32] (e8m0)
+    MXFP8, MXFP4               weight e4m3 [N, K] or uint8 [N, K / 2], weight_scale uint8 [N, K / 32] (e8m0)
     W4A16_AWQ                  weight uint8 [N / 2, K]: rows 2 j in the low nibble, 2 j + 1 in the high one, two's
-                               complement; weight_scale [N, K / g]; pre_quant_scale [K] multiplies the input
-    W8A8_SQ_PER_CHANNEL        weight int8 [N, K], weight_scale [N], input_scale; pre_quant_scale [K]
+                               complement; weight_scale [N, K / g]
+    W4A8_AWQ                   the same with fp8 inputs; weight_scale_2 is the range of an fp8 copy, no part of w
+    W8A8_SQ_PER_CHANNEL        weight int8 [N, K], weight_scale [N], input_scale
+    all                        pre_quant_scale [K], where it stands, multiplies the input
 
 w = q * weight_scale (* weight_scale_2). The config stands in config.json or, as `quantization`, in hf_quant_config.json.
 Read from ModelOpt's exporter (torch/export/quant_utils.py, torch/quantization/qtensor).
@@ -16,6 +18,7 @@ Read from ModelOpt's exporter (torch/export/quant_utils.py, torch/quantization/q
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,7 @@ from pydantic import AliasChoices, Field
 
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Group
+from qcore.layouts.scaled import Names, read_layer, shape_of
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, finite, require_tensor
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme, integer_weight
@@ -38,12 +42,20 @@ _SCHEMES: Mapping[str, str] = {
     "FP8_PER_CHANNEL_PER_TOKEN": "W8A8-fp8-dyn",
     "FP8_PB_WO": "W8A16-fp8-block128",
     "NVFP4": "W4A4-nvfp4",
+    "NVFP4_AWQ": "W4A4-nvfp4",
     "W4A16_NVFP4": "W4A16-nvfp4",
+    "W4A8_NVFP4_FP8": "W4A8-e2m1-g16:e4m3fn+tensor/fp8-tensor",
+    "MXFP4": "W4A4-mxfp4",
+    "W4A8_MXFP4_FP8": "W4A8-e2m1-g32:e8m0/fp8-tensor",
     "MXFP8": "W8A8-mxfp8",
+    "W8A16": "W8A16-channel-sym",
     "W8A8_SQ_PER_CHANNEL": "W8A8-int8-static",
 }
-"""Schemes by quant_algo; W4A16_AWQ's group size stands in its shapes."""
-_ALGORITHMS = (*_SCHEMES, "W4A16_AWQ")
+"""Schemes by quant_algo; the group size of the int4 ones stands in their shapes."""
+_INT4: Mapping[str, TensorScheme | None] = {"W4A16_AWQ": None, "W4A8_AWQ": _TENSOR_FP8}
+"""Inputs of the algorithms with int4 weights."""
+_ALGORITHMS = (*_SCHEMES, *_INT4)
+_NAMES = Names()
 
 
 class ModelOptConfig(Settings):
@@ -75,7 +87,6 @@ class ModelOpt(Method):
             if part == "weight_scale":
                 algorithm = self._algorithm(files, module)
                 scheme, shape = self._scheme(files, module, algorithm), self._shape(files, module, algorithm)
-                self._check_scales(files, module, algorithm, shape)
                 plan[module] = ModulePlan(scheme, f"quant_algo {algorithm}", shape)
         if not plan:
             raise bad_file("missing-tensor", "the config says ModelOpt, but no tensor is named *.weight_scale",
@@ -92,32 +103,14 @@ class ModelOpt(Method):
         return _TENSOR_FP8 if config.kv_cache_quant_algo == "FP8" or config.kv_cache_scheme else None
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
-
-        from qcore.tensor import LayerTensors, QuantizedTensor
-
         algorithm = self._algorithm(files, module)
-        scheme, (rows, columns) = self._scheme(files, module, algorithm), self._shape(files, module, algorithm)
-        read, tensors = files.source.read, files.source.tensors
-
-        def scale(part: str) -> torch.Tensor:
-            return finite(files, f"{module}.{part}", read(f"{module}.{part}"))
-
-        codes = read(f"{module}.weight")
-        if algorithm == "W4A16_AWQ":
-            codes = _by_rows(codes)
-        fine = read(f"{module}.weight_scale") if algorithm == "MXFP8" else scale("weight_scale")
-        if algorithm.endswith("NVFP4"):
-            scales: tuple[torch.Tensor, ...] = (fine, scale("weight_scale_2").reshape(1, 1))
-        else:
-            scales = (fine.reshape(_scale_shape(algorithm, rows, columns, fine.numel())),)
-        optional = {part: scale(part) for part in ("input_scale", "pre_quant_scale") if f"{module}.{part}" in tensors}
-        static = scheme.input is not None and not scheme.input.dynamic
-        return LayerTensors(
-            QuantizedTensor(scheme, (rows, columns), codes, scales),
-            read(f"{module}.bias") if f"{module}.bias" in tensors else None,
-            input_scale=optional["input_scale"].reshape(1) if static else None,
-            input_multiplier=optional.get("pre_quant_scale"),
-        )
+        scheme, shape = self._scheme(files, module, algorithm), self._shape(files, module, algorithm)
+        codes = _by_rows(files.source.read(f"{module}.weight")) if algorithm in _INT4 else None
+        layer = read_layer(files, module, scheme, _NAMES, shape=shape, codes=codes)
+        multiplier = f"{module}.pre_quant_scale"
+        if multiplier not in files.source.tensors:
+            return layer
+        return replace(layer, input_multiplier=finite(files, multiplier, files.source.read(multiplier)))
 
     def _config(self, files: CheckpointFiles) -> ModelOptConfig:
         return files.once("config", lambda: self._checked(files))
@@ -126,15 +119,16 @@ class ModelOpt(Method):
         values = dict(files.quantization or {})
         inner = values.get("quantization")
         config = check(ModelOptConfig, inner if isinstance(inner, dict) else values, file=files.quantization_file)
-        if config.quant_algo not in (*_ALGORITHMS, "MIXED_PRECISION"):
+        algorithm = str(config.quant_algo).upper()  # those that ModelOpt has no name for stand in lower case
+        if algorithm not in (*_ALGORITHMS, "MIXED_PRECISION"):
             raise self._variant(files, str(config.quant_algo))
-        return config
+        return config.model_copy(update={"quant_algo": algorithm})
 
     def _algorithm(self, files: CheckpointFiles, module: str) -> str:
         config = self._config(files)
         if config.quant_algo != "MIXED_PRECISION":
             return str(config.quant_algo)
-        algorithm = str((config.quantized_layers or {}).get(module, {}).get("quant_algo"))
+        algorithm = str((config.quantized_layers or {}).get(module, {}).get("quant_algo")).upper()
         if algorithm not in _ALGORITHMS:
             raise self._variant(files, f"{algorithm} for {module}")
         return algorithm
@@ -148,69 +142,35 @@ class ModelOpt(Method):
         )  # fmt: skip
 
     def _scheme(self, files: CheckpointFiles, module: str, algorithm: str) -> Scheme:
-        if algorithm == "W4A16_AWQ":
-            _, columns = self._shape(files, module, algorithm)
-            groups = require_tensor(files, f"{module}.weight_scale").shape[-1]
-            return Scheme(integer_weight(4, Group(columns // groups), symmetric=True))
+        if algorithm in _INT4:
+            rows, columns = self._packed_shape(files, module)
+            scale = require_tensor(files, f"{module}.weight_scale")
+            groups = scale.shape[-1] if scale.shape else 0
+            if not groups or columns % groups:
+                raise bad_file("bad-shape", "the scales do not fit the weight", file=scale.file, tensor=scale.name,
+                               field="shape", found=list(scale.shape),
+                               expected=f"[{rows}, G], where G divides {columns}")  # fmt: skip
+            return Scheme(integer_weight(4, Group(columns // groups), symmetric=True), _INT4[algorithm])
         scheme = Scheme.parse(_SCHEMES[algorithm])
         static = scheme.input is not None and not scheme.input.dynamic
         return Scheme(scheme.weight) if static and f"{module}.input_scale" not in files.source.tensors else scheme
 
     def _shape(self, files: CheckpointFiles, module: str, algorithm: str) -> tuple[int, int]:
-        """[N, K]. Raises Refused (bad-shape, bad-dtype)."""
-        packed = algorithm.endswith(("NVFP4", "AWQ"))
-        dtype = "U8" if packed else "I8" if "SQ" in algorithm else "F8_E4M3"
-        weight = require_tensor(files, f"{module}.weight", dtypes=[dtype])
+        """[N, K], once all headers agree. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
+        scheme = self._scheme(files, module, algorithm)
+        packed = self._packed_shape(files, module) if algorithm in _INT4 else None
+        rows, columns = shape_of(files, module, scheme, _NAMES, shape=packed)
+        if f"{module}.pre_quant_scale" in files.source.tensors:
+            require_tensor(files, f"{module}.pre_quant_scale", shape=(columns,), dtypes=["F32", "BF16", "F16"])
+        return rows, columns
+
+    def _packed_shape(self, files: CheckpointFiles, module: str) -> tuple[int, int]:
+        """[N, K] of int4 codes, two rows to a byte."""
+        weight = require_tensor(files, f"{module}.weight", dtypes=["U8"])
         if len(weight.shape) != 2:
             raise bad_file("bad-shape", "the weight is a matrix", file=weight.file, tensor=weight.name, field="shape",
                            found=list(weight.shape), expected="two dimensions")  # fmt: skip
-        rows, columns = weight.shape
-        if algorithm.endswith("AWQ"):
-            return 2 * rows, columns
-        return rows, 2 * columns if packed else columns
-
-    def _check_scales(self, files: CheckpointFiles, module: str, algorithm: str, shape: tuple[int, int]) -> None:
-        """Raises Refused (bad-shape, bad-dtype, missing-tensor) where the scales do not fit the weight."""
-        rows, columns = shape
-        info = require_tensor(files, f"{module}.weight_scale")
-        count = 1
-        for size in info.shape:
-            count *= size
-        wanted = _scale_shape(algorithm, rows, columns, count)
-        fits = count == wanted[0] * wanted[1] and (algorithm != "W4A16_AWQ" or columns % wanted[1] == 0)
-        if not fits:
-            raise bad_file("bad-shape", "the scales do not fit the weight", file=info.file, tensor=info.name,
-                           field="shape", found=list(info.shape), expected=list(wanted))  # fmt: skip
-        floats = (
-            ["F8_E4M3"] if algorithm.endswith("NVFP4") else ["U8"] if algorithm == "MXFP8" else ["F32", "BF16", "F16"]
-        )
-        require_tensor(files, info.name, dtypes=floats)
-        if algorithm.endswith("NVFP4"):
-            self._scalar(files, f"{module}.weight_scale_2")
-        if f"{module}.input_scale" in files.source.tensors:
-            self._scalar(files, f"{module}.input_scale")
-        if f"{module}.pre_quant_scale" in files.source.tensors:
-            require_tensor(files, f"{module}.pre_quant_scale", shape=(columns,), dtypes=["F32", "BF16", "F16"])
-
-    def _scalar(self, files: CheckpointFiles, name: str) -> None:
-        info = require_tensor(files, name, dtypes=["F32", "BF16", "F16"])
-        if info.shape not in ((), (1,)):
-            raise bad_file("bad-shape", "the scale is one number", file=info.file, tensor=name, field="shape",
-                           found=list(info.shape), expected="[] or [1]")  # fmt: skip
-
-
-def _scale_shape(algorithm: str, rows: int, columns: int, count: int) -> tuple[int, int]:
-    """The canonical shape of the finest scales; AWQ's groups follow from how many there are."""
-    if algorithm == "FP8":
-        return 1, 1
-    if algorithm in ("FP8_PER_CHANNEL_PER_TOKEN", "W8A8_SQ_PER_CHANNEL"):
-        return rows, 1
-    if algorithm == "FP8_PB_WO":
-        return -(-rows // 128), -(-columns // 128)
-    if algorithm == "W4A16_AWQ":
-        return rows, max(1, count // max(rows, 1))
-    size = 32 if algorithm == "MXFP8" else 16
-    return rows, -(-columns // size)
+        return 2 * weight.shape[0], weight.shape[1]
 
 
 def _by_rows(stored: torch.Tensor) -> torch.Tensor:

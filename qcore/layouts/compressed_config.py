@@ -1,0 +1,134 @@
+"""compressed-tensors' quantization config: groups of modules, and the arguments that say how a tensor is quantized.
+
+Source: the compressed-tensors library (quantization/quant_config.py, quant_args.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from qcore.checkpoint.settings import Settings
+from qcore.elements import Float, FloatFormat, Granularity, Group, Int, Level, PerChannel, PerTensor, PerToken, Tile
+from qcore.method import is_embedding
+from qcore.scheme import PRESETS, Scheme, TensorScheme
+
+_FLOATS: dict[int, FloatFormat] = {4: "e2m1", 6: "e2m3", 8: "e4m3fn"}
+_PLAIN_SCALES = (None, "torch.float16", "torch.bfloat16", "torch.float32")
+
+
+class Arguments(Settings):
+    """QuantizationArgs: how one tensor is quantized."""
+
+    num_bits: int = Field(8, ge=1, le=8)
+    type: Literal["int", "float"] = "int"
+    symmetric: bool = True
+    group_size: int | None = None
+    strategy: Literal["tensor", "channel", "group", "block", "token", "tensor_group", "attn_head"] | None = None
+    block_structure: tuple[int, int] | None = None
+    dynamic: bool | Literal["local"] = False
+    actorder: str | bool | None = None
+    scale_dtype: str | None = None
+
+    @field_validator("block_structure", mode="before")
+    @classmethod
+    def _legacy_blocks(cls, value: object) -> object:
+        return value.split("x") if isinstance(value, str) else value
+
+    def tensor_scheme(self, *, weight: bool) -> TensorScheme:
+        """Raises ValueError where no scheme's words describe it."""
+        if self.type == "float" and (self.num_bits not in _FLOATS or not self.symmetric):
+            raise ValueError(f"{'' if self.symmetric else 'asymmetric '}{self.num_bits}-bit floats")
+        levels = self._levels()
+        # Weights come to the normal form: asymmetric codes are unsigned.
+        signed = self.symmetric or not weight
+        element = Float(_FLOATS[self.num_bits]) if self.type == "float" else Int(self.num_bits, signed)
+        ordered = self.actorder in ("group", "dynamic", True) and isinstance(levels[0].granularity, Group)
+        return TensorScheme(element, levels, None if self.symmetric else "stored", ordered, dynamic=bool(self.dynamic))
+
+    def _levels(self) -> tuple[Level, ...]:
+        strategy = self.strategy or {None: "tensor", -1: "channel"}.get(self.group_size, "group")
+        size, floats = self.group_size or 0, self.type == "float" and self.num_bits < 8
+        unsaid = ValueError(f"strategy {strategy} with group_size {self.group_size}, scale_dtype {self.scale_dtype}")
+        if strategy == "tensor_group" and size > 0 and self.type == "float":
+            if self.scale_dtype not in (None, "torch.float8_e4m3fn"):
+                raise unsaid
+            return Level(Group(size), "e4m3fn"), Level(PerTensor())
+        if strategy == "group" and size == 32 and self.type == "float" and self.scale_dtype == "torch.uint8":
+            return (Level(Group(32), "e8m0"),)
+        granularities: dict[str, Granularity | None] = {
+            "tensor": PerTensor(),
+            "channel": PerChannel(),
+            "token": PerToken(),
+            "group": Group(size) if size > 0 else None,
+            "block": Tile(*self.block_structure) if self.block_structure and min(self.block_structure) > 0 else None,
+        }
+        granularity = granularities.get(strategy)
+        if granularity is None or floats or self.scale_dtype not in _PLAIN_SCALES:
+            raise unsaid
+        return (Level(granularity),)
+
+
+class Scope(Settings):
+    """One of config_groups: which modules, and how."""
+
+    targets: list[str]
+    weights: Arguments | None = None
+    input_activations: Arguments | None = None
+    output_activations: Arguments | None = None
+    format: str | None = None
+
+    def scheme(self) -> Scheme:
+        """Raises ValueError where no scheme's words describe it."""
+        if self.output_activations is not None or self.weights is None:
+            raise ValueError("output_activations" if self.weights else "no weights")
+        given = self.input_activations
+        return Scheme(self.weights.tensor_scheme(weight=True), given.tensor_scheme(weight=False) if given else None)
+
+
+class Preset(Settings):
+    """The short form of a config group: a preset's name and its targets."""
+
+    name: str
+    targets: list[str]
+    format: str | None = None
+
+    def scheme(self) -> Scheme:
+        """Raises ValueError where there is no such preset."""
+        if self.name.upper() not in PRESETS:
+            raise ValueError(f"preset {self.name}")
+        return PRESETS[self.name.upper()]
+
+
+class CompressedConfig(Settings):
+    config_groups: dict[str, Scope | list[str]] = Field(default_factory=dict)
+    format: str = "dense"
+    quantization_status: str = "compressed"
+    ignore: list[str] = Field(default_factory=list)
+    kv_cache_scheme: Arguments | None = None
+    sparsity_config: dict[str, Any] | None = None
+    transform_config: dict[str, Any] | None = None
+    version: str = ""
+
+    def scope(self, module: str, matches: Callable[[str, str], bool]) -> tuple[Scope | Preset | None, str]:
+        """The module's group and its name; or None and why. `ignore` wins, then names, then the module's class.
+
+        matches: whether a regular expression (without its `re:`) matches a name.
+        """
+
+        def hit(pattern: str) -> bool:
+            return matches(pattern[3:], module) if pattern.startswith("re:") else pattern == module
+
+        for pattern in self.ignore:
+            if hit(pattern):
+                return None, f"in the ignore list as {pattern!r}"
+        groups = {name: entry if isinstance(entry, Scope) else Preset(name=name, targets=entry)
+                  for name, entry in self.config_groups.items()}  # fmt: skip
+        for by_class in (False, True):
+            for name, group in groups.items():
+                for target in group.targets:
+                    if (target == "Linear" and not is_embedding(module)) if by_class else hit(target):
+                        return group, f"config group {name!r}"
+        return None, "no config group targets it"
