@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qcore.checkpoint.source import TensorInfo, TensorSource
 from qcore.elements import FlatGroup, in_rows
-from qcore.refusal import bad_file
+from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+WRITER = "qcore:2.0.0"
+"""What a checkpoint says of the tool that wrote it, where its format asks."""
 PLAIN_FLOATS = ("F16", "BF16", "F32", "F64")
 """Data types of unquantized weights."""
 SCALE_DTYPES: Mapping[str, tuple[str, ...]] = {
@@ -142,6 +144,24 @@ class Method(ABC):
     @abstractmethod
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         """One quantized module of the plan. Raises Refused (bad-content and others)."""
+
+    def encode_config(self, plan: Mapping[str, ModulePlan]) -> dict[str, Any]:
+        """The quantization config of a checkpoint with these modules, with all that `encode` needs to know.
+
+        Raises Refused (format-not-written, not-representable).
+        """
+        raise Refused(
+            Refusal("format-not-written", "notimpl", self.name, "this format is read, not written",
+                    fix="Choose a format that is written: compressed-tensors holds most schemes.")
+        )  # fmt: skip
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """A quantized module's tensors, by full name, under what `encode_config` gave. Raises Refused (not-representable)."""
+        raise NotImplementedError(f"{self.name} has encode_config and no encode")
+
+    def encode_metadata(self, plan: Mapping[str, ModulePlan], config: Mapping[str, Any]) -> dict[str, str]:
+        """What the format keeps in the metadata of the safetensors files."""
+        return {}
 
     def parameters(self, files: CheckpointFiles, plan: Mapping[str, ModulePlan]) -> dict[str, TensorInfo]:
         """The tensors that no quantized module decodes, by transformers' parameter name."""

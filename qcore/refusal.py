@@ -74,6 +74,12 @@ CODES: dict[str, str] = {
     "unknown-row": "No row of the matrix has this name.",
     "unknown-platform": "No platform has this name.",
     "unknown-kernel": "No registered kernel has this name.",
+    # Writing
+    "unknown-format": "No checkpoint format has this name.",
+    "format-not-written": "The format is read, but not written.",
+    "not-representable": "The format cannot hold a layer without changing its numbers.",
+    "output-exists": "There is something under the output's name already.",
+    "cannot-write": "The operating system does not let the output be written.",
     # Plugins
     "plugin-missing": "The plugin that owns the platform is not installed.",
     "plugin-broken": "The plugin failed while it was loaded or asked.",

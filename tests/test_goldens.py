@@ -91,11 +91,11 @@ def test_planned_schemes_are_the_decoded_ones(golden: tuple[Path, dict[str, torc
             assert checkpoint.weight(module).shape == checkpoint.layers[module].shape
 
 
-def test_logits_are_the_tools_own(golden: tuple[Path, dict[str, torch.Tensor]], request: pytest.FixtureRequest) -> None:
+def test_logits_are_the_tools_own(golden: tuple[Path, dict[str, torch.Tensor]]) -> None:
     path, expected = golden
-    if qcore.open_checkpoint(path).kv_cache is not None:
-        request.applymarker(pytest.mark.xfail(reason="the kv cache is not quantized yet", strict=True))
-    model = qcore.load_model(path, dtype=torch.float32)
+    # A key that lies between two fp8 numbers goes to the one or the other with bfloat16's noise, in which ModelOpt runs.
+    noisy = path.name == "modelopt-fp8-kvfp8"
+    model = qcore.load_model(path, dtype=torch.bfloat16 if noisy else torch.float32)
     with torch.inference_mode():
         logits = model(expected["input_ids"]).logits.float()
     own = path.name.startswith("modelopt")  # its float32 logits leave activations unquantized

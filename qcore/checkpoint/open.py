@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qcore.checkpoint.gguf import GgufSource
 from qcore.checkpoint.in_flight import UNTOUCHED, InFlight, made
 from qcore.checkpoint.json_file import read_json
+from qcore.checkpoint.kv_scales import KvScales, read_kv_scales, spelled
 from qcore.checkpoint.safetensors import SafetensorsSource
 from qcore.checkpoint.source import TensorInfo, TensorSource
 from qcore.discovery import registry
@@ -71,6 +72,11 @@ class Checkpoint:
     def kv_cache(self) -> TensorScheme | None:
         """The scheme that the checkpoint declares for the kv cache, or None."""
         return self._method.kv_cache(self.files)
+
+    @cached_property
+    def kv_scales(self) -> dict[str, KvScales]:
+        """The kv cache's calibrated scales, by attention module."""
+        return read_kv_scales(self.files.source)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -191,6 +197,8 @@ def _check_parts(checkpoint: Checkpoint, method: Method) -> None:
     layers = checkpoint.layers
     for name, info in checkpoint.files.source.tensors.items():
         module, _, part = name.rpartition(".")
+        if spelled(name):
+            continue  # a kv cache's
         if method.parts and part not in method.parts and module in layers and layers[module].scheme is not None:
             raise bad_file("unexpected-tensor", f"{method.name} has no such part of a layer", file=info.file, tensor=name,
                            field="name", found=part, expected=", ".join(sorted(method.parts)),

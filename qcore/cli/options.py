@@ -22,6 +22,13 @@ Quantize = Annotated[
     ),
 ]
 
+KvCache = Annotated[
+    str,
+    typer.Option(
+        help="auto (as the checkpoint declares), none, fp8, fp8_e4m3, fp8_e5m2 or int8: keys and values in 8 bits."
+    ),
+]
+
 
 _DTYPES = ("auto", "checkpoint", "float32", "bfloat16", "float16")
 

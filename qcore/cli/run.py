@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from qcore.checkpoint.kv_scales import checked_choice
 from qcore.cli import options
 from qcore.cli.output import note, peak_rss_mib, print_json, progress_bar
 from qcore.select import exact_activations
@@ -21,6 +22,7 @@ def run(
     kernel: Annotated[str | None, typer.Option(help="Run every layer that takes it with this kernel.")] = None,
     activations: options.Activations = "exact",
     quantize: options.Quantize = None,
+    kv_cache: options.KvCache = "auto",
     dtype: options.Dtype = "auto",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Makes sampling repeatable.")] = 0,
@@ -33,6 +35,7 @@ def run(
     """
     options.checked_dtype(dtype)
     exact_activations(activations)
+    checked_choice(kv_cache, "--kv-cache")
     text = sys.stdin.read() if prompt == "-" else prompt
     options.checked_prompt(text)
 
@@ -45,12 +48,15 @@ def run(
     target = find_device(device)
 
     from qcore.model.generate import Timing, encode, generate
+    from qcore.model.kv_cache import kv_cache_of
     from qcore.model.load import kernel_counts, load_model
 
     began = time.perf_counter()
     with progress_bar("loading") as progress:
         wanted = compute_dtype(dtype, target, checkpoint)
-        model = load_model(checkpoint, target, wanted, kernel=kernel, activations=activations, progress=progress)
+        model = load_model(
+            checkpoint, target, wanted, kernel=kernel, activations=activations, kv_cache=kv_cache, progress=progress
+        )
         tokenizer = checkpoint.load_tokenizer()
     load_s = time.perf_counter() - began
     timing = Timing()
@@ -63,6 +69,7 @@ def run(
         if not json:
             print(piece, end="", flush=True)
     kernels = kernel_counts(model)
+    cached = kv_cache_of(model)
     computed = str(model.dtype).removeprefix("torch.")
     if json:
         print_json(
@@ -76,6 +83,7 @@ def run(
                 "peak_rss_mib": peak_rss_mib(),
                 "kernels": kernels,
                 "dtype": computed,
+                "kv_cache": str(cached) if cached else None,
                 "device": target.id,
             }
         )
@@ -85,5 +93,5 @@ def run(
     note(
         f"\n{timing.decode_tokens_per_s:.1f} tokens/s ({timing.new_tokens} new; prompt of {timing.prompt_tokens} at "
         f"{timing.prefill_tokens_per_s:.0f} tokens/s), loaded in {load_s:.1f} s, peak memory {peak_rss_mib():.0f} MiB\n"
-        f"{target.name}, {computed} activations, kernels: {named}"
+        f"{target.name}, {computed} activations, {f'{cached} kv cache, ' if cached else ''}kernels: {named}"
     )

@@ -157,3 +157,36 @@ def _pack_rows(words: torch.Tensor, rows: int) -> torch.Tensor:
         block = unpack_words(words[:, start // 8 : stop // 8])
         codes[start:stop] = pack(block.t().contiguous(), 4)
     return codes
+
+
+def pack_layer(module: str, layer: LayerTensors, name: str = "awq") -> dict[str, torch.Tensor]:
+    """The module's tensors in the gemm layout. Raises Refused (not-representable)."""
+    import torch
+
+    from qcore.layouts.affine import affine_parts, exactly, unholdable
+
+    codes, scales, zeros = affine_parts(layer.weight)
+    if codes.shape[0] % 8:
+        unholdable(name, module, f"{codes.shape[0]} output channels", "a multiple of 8")
+    if codes.shape[1] % scales.shape[1]:
+        unholdable(
+            name, module, "a last group that is smaller than the others", "groups that divide the input channels"
+        )
+    zeros = torch.full(scales.shape, 8, dtype=torch.uint8) if zeros is None else zeros
+    parts = {
+        "qweight": pack_words(codes.t()),
+        "qzeros": pack_words(zeros.t()),
+        "scales": exactly(name, module, scales, torch.float16, torch.bfloat16).t().contiguous(),
+    }
+    if layer.bias is not None:
+        parts["bias"] = layer.bias
+    return {f"{module}.{part}": tensor for part, tensor in parts.items()}
+
+
+def pack_words(codes: torch.Tensor, *, reorder: bool = True) -> torch.Tensor:
+    """uint8 [A, B] -> int32 [A, B / 8], the inverse of `unpack_words`."""
+    from qcore.layouts.affine import words
+
+    eights = codes.unflatten(1, (-1, 8))
+    ordered = eights[..., list(_ORDER)] if reorder else eights
+    return words(ordered.flatten(1), 4)

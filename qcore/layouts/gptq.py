@@ -140,3 +140,39 @@ def _index(
                        expected=f"0 to {groups - 1}")  # fmt: skip
     index = index.to(torch.int32)  # only now: a wide one that is out of range must not wrap into it
     return None if not settings.desc_act and torch.equal(index, sequential) else index
+
+
+def pack_layer(module: str, layer: LayerTensors, settings: GptqSettings, name: str = "gptq") -> dict[str, torch.Tensor]:
+    """The module's tensors in this layout. Raises Refused (not-representable)."""
+    import torch
+
+    from qcore.layouts.affine import affine_parts, exactly
+
+    codes, scales, zeros = affine_parts(layer.weight)
+    bits = settings.bits
+    if zeros is None:
+        zeros = torch.full(scales.shape, 1 << (bits - 1), dtype=torch.uint8)
+    if settings.v1:
+        zeros = (zeros.to(torch.int16) - 1).to(torch.uint8) & ((1 << bits) - 1)
+    columns = layer.weight.shape[-1]
+    index = layer.weight.index
+    if index is None:
+        size = settings.group_size if settings.group_size > 0 else columns
+        index = torch.arange(columns, dtype=torch.int32) // size
+    parts = {
+        "qweight": _words(codes, settings).t().contiguous(),
+        "qzeros": _words(zeros.t(), settings),
+        "scales": exactly(name, module, scales, torch.float16, torch.bfloat16).t().contiguous(),
+        "g_idx": index.to(torch.int32),
+    }
+    if layer.bias is not None:
+        parts["bias"] = layer.bias
+    return {f"{module}.{part}": tensor for part, tensor in parts.items()}
+
+
+def _words(codes: torch.Tensor, settings: GptqSettings) -> torch.Tensor:
+    """uint8 [A, n] -> int32 [A, ceil(n bits / 32)]."""
+    from qcore.layouts.affine import as_words, words
+    from qcore.layouts.planar import pack_planes
+
+    return as_words(pack_planes(codes, settings.bits)) if settings.planar else words(codes, settings.bits)

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field, field_validator
 
 from qcore.checkpoint.settings import Settings, check
 from qcore.layouts import awq, awq_fast, marlin
-from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules
+from qcore.layouts.affine import integer_of, unholdable
+from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, is_embedding
 from qcore.refusal import Refusal, Refused, bad_file
 
 if TYPE_CHECKING:
+    import torch
+
     from qcore.scheme import Scheme
     from qcore.tensor import LayerTensors
 
@@ -69,6 +73,22 @@ class Awq(Method):
         if settings.layout == "gemv_fast":
             return awq_fast.read_layer(files, module, settings)
         return awq.read_layer(files, module, settings)
+
+    def encode_config(self, plan: Mapping[str, ModulePlan]) -> dict[str, Any]:
+        """One group size for all layers; those that are not quantized are named."""
+        sizes = {
+            integer_of(self.name, module, entry.scheme, (4,))[1]: module
+            for module, entry in plan.items()
+            if entry.scheme is not None
+        }
+        if len(sizes) > 1:
+            unholdable(self.name, min(sizes.values()), f"groups of {sorted(sizes)}", "one group size for all layers")
+        kept = [module for module, entry in plan.items() if entry.scheme is None and not is_embedding(module)]
+        return {"quant_method": "awq", "bits": 4, "group_size": next(iter(sizes), 128), "zero_point": True,
+                "version": "gemm", "modules_to_not_convert": kept or None}  # fmt: skip
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return awq.pack_layer(module, layer)
 
     def _headers(
         self, files: CheckpointFiles, module: str, settings: awq.AwqSettings

@@ -16,11 +16,14 @@ w = (q - z) * s. Source: the compressed-tensors library (quantization/quant_args
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from qcore.checkpoint.kv_scales import declared_scheme, unknown_kv_cache
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import check
 from qcore.elements import Float, Group, PerTensor, scale_shape
+from qcore.layouts import compressed_writer
 from qcore.layouts.compressed_config import CompressedConfig, Preset, Scope
 from qcore.method import (
     PLAIN_FLOATS,
@@ -84,11 +87,13 @@ class CompressedTensors(Method):
         return " ".join(word for word in (config.format, config.version) if word)
 
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
-        scheme = self._config(files).kv_cache_scheme
-        try:
-            return None if scheme is None else scheme.tensor_scheme(weight=False)
-        except ValueError as error:
-            raise self._variant(files, "kv_cache_scheme", error) from error
+        config = self._config(files)
+        for name, group in config.config_groups.items():
+            if isinstance(group, Scope) and group.weights is None and group.input_activations:
+                # of attention: queries are quantized too
+                raise unknown_kv_cache(files, "config_groups", f"{name!r}, which quantizes attention")
+        given = config.kv_cache_scheme
+        return None if given is None else declared_scheme(files, "kv_cache_scheme", given.model_dump())
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
         config = self._config(files)
@@ -141,6 +146,12 @@ class CompressedTensors(Method):
             input_scale,
             input_zero,
         )
+
+    def encode_config(self, plan: Mapping[str, ModulePlan]) -> dict[str, Any]:
+        return compressed_writer.config_of(plan)
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return compressed_writer.pack_layer(module, layer)
 
     def _config(self, files: CheckpointFiles) -> CompressedConfig:
         return files.once("config", lambda: self._checked(files))

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field
@@ -13,14 +16,18 @@ from pydantic import AliasChoices, Field
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.layouts import bitblas, gptq, marlin
+from qcore.layouts.affine import integer_of
 from qcore.layouts.gptq import WORDS, GptqSettings, check_settings
-from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules
+from qcore.method import WRITER, CheckpointFiles, Method, ModulePlan, dense_modules, is_embedding
 from qcore.refusal import Refusal, Refused, bad_file
 
 if TYPE_CHECKING:
+    import torch
+
     from qcore.scheme import Scheme
     from qcore.tensor import LayerTensors
 
+_NUMBERS = ("bits", "group_size", "desc_act", "sym")
 _FORMATS = ("gptq", "gptq_v2", "gptq_p", "marlin", "bitblas")
 
 
@@ -78,6 +85,35 @@ class Gptq(Method):
         if config.checkpoint_format == "bitblas":
             return bitblas.read_layer(files, module, self._bitblas(files, config, settings))
         return gptq.read_layer(files, module, settings)
+
+    def encode_config(self, plan: Mapping[str, ModulePlan]) -> dict[str, Any]:
+        """The commonest numbers for the whole, `dynamic` for the others; planar where a layer has 5, 6 or 7 bits."""
+        numbers: dict[str, tuple[int, int, bool, bool]] = {}
+        for module, entry in plan.items():
+            if entry.scheme is not None:
+                bits, size = integer_of(self.name, module, entry.scheme, gptq.BITS, ordered=True)
+                numbers[module] = (bits, size, entry.scheme.weight.ordered, entry.scheme.weight.zero is None)
+        common = Counter(numbers.values()).most_common(1)[0][0] if numbers else (4, 128, False, True)
+        dynamic: dict[str, dict[str, Any]] = {}
+        for module, entry in plan.items():
+            exact = f"^{re.escape(module)}$"
+            if entry.scheme is None and not is_embedding(module) and not module.endswith("lm_head"):
+                dynamic[f"-:{exact}"] = {}
+            elif module in numbers and numbers[module] != common:
+                dynamic[f"+:{exact}"] = dict(zip(_NUMBERS, numbers[module], strict=True))
+        planar = any(bits in (5, 6, 7) for bits, *_ in numbers.values())
+        config = {
+            "quant_method": "gptq", **dict(zip(_NUMBERS, common, strict=True)),
+            "checkpoint_format": "gptq_p" if planar else "gptq", "pack_dtype": "int32",
+            "lm_head": "lm_head" in numbers, "meta": {"quantizer": [WRITER]},
+        }  # fmt: skip
+        return {**config, "dynamic": dynamic} if dynamic else config
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        stated = config.get("dynamic", {}).get(f"+:^{re.escape(module)}$", config)
+        planar = config["checkpoint_format"] == "gptq_p"
+        values = {key: stated[key] for key in _NUMBERS}
+        return gptq.pack_layer(module, layer, GptqSettings(**values, v1=not planar, planar=planar))
 
     def _shape(
         self, files: CheckpointFiles, config: GptqConfig, module: str, settings: GptqSettings, reason: str

@@ -95,7 +95,7 @@ _SIDE = re.compile(
     r"\.(quant_input(_\d)?|dequant_output)\.scale(_inv)?$"
     r"|\.([kv]_cache|matmul_(qk|av)|softmax|fused_scaled_dot_product_attention)\.(\w+\.)?\w*scale\w*$"
 )
-"""Scales of attention's products and caches, which stay in 16 bits here, and reciprocals."""
+"""Reciprocals, scales of caches, which are read elsewhere, and of attention's own products, which stay in 16 bits here."""
 _FLOATS = ("F32", "BF16", "F16")
 _FP8 = {"E4M3": ("F8_E4M3", "e4m3fn"), "E5M2": ("F8_E5M2", "e5m2")}
 
@@ -144,8 +144,7 @@ class Inc(Method):
         return f"{'saved' if _saved(files) else 'measured'} {self._config(files).scale_method}"
 
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
-        known = files.source.tensors if _saved(files) else self._measured(files)[0]
-        cached = any(re.search(r"\.[kv]_cache(\.|$)", name) for name in known)
+        cached = any(re.search(r"\.[kv]_cache\.", name) for name in files.source.tensors)
         return TensorScheme(self._element(files), (Level(PerTensor()),)) if cached else None
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field
 
+from qcore.checkpoint.kv_scales import declared_algorithm
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Group
 from qcore.layouts.scaled import Names, read_layer, shape_of
@@ -100,7 +101,7 @@ class ModelOpt(Method):
 
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
         config = self._config(files)
-        return _TENSOR_FP8 if config.kv_cache_quant_algo == "FP8" or config.kv_cache_scheme else None
+        return declared_algorithm(files, config.kv_cache_quant_algo, config.kv_cache_scheme)
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         algorithm = self._algorithm(files, module)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from qcore.checkpoint.kv_scales import unknown_kv_cache
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import (
@@ -112,6 +113,7 @@ class QuarkConfig(Settings):
     layer_quant_config: dict[str, LayerSpec] = Field(default_factory=dict)
     exclude: list[str] = Field(default_factory=list)
     export: Export = Export()
+    kv_cache_quant_config: dict[str, LayerSpec] = Field(default_factory=dict)
     version: str | None = None
 
 
@@ -157,8 +159,15 @@ class Quark(Method):
         return plan
 
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
-        groups = self._config(files).export.kv_cache_group
-        return TensorScheme.parse("fp8-tensor") if groups else None
+        config = self._config(files)
+        if not config.export.kv_cache_group:
+            return None
+        for spec in config.kv_cache_quant_config.values():
+            given = spec.output_tensors
+            found = f"{given['dtype']} {given.get('qscheme')}" if isinstance(given, dict) and "dtype" in given else ""
+            if found not in ("", "fp8_e4m3 per_tensor"):
+                raise unknown_kv_cache(files, "kv_cache_quant_config", found)
+        return TensorScheme.parse("fp8-tensor")
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         scheme, _ = self._scheme(files, module)

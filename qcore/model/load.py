@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from qcore.checkpoint.kv_scales import chosen_scheme, spelled
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.discovery import registry
 from qcore.kernel import Kernel, Op
@@ -38,7 +39,6 @@ Progress = Callable[[str, int, int], None]
 
 _STALE_BUFFERS = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$")
 """Buffers that older models saved and that are computed now."""
-_KV_SCALES = r"\.(([kv]_(proj\.)?)?(k|v|q|kv)?_?scale|[kvq]_proj\.output_scale|prob_output_scale|[kvq]_zero_point)$"
 
 
 def load_model(
@@ -49,6 +49,7 @@ def load_model(
     kernel: str | None = None,
     activations: str = "exact",
     quantize: str | None = None,
+    kv_cache: str | None = "auto",
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """A transformers model of the checkpoint, ready to run, on one device.
@@ -56,7 +57,8 @@ def load_model(
     dtype: of activations and unquantized weights; None means the checkpoint's own (`Checkpoint.own_dtype`). kernel: run every
     layer that takes it with this kernel. activations: `exact` keeps them in `dtype` unless the scheme quantizes them;
     `int8` lets kernels round them. quantize: how unquantized layers are quantized while they are loaded, in the words of
-    `Checkpoint.quantized`. Raises Refused.
+    `Checkpoint.quantized`. kv_cache: `auto` as the checkpoint declares; none, fp8, fp8_e4m3, fp8_e5m2 or int8.
+    Raises Refused.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     if quantize is not None:
@@ -65,9 +67,12 @@ def load_model(
     exact = exact_activations(activations)
     wanted = _torch_dtype(checkpoint.own_dtype if dtype is None else dtype)
     _check_memory(checkpoint, target)
-    if checkpoint.kv_cache is not None:
-        log.warning("%s declares a %s kv cache; the cache is kept in %s", checkpoint.path, checkpoint.kv_cache, wanted)
+    scheme = chosen_scheme(kv_cache, checkpoint)
     model = _skeleton(checkpoint, wanted)
+    if scheme is not None:
+        from qcore.model.kv_cache import quantize_kv_cache
+
+        quantize_kv_cache(model, scheme, checkpoint.kv_scales, checkpoint.path)
     with released_buffers():
         _Loader(checkpoint, model, target, wanted, kernel, exact, progress).run()
     return model
@@ -312,8 +317,8 @@ class _Loader:
         known = (*_STALE_BUFFERS, *(self.model._keys_to_ignore_on_load_unexpected or ()))
         if any(re.search(pattern, name) for pattern in known):
             return
-        if self.checkpoint.kv_cache is not None and re.search(_KV_SCALES, name):
-            return  # load_model has said that the cache is not quantized
+        if spelled(name):
+            return  # a kv cache's: taken, or said to be unused, before the weights were read
         raise bad_file("unexpected-tensor", "a tensor belongs to no part of the model", file=self.checkpoint.path,
                        tensor=name, expected=f"a parameter of {type(self.model).__name__}",
                        fix="Check model_type in the config, or upgrade transformers.")  # fmt: skip

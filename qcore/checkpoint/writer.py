@@ -1,0 +1,244 @@
+"""Writing checkpoints: nothing is there under the name asked for until all of it is, on the disk.
+
+Everything goes into a folder with a temporary name beside the one asked for; files are flushed, and the folder is renamed
+at the end. What a killed run leaves is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from qcore.checkpoint.safetensors import DTYPES
+from qcore.refusal import Refusal, Refused
+
+if TYPE_CHECKING:
+    import torch
+
+SHARD_BYTES = 5 << 30
+"""Largest file; transformers' own default for a long time."""
+_COPY_BYTES = 16 << 20
+_LOCK = ".qcore-lock"
+_CAUSES = {
+    errno.ENOSPC: "Free some space there, or choose a folder on another disk.",
+    errno.EDQUOT: "Free some space there, or choose a folder on another disk.",
+    errno.EROFS: "Choose a folder that can be written to.",
+    errno.EACCES: "Choose a folder that you may write to, or change its permissions.",
+    errno.EPERM: "Choose a folder that you may write to, or change its permissions.",
+    errno.ENOENT: "Create the folder that is to hold it.",
+    errno.ENOTDIR: "Choose a path whose parent is a folder.",
+}
+
+
+class AtomicFolder:
+    """A folder that appears under its name when the `with` block ends well, and not at all where it does not.
+
+    Raises Refused: output-exists where the name is taken, cannot-write where the disk says no.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = Path(out).absolute()
+        self.folder = self.out
+        self._lock = -1
+
+    def __enter__(self) -> AtomicFolder:
+        if self.out.is_symlink() or (self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))):
+            raise Refused(
+                Refusal("output-exists", "usage", str(self.out), "there is something under this name already",
+                        fix="Choose a new folder, or remove the old one; nothing is overwritten.")
+            )  # fmt: skip
+        prefix = f".{self.out.name}.partial-"
+        with writing(self.out):
+            _remove_abandoned(self.out.parent, prefix)
+            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out.parent))
+            self._lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with writing(self.out):
+                    (self.folder / _LOCK).unlink()
+                    for file in sorted(self.folder.rglob("*")):
+                        _flush(file)
+                    _flush(self.folder)
+                    self.folder.chmod(0o777 & ~_umask())
+                    self.folder.rename(self.out)
+                    _flush(self.out.parent)
+        finally:
+            os.close(self._lock)
+            if self.folder != self.out and self.folder.exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class SafetensorsWriter:
+    """Tensors into the shards of a folder, one at a time; no more than one of them is held in memory.
+
+    Sizes are known only at a shard's end, so its data are written first and copied behind the header then.
+    """
+
+    def __init__(
+        self, folder: Path, *, metadata: Mapping[str, str] | None = None, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.metadata = {"format": "pt", **(metadata or {})}
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._shards: list[dict[str, dict[str, Any]]] = []
+        self._data = self._open()
+        self._size = self._total = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes one tensor. Raises Refused (cannot-write)."""
+        import torch
+
+        tensor = tensor.detach().cpu().contiguous()
+        raw = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+        if self._entries and self._size + raw.numel() > self.shard_bytes:
+            self._close_shard()
+        with writing(self.folder):
+            self._data.write(raw.numpy().data)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        kind = next(key for key, (_, held) in DTYPES.items() if held == dtype)
+        span = [self._size, self._size + raw.numel()]
+        self._entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": span}
+        self._size += raw.numel()
+        self._total += raw.numel()
+
+    def close(self) -> None:
+        """Names the shards, and writes their index where there are several."""
+        self._close_shard(last=True)
+        count = len(self._shards)
+        if count == 1:
+            with writing(self.folder):
+                (self.folder / "0.shard").rename(self.folder / "model.safetensors")
+            return
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        for i, name in enumerate(names):
+            with writing(self.folder):
+                (self.folder / f"{i}.shard").rename(self.folder / name)
+        placed = {tensor: names[i] for i, entries in enumerate(self._shards) for tensor in entries}
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(placed.items()))}
+        write_json(self.folder / "model.safetensors.index.json", index)
+
+    def _open(self) -> Any:
+        with writing(self.folder):
+            return (self.folder / ".data").open("wb")
+
+    def _close_shard(self, *, last: bool = False) -> None:
+        header = json.dumps({"__metadata__": self.metadata, **self._entries}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        data, shard = self.folder / ".data", self.folder / f"{len(self._shards)}.shard"
+        with writing(self.folder):
+            self._data.close()
+            with shard.open("wb") as out, data.open("rb") as held:
+                out.write(len(header).to_bytes(8, "little") + header)
+                shutil.copyfileobj(held, out, _COPY_BYTES)
+            data.unlink()
+        self._shards.append(self._entries)
+        self._entries, self._size = {}, 0
+        if not last:
+            self._data = self._open()
+
+
+class writing:  # noqa: N801
+    """Turns what the operating system says about a write into a Refusal (cannot-write)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError):
+            fix = _CAUSES.get(error.errno or 0, "Choose another folder.")
+            raise Refused(
+                Refusal("cannot-write", "usage", str(self.path), "the checkpoint cannot be written there",
+                        f"found {error.strerror or error}", fix)
+            ) from error  # fmt: skip
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """A config file, indented as transformers writes it. Raises Refused (cannot-write)."""
+    with writing(path):
+        path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def atomic_file(out: Path, write: Callable[[Path], None]) -> None:
+    """`write` makes a file, which appears under its name once it is whole. Raises Refused (output-exists, cannot-write)."""
+    out = out.absolute()
+    if out.exists() or out.is_symlink():
+        raise Refused(
+            Refusal("output-exists", "usage", str(out), "there is something under this name already",
+                    fix="Choose a new name, or remove the old file; nothing is overwritten.")
+        )  # fmt: skip
+    with writing(out):
+        _remove_abandoned(out.parent, f".{out.name}.partial-")
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with writing(out):
+            write(folder / out.name)
+            _flush(folder / out.name)
+            (folder / out.name).rename(out)
+            _flush(out.parent)
+    finally:
+        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """What earlier runs left that were killed: a living one holds its lock."""
+    for left in parent.iterdir():
+        if not left.name.startswith(prefix) or not re.fullmatch(r"\w+", left.name[len(prefix) :]):
+            continue
+        try:
+            lock = os.open(left / _LOCK, os.O_RDWR)
+        except OSError:  # killed before the lock was there, or in the last moment before the rename
+            if left.is_dir() and not left.is_symlink() and _is_old(left):
+                shutil.rmtree(left, ignore_errors=True)
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            pass
+        finally:
+            os.close(lock)
+
+
+def _is_old(folder: Path) -> bool:
+    """Not one that another process has made this minute."""
+    import time
+
+    return time.time() - folder.stat().st_mtime > 60
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

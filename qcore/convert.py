@@ -1,0 +1,150 @@
+"""convert: a checkpoint of one format as one of another, the same numbers in both, or a Refusal.
+
+Modules go through one at a time, into a folder that appears when all of it has been written and read back.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcore.checkpoint.open import Checkpoint, open_checkpoint
+from qcore.checkpoint.writer import AtomicFolder, SafetensorsWriter, write_json, writing
+from qcore.discovery import registry
+from qcore.method import Method
+from qcore.refusal import Refusal, Refused
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, int, int], None]
+"""Called with a module's name, and how many of how many are done."""
+
+_CARRIED = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE", "README.md",
+)  # fmt: skip
+"""Files that belong to the model whatever its weights' format."""
+
+
+def convert(
+    path: str | Path, format: str, out: str | Path, *, progress: Progress | None = None, verify: bool = True
+) -> Path:
+    """The checkpoint at `path` written as `format` into the new folder `out`, which is returned.
+
+    Every quantized layer keeps its codes and scales; `dense` is float32, which holds what they stand for. verify: read
+    all of it back and compare before the folder appears. Raises Refused: unknown-format, format-not-written,
+    not-representable, output-exists, cannot-write, and all that reading gives.
+    """
+    source, method = open_checkpoint(path), writer_of(format)
+    plan = dict(source.layers)
+    if method.name != "dense" and not any(entry.scheme for entry in plan.values()):
+        raise Refused(
+            Refusal("not-representable", "never", str(source.path), "nothing in the checkpoint is quantized",
+                    f"found no quantized layer to write as {method.name}", "Quantize the model, or convert it to dense.")
+        )  # fmt: skip
+    if method.name == "dense":
+        config: dict[str, Any] | None = None
+    else:
+        config = method.encode_config(plan)
+    _refuse_kv_cache(source, method)
+    with AtomicFolder(Path(out)) as target:
+        metadata = method.encode_metadata(plan, config) if config is not None else {}
+        writer = SafetensorsWriter(target.folder, metadata=metadata)
+        modules = [module for module, entry in plan.items() if entry.scheme is not None]
+        total = len(modules) + len(source.parameters)
+        for done, module in enumerate(modules, 1):
+            for name, tensor in _encoded(source, method, module, config).items():
+                writer.add(name, tensor)
+            if progress:
+                progress(module, done, total)
+        for done, name in enumerate(source.parameters, len(modules) + 1):
+            writer.add(name, source.parameter(name))
+            if progress:
+                progress(name, done, total)
+        writer.close()
+        _write_configs(source, target.folder, config)
+        if verify:
+            _compare(source, open_checkpoint(target.folder), method)
+    return target.out
+
+
+def writer_of(format: str) -> Method:
+    """The method of that name. Raises Refused (unknown-format) with those that there are."""
+    methods = {method.name: method for method in registry().methods}
+    if format not in methods:
+        raise Refused(Refusal("unknown-format", "usage", format, "there is no checkpoint format of this name",
+                              fix=f"Name one of: {', '.join(sorted(methods))}."))  # fmt: skip
+    return methods[format]
+
+
+def _encoded(
+    source: Checkpoint, method: Method, module: str, config: Mapping[str, Any] | None
+) -> dict[str, torch.Tensor]:
+    layer = source.layer(module)
+    if config is not None:
+        return method.encode(module, layer, config)
+    if layer.input_multiplier is not None:
+        raise Refused(Refusal("not-representable", "never", module, "a plain matrix has no vector that multiplies its input",
+                              fix="Choose the format that the checkpoint is in, or modelopt."))  # fmt: skip
+    dense = {f"{module}.weight": layer.weight.dequantize()}
+    return dense if layer.bias is None else {**dense, f"{module}.bias": layer.bias}
+
+
+def _refuse_kv_cache(source: Checkpoint, method: Method) -> None:
+    """Calibrated scales of the cache are never dropped without a word."""
+    if source.kv_cache is not None and method.name != source.method:
+        raise Refused(
+            Refusal("not-representable", "notimpl", str(source.path), "the checkpoint declares a quantized kv cache, which is not written yet",
+                    f"found {source.kv_cache}", "Convert it within its own format, or quantize the model again.")
+        )  # fmt: skip
+
+
+def _write_configs(source: Checkpoint, folder: Path, quantization: Mapping[str, Any] | None) -> None:
+    config = dict(source.config)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    else:
+        config["dtype"] = "float32" if source.method != "dense" else config.get("dtype", "float32")
+        config.pop("torch_dtype", None)
+    write_json(folder / "config.json", config)
+    kept = [name for name in _CARRIED if (source.files.folder / name).is_file()]
+    if not source.files.path.is_dir():
+        source.load_tokenizer().save_pretrained(str(folder))
+        return
+    for name in kept:
+        with writing(folder):
+            shutil.copyfile(source.files.folder / name, folder / name)
+
+
+def _compare(source: Checkpoint, written: Checkpoint, method: Method) -> None:
+    """Reads everything back. Raises Refused (not-representable) where a number has changed."""
+    import torch
+
+    for module, entry in source.layers.items():
+        same = written.layers.get(module)
+        if same is None or not torch.equal(source.dequantize(module), written.dequantize(module)):
+            _changed(method, module, "its weight")
+        if entry.scheme is None or method.name == "dense":
+            continue
+        before, after = source.layer(module), written.layer(module)
+        if before.weight.scheme.input != after.weight.scheme.input:
+            _changed(method, module, f"its inputs' scheme {before.weight.scheme.input}")
+        for part in ("bias", "input_scale", "input_zero", "input_multiplier"):
+            ours, theirs = getattr(before, part), getattr(after, part)
+            if (ours is None) != (theirs is None) or (
+                ours is not None and not torch.equal(ours.float(), theirs.float())
+            ):
+                _changed(method, module, f"its {part}")
+    for name in source.parameters:
+        if name not in written.parameters or not torch.equal(source.parameter(name), written.parameter(name)):
+            _changed(method, name, "its values")
+
+
+def _changed(method: Method, subject: str, what: str) -> None:
+    raise Refused(
+        Refusal("not-representable", "never", subject, f"{method.name} does not hold it without changing its numbers",
+                f"found that {what} would not be the same when read back", "Choose another format.")
+    )  # fmt: skip

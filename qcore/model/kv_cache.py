@@ -1,0 +1,265 @@
+"""A transformers cache that holds keys and values in 8 bits, and the hooks that make a model run with it.
+
+A layer of the cache holds rows of bytes, uint8 [batch, heads, tokens, head_dim]: the codes, since few devices reorder
+8-bit floats. Where scales are dynamic, the four bytes of a row's float32 scale follow its codes. Everything that transformers
+does to a cache (beams, crop, sliding windows) thereby takes scales along; only `update` knows what the bytes mean.
+
+Every key and value is rounded, those of the running call too, and also where no cache is asked for (`use_cache=False`): the
+tools that calibrate scales do the same, and logits must not depend on how a text was cut into calls.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from qcore.checkpoint.kv_scales import KvScales, Side
+from qcore.elements import Element, Float
+from qcore.refusal import Refusal, Refused, bad_file
+from qcore.scheme import TensorScheme
+
+log = logging.getLogger("qcore")
+
+_FLOATS = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_SCALE_BYTES = 4
+
+
+@dataclass
+class Rounding:
+    """Keys or values to bytes and back. scale, zero: float32 [1] or [heads, 1, 1]; scale None is dynamic, one for each
+    token and head."""
+
+    element: Element
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+
+    def encode(self, states: torch.Tensor) -> torch.Tensor:
+        """float [batch, heads, tokens, head_dim] -> uint8 rows. Values out of range saturate."""
+        self._follow(states.device)
+        wide = states.to(torch.float32)
+        scale = self._dynamic(wide) if self.scale is None else self.scale
+        scaled = wide / scale
+        if isinstance(self.element, Float):
+            kind = _FLOATS[self.element.format]
+            most = torch.finfo(kind).max
+            codes = scaled.clamp(-most, most).to(kind).view(torch.uint8)
+        else:
+            shifted = scaled.round() if self.zero is None else scaled.round() + self.zero
+            codes = shifted.clamp(-128, 127).to(torch.int8).view(torch.uint8)
+        return codes if self.scale is not None else torch.cat([codes, scale.view(torch.uint8)], -1)
+
+    def decode(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers that the rows stand for, in the dtype to compute in."""
+        self._follow(rows.device)
+        scale = self.scale
+        if scale is None:
+            rows, tail = rows[..., :-_SCALE_BYTES], rows[..., -_SCALE_BYTES:]
+            scale = tail.contiguous().view(torch.float32)
+        kind = _FLOATS[self.element.format] if isinstance(self.element, Float) else torch.int8
+        wide = rows.view(kind).to(torch.float32)
+        return ((wide if self.zero is None else wide - self.zero) * scale).to(dtype)
+
+    def _dynamic(self, wide: torch.Tensor) -> torch.Tensor:
+        """Absmax of each row over the largest code, [batch, heads, tokens, 1]; rows of zeros take any scale."""
+        most = torch.finfo(_FLOATS[self.element.format]).max if isinstance(self.element, Float) else 127.0
+        return (wide.abs().amax(-1, keepdim=True) / most).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def _follow(self, device: torch.device) -> None:
+        """Scales go to the cache's device once, not at each call."""
+        if self.scale is not None and self.scale.device != device:
+            self.scale = self.scale.to(device)
+            self.zero = None if self.zero is None else self.zero.to(device)
+
+
+class _Rounded:
+    """What is added to transformers' layers, whose `keys` and `values` hold bytes then."""
+
+    rounding: tuple[Rounding, Rounding]
+    is_initialized: bool
+
+    def lazy_initialization(self, *states: torch.Tensor) -> None:  # keys; and values since transformers 5
+        super().lazy_initialization(*(one.new_empty(0, dtype=torch.uint8) for one in states))  # type: ignore[misc]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every key and value so far, rounded, in the dtype of the new ones."""
+        of_keys, of_values = self.rounding
+        keys, values = super().update(of_keys.encode(key_states), of_values.encode(value_states), *args, **kwargs)  # type: ignore[misc]
+        return of_keys.decode(keys, key_states.dtype), of_values.decode(values, value_states.dtype)
+
+
+class RoundedLayer(_Rounded, DynamicLayer):  # type: ignore[misc]
+    """Full attention."""
+
+
+class RoundedSlidingLayer(_Rounded, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """Attention to a window: bytes that leave it are freed."""
+
+
+_LAYERS: dict[type, type] = {
+    DynamicLayer: RoundedLayer,
+    DynamicSlidingWindowLayer: RoundedSlidingLayer,
+}
+
+
+@dataclass(frozen=True)
+class KvRoundings:
+    """Keys' and values' roundings by the layer's number; `default` is for layers without calibrated scales."""
+
+    scheme: TensorScheme
+    layers: Mapping[int, tuple[Rounding, Rounding]]
+    default: tuple[Rounding, Rounding]
+
+
+class QuantizedKvCache(DynamicCache):  # type: ignore[misc]
+    """A growing cache of codes. Raises Refused (bad-argument) where the config asks for layers that hold something else."""
+
+    def __init__(self, config: Any, roundings: KvRoundings, *, transient: bool = False) -> None:
+        super().__init__(config=config)
+        self.transient = transient
+        """Whether it is dropped after the call that it was made for."""
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, CacheLayerMixin):
+                continue  # no keys and values of its own: of a shared cache, or a recurrent state
+            made = _LAYERS.get(type(layer))
+            if made is None:
+                raise _unsupported(f"found a {type(layer).__name__} for layer {index}")
+            window = {"sliding_window": layer.sliding_window} if made is RoundedSlidingLayer else {}
+            self.layers[index] = made(**window)
+            self.layers[index].rounding = roundings.layers.get(index, roundings.default)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values that a cache holds, and of the scales among them."""
+    return sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values) if part is not None)
+
+
+def quantize_kv_cache(model: PreTrainedModel, scheme: TensorScheme, scales: Mapping[str, KvScales], file: Path) -> None:
+    """From now on every forward of the model, and `generate`, run with such a cache. Scales are by attention module.
+
+    Raises Refused: unexpected-tensor, bad-shape and bad-content where scales do not fit the model or the scheme; bad-argument
+    where the architecture keeps something else than keys and values.
+    """
+    base, config = model.base_model, model.config.get_text_config(decoder=True)
+    if "past_key_values" not in inspect.signature(base.forward).parameters:
+        raise _unsupported(f"found no past_key_values in {type(base).__name__}'s forward")
+    numbers = {
+        name: number for name, m in model.named_modules() if isinstance(number := getattr(m, "layer_idx", None), int)
+    }
+    calibrated = {}
+    for name, found in scales.items():
+        if name not in numbers:
+            raise bad_file("unexpected-tensor", "a kv cache's scale belongs to no attention layer", file=file,
+                           tensor=found.k.source, expected=f"an attention layer of {type(model).__name__}")  # fmt: skip
+        if not scheme.dynamic:
+            keys, values = (_static(side, scheme, config, file) for side in (found.k, found.v))
+            calibrated[numbers[name]] = (keys, values)
+    default = Rounding(scheme.element, torch.ones(1) if isinstance(scheme.element, Float) else None)
+    roundings = KvRoundings(scheme, calibrated, (default, default))
+    cache = QuantizedKvCache(config, roundings)  # refuses what it cannot hold
+    bare = sum(isinstance(layer, _Rounded) and number not in calibrated for number, layer in enumerate(cache.layers))
+    if scheme.dynamic and scales:
+        log.warning("the kv scales of %s are not used: a %s cache computes its own", file, scheme)
+    elif bare and not scheme.dynamic:
+        meaning = "the scale 1.0" if isinstance(scheme.element, Float) else "a scale for each token and head"
+        log.warning("%s has no kv scales for %d attention layers, which take %s", file, bare, meaning)
+    hook = _Hook(roundings)
+    base.register_forward_pre_hook(hook.before, with_kwargs=True)
+    base.register_forward_hook(hook.after, with_kwargs=True)
+
+
+def kv_cache_of(model: PreTrainedModel) -> TensorScheme | None:
+    """The kv cache that a loaded model runs with; None is an unquantized one."""
+    hooks = (getattr(hook, "__self__", None) for hook in model.base_model._forward_pre_hooks.values())
+    return next((hook.roundings.scheme for hook in hooks if isinstance(hook, _Hook)), None)
+
+
+class _Hook:
+    """Around the decoder's forward, which everything goes through: the model's own forward, and `generate`, whose cache
+    turns into a quantized one in place, so that beams and rollbacks find what they hold."""
+
+    def __init__(self, roundings: KvRoundings) -> None:
+        self.roundings = roundings
+
+    def before(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Supplies the cache."""
+        named = dict(kwargs)
+        if args:
+            named |= zip(inspect.signature(module.forward).parameters, args, strict=False)
+        config: Any = module.config
+        cache = named.get("past_key_values")
+        if cache is None:
+            kept = named.get("use_cache")
+            kept = getattr(config, "use_cache", True) if kept is None else kept
+            named["past_key_values"] = self._made(config, transient=not kept)
+        elif not any(isinstance(layer, _Rounded) for layer in cache.layers):
+            self._adopt(cache, config)
+        return (), named
+
+    def after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Makes sure that the cache was used, and drops it where none was asked for."""
+        cache = kwargs["past_key_values"]
+        if not any(isinstance(layer, _Rounded) and layer.is_initialized for layer in cache.layers):
+            raise _unsupported(f"{type(module).__name__} ran and put nothing into its cache")
+        if not getattr(cache, "transient", False):
+            return output
+        if isinstance(output, tuple):
+            return tuple(part for part in output if part is not cache)
+        output.past_key_values = None
+        return output
+
+    def _made(self, config: Any, *, transient: bool) -> QuantizedKvCache:
+        return QuantizedKvCache(config.get_text_config(decoder=True), self.roundings, transient=transient)
+
+    def _adopt(self, cache: Any, config: Any) -> None:
+        """An empty cache that transformers or the caller made."""
+        if not isinstance(cache, DynamicCache) or any(
+            layer.is_initialized for layer in cache.layers if layer.keys is not None
+        ):
+            raise Refused(
+                Refusal("bad-argument", "usage", "past_key_values", "the model runs with a quantized kv cache, and this "
+                        "cache cannot become one", f"found a {type(cache).__name__}, expected an empty DynamicCache",
+                        "Pass no cache, or load the model with kv_cache='none'.")
+            )  # fmt: skip
+        recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
+        cache.layers = self._made(config, transient=False).layers
+        if recording:
+            cache.activate_past_recording()
+
+
+def _static(side: Side, scheme: TensorScheme, config: Any, file: Path) -> Rounding:
+    """Stored numbers. Raises Refused: bad-shape, bad-content."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for values in (side.scale, side.zero):
+        if values is not None and len(values) not in (1, heads):
+            raise bad_file("bad-shape", "a kv cache has one scale, or one for each head", file=file, tensor=side.source,
+                           field="shape", found=len(values), expected=f"1 or {heads} heads")  # fmt: skip
+    if side.zero is not None and scheme.zero is None:
+        raise bad_file("bad-content", "a symmetric kv cache has a zero point", file=file, tensor=side.source,
+                       field="values", found=side.zero.flatten()[:4].tolist(), expected="0")  # fmt: skip
+    return Rounding(scheme.element, side.scale, side.zero)
+
+
+def _unsupported(found: str) -> Refused:
+    return Refused(
+        Refusal("bad-argument", "notimpl", "kv_cache", "this architecture's cache cannot be quantized yet",
+                f"{found}, expected full or sliding attention that caches keys and values",
+                "Load the model with kv_cache='none'.")
+    )  # fmt: skip
