@@ -1,4 +1,4 @@
-"""Packing codes of 1 to 8 bits into bytes: a little-endian bit stream along the last dimension.
+"""Packing codes of 1 to 8 bits, or of 12, into bytes: a little-endian bit stream along the last dimension.
 
 Code i of a row occupies bits i*b .. i*b + b - 1 of the row, counted from the lowest bit of its first byte. For 4 bits
 that is nibble pairs, low first. Each row is padded with zeros to a whole byte.
@@ -16,6 +16,8 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """[..., n] integers in 0 .. 2^bits - 1 -> uint8 [..., packed_bytes(n, bits)]."""
+    if bits == 12:
+        return _pack_pairs(codes)
     codes = codes.to(torch.uint8)
     if bits == 8:
         return codes
@@ -37,7 +39,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """uint8 [..., packed_bytes(count, bits)] -> uint8 [..., count]."""
+    """uint8 [..., packed_bytes(count, bits)] -> uint8 [..., count]; int16 for 12 bits."""
+    if bits == 12:
+        return _unpack_pairs(packed, count)
     if bits == 8:
         return packed[..., :count]
     mask = (1 << bits) - 1
@@ -51,3 +55,17 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         byte, shift = divmod(i * bits, 8)
         codes.append((stream[..., byte] | stream[..., byte + 1] << 8) >> shift & mask)
     return torch.stack(codes, -1).flatten(-2)[..., :count].to(torch.uint8)
+
+
+def _pack_pairs(codes: torch.Tensor) -> torch.Tensor:
+    """12 bits: two codes in three bytes."""
+    count = codes.shape[-1]
+    first, second = torch.nn.functional.pad(codes.to(torch.int32), (0, count % 2)).unflatten(-1, (-1, 2)).unbind(-1)
+    packed = torch.stack([first & 0xFF, first >> 8 | (second & 0xF) << 4, second >> 4], -1).to(torch.uint8)
+    return packed.flatten(-2)[..., : packed_bytes(count, 12)].contiguous()
+
+
+def _unpack_pairs(packed: torch.Tensor, count: int) -> torch.Tensor:
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 3)).to(torch.int16)
+    low, middle, high = padded.unflatten(-1, (-1, 3)).unbind(-1)
+    return torch.stack([low | (middle & 0xF) << 8, middle >> 4 | high << 4], -1).flatten(-2)[..., :count]

@@ -30,6 +30,9 @@ _INPUTS = (
 _ANY = Accepts(elements=("*",), zeros=(None, "stored", "float"), ordered=True, inputs=_INPUTS)
 _ROWS = Accepts(elements=("*",), scales=("[!f]*",), zeros=(None, "stored", "float"), ordered=True, inputs=_INPUTS)
 """All but flat groups, which cross row ends: their rows cannot be taken apart."""
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Block sizes that bitsandbytes has; nested scales come in blocks of 256."""
+_BLOCKWISE = tuple(text for n in _BLOCKS for text in (f"g{n}", f"flat{n}", f"flat{n}:dynamic8+flat{256 * n}"))
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -45,6 +48,13 @@ def qcore_algorithms() -> Sequence[Algorithm]:
     return [
         Algorithm("rtn", Accepts(("int?", "uint?", "fp8", "e4m3fnuz", "e5m2"), ("tensor", "channel", "g*"), (None, "stored")),
                   "qcore.algorithms.rtn:rtn", note="every weight becomes the nearest code; needs no calibration"),
+        Algorithm("bitsandbytes", Accepts(("nf4", "fp4"), _BLOCKWISE), "qcore.algorithms.codebook:codebook",
+                  note="absmax blocks of the flattened weight, the nearest of 16 values; bitsandbytes' numbers"),
+        Algorithm("llm.int8", Accepts(("int8",), ("channel",)), "qcore.algorithms.codebook:llm_int8",
+                  note="127 steps to each row's absmax; bitsandbytes' numbers"),
+        Algorithm("deepspeedfp", Accepts(("e2m1", "e3m2", "e4m3", "e4m7"), ("g[1-9]*", "flat[1-9]*")),
+                  "qcore.algorithms.minifloat:minifloat",
+                  note="small floats in groups of the flattened weight, without subnormals; DeepSpeed's numbers"),
     ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """What one stored number is, and what shares a scale: the words that schemes are made of, and how each prints and parses.
 
-element      int4 uint4 ... fp8 (e4m3fn) e4m3fnuz e5m2 e2m1 e3m2 e2m3 bf16 f16 nf4 fp4 gguf:q4_k
+element      int4 uint4 ... fp8 (e4m3fn) e4m3fnuz e4m3 e5m2 e2m1 e3m2 e2m3 e4m7 bf16 f16 nf4 fp4 gguf:q4_k
 granularity  tensor channel token g128 flat64 block128 tile64x32
 level        a granularity, then :<type> where the scales are not floats
 """
@@ -14,9 +14,9 @@ from typing import Literal, get_args
 
 from qcore.blocks.types import BLOCK_TYPES
 
-FloatFormat = Literal["e4m3fn", "e4m3fnuz", "e5m2", "e2m1", "e3m2", "e2m3", "bf16", "f16"]
+FloatFormat = Literal["e4m3fn", "e4m3fnuz", "e4m3", "e5m2", "e2m1", "e3m2", "e2m3", "e4m7", "bf16", "f16"]
 FLOAT_BITS: dict[str, int] = {
-    "e4m3fn": 8, "e4m3fnuz": 8, "e5m2": 8, "e2m1": 4, "e3m2": 6, "e2m3": 6, "bf16": 16, "f16": 16
+    "e4m3fn": 8, "e4m3fnuz": 8, "e4m3": 8, "e5m2": 8, "e2m1": 4, "e3m2": 6, "e2m3": 6, "e4m7": 12, "bf16": 16, "f16": 16
 }  # fmt: skip
 
 CodebookName = Literal["nf4", "fp4"]
@@ -45,7 +45,8 @@ class Int:
 
 @dataclass(frozen=True)
 class Float:
-    """Small floating-point numbers (OCP 8-bit and microscaling formats; e4m3fnuz is AMD's)."""
+    """Small floating-point numbers (OCP 8-bit and microscaling formats; e4m3fnuz is AMD's). e4m3 and e4m7 are DeepSpeed's:
+    every exponent is a number, so that the largest are 480 and 510."""
 
     format: FloatFormat
 
@@ -226,6 +227,11 @@ def scale_shape(granularity: Granularity, rows: int, columns: int) -> tuple[int,
     if isinstance(granularity, PerTensor):
         return 1, 1
     raise ValueError("weights have no scales per token")
+
+
+def in_rows(group: FlatGroup, columns: int) -> Granularity:
+    """The same groups counted along rows, which more kernels take, where they end with the rows."""
+    return group if columns % group.size else Group(group.size)
 
 
 def one_of(what: str, value: object, known: Container[object]) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qcore.checkpoint.source import TensorInfo, TensorSource
+from qcore.elements import FlatGroup, in_rows
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
 
@@ -64,11 +65,36 @@ class CheckpointFiles:
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One linear layer or embedding: its scheme (None: not quantized), why, and its shape [N, K]."""
+    """One linear layer or embedding: its scheme (None: not quantized), why, and its shape [N, K].
+
+    algorithm: what quantizes the weight while it is read; empty where it is stored quantized.
+    """
 
     scheme: Scheme | None
     reason: str
     shape: tuple[int, int]
+    algorithm: str = ""
+
+
+def in_flight(algorithm: str, scheme: Scheme, reason: str, shape: tuple[int, int]) -> ModulePlan:
+    """The plan of a plain matrix that is quantized while it is read. A single level of flat groups is counted along the
+    rows where it ends with them."""
+    levels = scheme.weight.scales
+    if len(levels) == 1 and isinstance(group := levels[0].granularity, FlatGroup):
+        level = replace(levels[0], granularity=in_rows(group, shape[1]))
+        scheme = replace(scheme, weight=replace(scheme.weight, scales=(level,)))
+    return ModulePlan(scheme, reason, shape, algorithm)
+
+
+def quantizable(weight: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+    """A weight that is to be quantized while it is read. Raises Refused (bad-shape, bad-content)."""
+    if not weight.numel():
+        raise bad_file("bad-shape", "a weight that is to be quantized has no elements", file=info.file, tensor=info.name,
+                       field="shape", found=list(info.shape), expected="rows and columns")  # fmt: skip
+    if not bool(weight.isfinite().all()):
+        raise bad_file("bad-content", "a weight that is to be quantized is not finite", file=info.file, tensor=info.name,
+                       field="values", found="NaN or infinity", expected="finite weights")  # fmt: skip
+    return weight
 
 
 class Method(ABC):

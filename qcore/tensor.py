@@ -29,7 +29,7 @@ TORCH_FLOATS: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "f16": torch.float16,
 }
-"""Float formats that torch has; narrower ones are decoded by table."""
+"""Float formats that torch has; the others are decoded by table."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class QuantizedTensor:
 
     codes     Int and Codebook: a bit stream along K (qcore.bits), uint8 [N, ceil(K * bits / 8)]; signed codes below 8
               bits are held as q + 2^(bits-1), signed 8-bit ones as int8 [N, K]. Float: torch's dtype [N, K], or the bit
-              stream below 8 bits. Block: uint8 [N, blocks * bytes per block], as in the file.
+              stream where torch has none. Block: uint8 [N, blocks * bytes per block], as in the file.
     scales    one tensor for each level, in the dtype of the file: Group [N, ceil(K / n)], PerChannel [N, 1],
               PerTensor [1, 1], Tile [ceil(N / rows), ceil(K / cols)], FlatGroup [1, ceil(N K / n)]; e8m0 as uint8.
     zeros     like scales[0]: uint8 or int8 codes for a stored zero point, else float.
@@ -210,7 +210,7 @@ def code_bytes(scheme: TensorScheme, columns: int) -> int:
 
 @cache
 def float_table(name: str) -> torch.Tensor:
-    """float32 value of every code of a float format below 8 bits (OCP Microscaling Formats v1.0, section 5.3)."""
+    """float32 value of every code of a float format that torch lacks (OCP Microscaling Formats v1.0, section 5.3)."""
     exponent_bits, mantissa_bits = int(name[1]), int(name[3])
     bias = (1 << (exponent_bits - 1)) - 1
     magnitudes = []

@@ -232,6 +232,34 @@ def folder_cases() -> Iterator[Case]:
         yield Case(f"GGUF shard says {name}", {first: gguf([ARCH, fields]), second: gguf(tensors=[tensor("b")])}, first, "index-inconsistent")  # fmt: skip
 
 
+# --- INC's measurements ----------------------------------------------------------------------------------------------
+
+
+def measurement_cases() -> Iterator[Case]:
+    """Plain weights with a QUANT_CONFIG and measurements that are no such thing."""
+    weights = safetensors({"a.weight": entry(shape=[1, 2])})
+    name = "m_hooks_maxabs.json"
+
+    def case(what: str, code: str, data: bytes | None, stats: str = "m", **rest: Any) -> Case:
+        config = json.dumps({"method": "HOOKS", "mode": "QUANTIZE", "dump_stats_path": stats}).encode()
+        files = {"config.json": CONFIG, "quant_config.json": config, "model.safetensors": weights}
+        return Case(f"measurements: {what}", files if data is None else {**files, name: data}, "", code, **rest)
+
+    yield case("none", "path-not-found", None)
+    yield case("no JSON", "bad-json", b"{")
+    yield case("nested", "bad-json", b'{"Nodes":' * 100_000)
+    yield case("lists of lists", "bad-json", b'{"Nodes":{"a":{"inputs":' + b"[" * 50_000 + b"]" * 50_000 + b"}}}")
+    yield case("a pickle", "unsafe-container", None, pipes=("m_hooks_maxabs.npz",))
+    yield case("a link to a folder", "bad-magic", None, links={name: "/etc"})
+    yield case("out of the folder", "path-not-found", None, "../../../etc/m")
+    yield case("a long name", "path-not-found", None, "x/" + "y" * 5000 + "/m")
+    yield case("a zero byte", "path-not-found", None, "a\0b/m")
+    yield case("of 1 TiB", "limit-exceeded", b"{", sizes={name: 1 << 40})
+    for found in (None, [], 3, {"a": []}, {"b": {}}, {"a": {"inputs": {}}}, {"a": {"inputs": [["x"]]}}):
+        code = "bad-content" if found in ({"a": {"inputs": [["x"]]}},) else "bad-field"
+        yield case(f"Nodes {found!r}", code, json.dumps({"Nodes": found}).encode())
+
+
 # --- long files of zeros --------------------------------------------------------------------------------------------
 
 
@@ -274,4 +302,4 @@ def cases() -> list[Case]:
     for name, data, code in safetensors_cases():
         files = {"config.json": CONFIG, "model.safetensors": data}
         found.append(Case(f"safetensors: {name}", files, "model.safetensors", code))
-    return [*found, *folder_cases(), *sparse_cases()]
+    return [*found, *folder_cases(), *measurement_cases(), *sparse_cases()]

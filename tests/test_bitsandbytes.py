@@ -155,7 +155,6 @@ NAN = torch.full((96,), float("nan"))
         ({**int8()[0], f"{UP}.SCB": NAN}, "bad-content"),
         ({**int8()[0], f"{UP}.SCB": torch.zeros(64)}, "bad-shape"),
         ({**int8()[0], f"{UP}.weight_format": torch.tensor(2, dtype=torch.uint8)}, "unknown-variant"),
-        ({f"{UP}.weight": torch.zeros(96, 64)}, "unknown-variant"),
     ],
 )
 def test_what_is_broken_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], code: str) -> None:

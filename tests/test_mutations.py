@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import qcore
 import test_auto_round
 import test_awq
 import test_bitsandbytes
+import test_deepspeedfp
 import test_fp8
 import test_gptq
+import test_inc
 import test_modelopt
 import test_quark
 
@@ -42,6 +45,9 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
         folder, test_quark.made("uint4", "per_group")[0], test_quark.spec("uint4", "per_group", group_size=32)
     ),
     "fp8": lambda folder: test_fp8.checkpoint(folder, test_fp8.made("block")[0], weight_block_size=[32, 48]),
+    "deepspeedfp": test_deepspeedfp.checkpoint,
+    "inc-saved": test_inc.saved,
+    "inc-measured": lambda folder: test_inc.measured(folder, stated=True),
     "quark-fp8": lambda folder: test_quark.checkpoint(
         folder, {**test_quark.made("fp8_e4m3", "per_tensor")[0], "input_scale": torch.tensor(0.1)},
         test_quark.spec("fp8_e4m3"), test_quark.spec("fp8_e4m3"),
@@ -112,8 +118,7 @@ def test_changed_checkpoints_are_read_or_refused(kind: str, tmp_path: Path) -> N
     whole = MAKERS[kind](tmp_path / "whole")
     config, tensors = json.loads((whole / "config.json").read_text()), load_file(whole / "model.safetensors")
     refused = 0
-    folder = tmp_path / "changed"
-    folder.mkdir()
+    folder = Path(shutil.copytree(whole, tmp_path / "changed"))
     for seed in range(EXAMPLES):
         chance = random.Random(seed)
         changed, parts = copy.deepcopy(config), dict(tensors)

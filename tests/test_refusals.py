@@ -92,7 +92,6 @@ def cell(folder: Path, *records: object) -> Refusal | None:
 
 STALE = "sha256:" + "0" * 64
 TRIGGERS: dict[str, Callable[[Path], Refusal | None]] = {
-    "path-not-found": lambda folder: qcore.open_checkpoint(folder / "nothing"),
     "remote-code": lambda folder: qcore.load_model(
         checkpoint(folder, model_type="own", auto_map={"AutoConfig": "a.B"})
     ),
@@ -100,8 +99,7 @@ TRIGGERS: dict[str, Callable[[Path], Refusal | None]] = {
     "not-enough-memory": no_memory,
     "missing-tensor": lambda folder: qcore.load_model(checkpoint(folder, drop="model.norm.weight")),
     "unexpected-tensor": lambda folder: qcore.load_model(checkpoint(folder, extra="model.layers.0.mystery.weight")),
-    "bad-content": lambda folder: qcore.open_checkpoint(gptq(folder)).weight("model.layers.0.mlp.up_proj"),
-    "unknown-variant": lambda folder: qcore.open_checkpoint(gptq(folder, checkpoint_format="marlin")).plan,
+    "unknown-variant": lambda folder: qcore.open_checkpoint(gptq(folder, checkpoint_format="gptq_x")).plan,
     "bad-scheme": lambda folder: Scheme.parse("W4A17-what"),
     "scheme-unsupported": lambda folder: chosen(accepts=SMALL),
     "shape-unsupported": lambda folder: chosen(multiples=(7, 7)),

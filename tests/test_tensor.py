@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qcore.bits import pack, packed_bytes, unpack
-from qcore.elements import FlatGroup, Float, Group, Int, Level, PerChannel, PerTensor, Tile, scale_shape
+from qcore.elements import FLOAT_BITS, FlatGroup, Float, Group, Int, Level, PerChannel, PerTensor, Tile, scale_shape
 from qcore.scheme import Scheme, TensorScheme
 from qcore.tensor import QuantizedTensor, float_table
 
@@ -29,10 +29,10 @@ def scales_for(grid: object, dtype: torch.dtype = torch.float16) -> torch.Tensor
     return (torch.rand(scale_shape(grid, ROWS, COLUMNS)) + 0.1).to(dtype)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [*range(1, 9), 12])
 @pytest.mark.parametrize("count", [1, 7, 8, 13, 32, 100])
 def test_bit_streams(bits: int, count: int) -> None:
-    codes = torch.randint(0, 1 << bits, (3, count), dtype=torch.uint8)
+    codes = torch.randint(0, 1 << bits, (3, count), dtype=torch.uint8 if bits <= 8 else torch.int16)
     packed = pack(codes, bits)
     for row in range(3):
         number = sum(int(code) << (bits * i) for i, code in enumerate(codes[row]))
@@ -106,11 +106,13 @@ def test_eight_bit_floats(name: str, grid: object) -> None:
             assert got[row, column] == torch.tensor(value) * scale[position(grid, row, column)]
 
 
-@pytest.mark.parametrize(("name", "largest"), [("e2m1", 6.0), ("e3m2", 28.0), ("e2m3", 7.5)])
+@pytest.mark.parametrize(
+    ("name", "largest"), [("e2m1", 6.0), ("e3m2", 28.0), ("e2m3", 7.5), ("e4m3", 480.0), ("e4m7", 510.0)]
+)
 def test_small_floats_with_power_of_two_scales(name: str, largest: float) -> None:
-    bits = 4 if name == "e2m1" else 6
+    bits = FLOAT_BITS[name]
     assert float_table(name).max() == largest
-    stored = torch.randint(0, 1 << bits, (ROWS, 64), dtype=torch.uint8)
+    stored = torch.randint(0, 1 << bits, (ROWS, 64), dtype=torch.int16)
     exponents = torch.tensor([[0, 254], [127, 120], [128, 1], [100, 130], [127, 127]], dtype=torch.uint8)
     scheme = Scheme(TensorScheme(Float(name), (Level(Group(32), "e8m0"),)))  # type: ignore[arg-type]
     got = QuantizedTensor(scheme, (ROWS, 64), pack(stored, bits), (exponents,)).dequantize()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qcore.checkpoint.gguf import GgufSource
+from qcore.checkpoint.in_flight import UNTOUCHED, InFlight, made
 from qcore.checkpoint.json_file import read_json
 from qcore.checkpoint.kv_scales import KvScales, read_kv_scales, spelled
 from qcore.checkpoint.safetensors import SafetensorsSource
@@ -31,10 +32,20 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class Checkpoint:
     """An opened checkpoint. Nothing but configs and tensor headers has been read until a weight is asked for."""
 
-    def __init__(self, files: CheckpointFiles, method: Method) -> None:
+    def __init__(self, files: CheckpointFiles, method: Method, in_flight: InFlight | None = None) -> None:
         self.files = files
         self._method = method
+        self._in_flight = in_flight
         self.path = files.path
+
+    def quantized(self, how: str, ignore: Sequence[str] = UNTOUCHED) -> Checkpoint:
+        """The same checkpoint with its unquantized linear layers quantized while they are read, one at a time.
+
+        how: `bitsandbytes:nf4`, a scheme (`W4A16-g128-sym`), or an algorithm's name and a scheme (`rtn:FP8_DYNAMIC`).
+        ignore: parts of the names of modules that stay as they are; embeddings always do. Raises Refused (bad-argument,
+        bad-scheme, scheme-unsupported).
+        """
+        return Checkpoint(self.files, self._method, InFlight.parse(how, ignore))
 
     @property
     def method(self) -> str:
@@ -49,7 +60,8 @@ class Checkpoint:
     @cached_property
     def layers(self) -> dict[str, ModulePlan]:
         """Every linear layer and embedding: scheme, reason and shape."""
-        return self._method.plan(self.files)
+        plan = self._method.plan(self.files)
+        return plan if self._in_flight is None else self._in_flight.applied(plan)
 
     @cached_property
     def plan(self) -> dict[str, Scheme | None]:
@@ -93,10 +105,31 @@ class Checkpoint:
         """Bytes of all tensors as stored."""
         return sum(info.nbytes for info in self.files.source.tensors.values())
 
+    @cached_property
+    def loaded_bytes(self) -> int:
+        """`size_bytes`, with codes in place of the weights that are quantized while they are read."""
+        saved = 0
+        for module, entry in self.layers.items():
+            if entry.algorithm and entry.scheme is not None:
+                stored = self._stored[f"{module}.weight"].nbytes
+                saved += stored - entry.shape[0] * entry.shape[1] * entry.scheme.weight.bits // 8
+        return self.size_bytes - saved
+
+    @cached_property
+    def _stored(self) -> dict[str, TensorInfo]:
+        """`parameters`, and what is quantized while it is read."""
+        plan = {m: replace(entry, scheme=None) if entry.algorithm else entry for m, entry in self.layers.items()}
+        return self._method.parameters(self.files, plan)
+
     def layer(self, module: str) -> LayerTensors:
         """All parts of a quantized module. Raises Refused; KeyError where the module is not quantized."""
         if self.plan.get(module) is None:
             raise KeyError(f"{module} is not a quantized module of {self.path}")
+        entry, bias = self.layers[module], f"{module}.bias"
+        if entry.algorithm:
+            weight = self._method.read_parameter(self.files, f"{module}.weight")
+            given = self._method.read_parameter(self.files, bias) if bias in self._stored else None
+            return made(entry, weight, given, self._stored[f"{module}.weight"])
         return self._decoded(module, lambda: self._method.decode(self.files, module))
 
     def weight(self, module: str) -> QuantizedTensor:
@@ -250,13 +283,16 @@ def _quantization(config: Mapping[str, Any], file: Path) -> Mapping[str, Any] | 
 
 
 def _with_side_file(files: CheckpointFiles, methods: list[Method]) -> CheckpointFiles:
-    """Older tools write the quantization config beside config.json; the file's name tells the method."""
+    """Older tools write the quantization config beside config.json; the file's name tells the method where the file does not."""
     if isinstance(files.source, GgufSource):
         return files
     for method in methods:
         for name in method.side_files:
             side_file = files.folder / name
             if side_file.is_file():
-                config = {"quant_method": method.quant_methods[0], **read_json(side_file)}
-                return replace(files, quantization=config, quantization_file=side_file)
+                config = read_json(side_file)
+                found = replace(files, quantization=config, quantization_file=side_file)
+                if any(other.recognizes(found) for other in methods):
+                    return found
+                return replace(found, quantization={"quant_method": method.quant_methods[0], **config})
     return files

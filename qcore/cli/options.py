@@ -15,6 +15,12 @@ Dtype = Annotated[
     str, typer.Option(help="Activations: auto (what the device runs fastest), checkpoint, float32, bfloat16, float16.")
 ]
 Activations = Annotated[str, typer.Option(help="exact, or int8: kernels may round activations to 8 bits.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantize what is not: bitsandbytes:nf4 (fp4, int8, nf4-double), or a scheme such as W4A16-g128-sym."
+    ),
+]
 
 KvCache = Annotated[
     str,

@@ -21,6 +21,7 @@ def run(
     device: options.Device = "auto",
     kernel: Annotated[str | None, typer.Option(help="Run every layer that takes it with this kernel.")] = None,
     activations: options.Activations = "exact",
+    quantize: options.Quantize = None,
     kv_cache: options.KvCache = "auto",
     dtype: options.Dtype = "auto",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
@@ -42,6 +43,8 @@ def run(
     from qcore.model.devices import compute_dtype, find_device
 
     checkpoint = open_checkpoint(path)
+    if quantize is not None:
+        checkpoint = checkpoint.quantized(quantize)
     target = find_device(device)
 
     from qcore.model.generate import Timing, encode, generate

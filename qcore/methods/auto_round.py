@@ -24,7 +24,7 @@ from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Float, Granularity, Group, Level, PerChannel, PerTensor, PerToken, ScaleType, Tile
 from qcore.layouts import awq, gptq, scaled
-from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules
+from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, stated_method
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
 
@@ -71,6 +71,11 @@ class AutoRound(Method):
             "input_global_scale",
         }
     )
+
+    def recognizes(self, files: CheckpointFiles) -> bool:
+        """INC's name means AutoRound's tensors where the config has AutoRound's keys."""
+        stated, config = stated_method(files.quantization), files.quantization or {}
+        return super().recognizes(files) or (stated == "inc" and "bits" in config)
 
     def format_version(self, files: CheckpointFiles) -> str:
         return self._config(files).packing_format

@@ -9,6 +9,7 @@
 
 w = quant_map[q] * absmax, nested: absmax = nested_quant_map[a] * nested_absmax + offset. Blocks run over row ends where the
 block size does not divide K. LLM.int8 keeps the input's columns beyond a threshold in 16 bits (Dettmers et al. 2022).
+A config over plain matrices asks for them to be quantized while they are loaded, and so they are.
 Read from bitsandbytes' QuantState, Linear4bit and Linear8bitLt.
 """
 
@@ -22,8 +23,17 @@ from pydantic import Field
 from qcore.checkpoint.json_file import parse_json
 from qcore.checkpoint.settings import Settings, check
 from qcore.checkpoint.source import TensorInfo
-from qcore.elements import Codebook, FlatGroup, Granularity, Group, Int, Level, PerChannel, PerToken
-from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, finite, require_tensor
+from qcore.elements import Codebook, FlatGroup, Int, Level, PerChannel, PerToken, in_rows
+from qcore.method import (
+    CheckpointFiles,
+    Method,
+    ModulePlan,
+    dense_modules,
+    finite,
+    in_flight,
+    is_embedding,
+    require_tensor,
+)
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme, weight_only
 
@@ -48,6 +58,21 @@ class BitsAndBytesConfig(Settings):
     load_in_8bit: bool = False
     llm_int8_threshold: float = Field(6.0, ge=0)
     llm_int8_skip_modules: list[str] | None = None
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+
+    @property
+    def skipped(self) -> list[str]:
+        """Parts of the names of layers that are not quantized."""
+        return ["lm_head"] if self.llm_int8_skip_modules is None else self.llm_int8_skip_modules
+
+    def request(self) -> tuple[str, Scheme]:
+        """The algorithm and the scheme that plain weights are quantized with: blocks of 64, nested ones of 256."""
+        if self.load_in_8bit:
+            return "llm.int8", _int8_scheme(self)
+        state = QuantState(quant_type=self.bnb_4bit_quant_type, blocksize=64, shape=(1, 1),
+                           nested_blocksize=256 if self.bnb_4bit_use_double_quant else None)  # fmt: skip
+        return "bitsandbytes", state.scheme()
 
 
 class QuantState(Settings):
@@ -65,12 +90,11 @@ class QuantState(Settings):
 
     def scheme(self) -> Scheme:
         """Groups of a row where blocks end with rows, else of the flattened weight; nested scales are always counted so."""
-        flat: Granularity = FlatGroup(self.blocksize)
+        flat = FlatGroup(self.blocksize)
         if self.nested_blocksize is not None:
             levels = (Level(flat, "dynamic8"), Level(FlatGroup(self.blocksize * self.nested_blocksize)))
             return weight_only(Codebook(self.quant_type), *levels)
-        whole = self.shape[1] % self.blocksize == 0
-        return weight_only(Codebook(self.quant_type), Level(Group(self.blocksize) if whole else flat))
+        return weight_only(Codebook(self.quant_type), Level(in_rows(flat, self.shape[1])))
 
 
 class BitsAndBytes(Method):
@@ -93,16 +117,22 @@ class BitsAndBytes(Method):
             elif name.endswith(".SCB"):
                 module = name.removesuffix(".SCB")
                 plan[module] = ModulePlan(_int8_scheme(config), "quantization_config", _int8_shape(files, module))
-        if not plan:
+        marked = not plan
+        if marked and not (config.load_in_4bit or config.load_in_8bit):
             raise Refused(
-                Refusal("unknown-variant", "notimpl", str(files.path), "it is not quantized yet, only marked to be",
-                        "found no quant_state and no SCB", "Save it with bitsandbytes after it has been quantized.",
+                Refusal("unknown-variant", "notimpl", str(files.path), "it is not quantized, and nothing says how it is to be",
+                        "found no quant_state, no SCB, load_in_4bit and load_in_8bit false",
+                        "Save it with bitsandbytes after it has been quantized.",
                         str(files.quantization_file), field="quantization_config")
             )  # fmt: skip
         for module, entry in dense_modules(files.source.tensors, "").items():
-            skipped = any(part in module for part in config.llm_int8_skip_modules or ())
-            reason = "llm_int8_skip_modules" if skipped else "stored unquantized"
-            plan.setdefault(module, ModulePlan(None, reason, entry.shape))
+            if any(part in module for part in config.skipped):
+                plan.setdefault(module, ModulePlan(None, "llm_int8_skip_modules", entry.shape))
+            elif marked and not is_embedding(module):
+                algorithm, scheme = config.request()
+                plan[module] = in_flight(algorithm, scheme, "quantized while loading, as the config asks", entry.shape)
+            else:
+                plan.setdefault(module, ModulePlan(None, "stored unquantized", entry.shape))
         return plan
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:

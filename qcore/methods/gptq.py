@@ -69,6 +69,7 @@ class Gptq(Method):
             raise bad_file("missing-tensor", f"the config says GPTQ, but no tensor is named *{codes}", file=files.path)
         plan = {}
         for module in quantized:
+            _refuse_codebook(files, module)
             settings, pattern = self._module(files, config, module)
             reason = f"dynamic pattern {pattern!r}" if pattern else "quantization_config"
             plan[module] = ModulePlan(*self._shape(files, config, module, settings, reason))
@@ -182,6 +183,19 @@ def _matches(files: CheckpointFiles, pattern: str, module: str) -> bool:
     """GPTQModel's rule: `+:` and `-:` are prefixes of the sign, the rest is a regular expression anchored at the start."""
     bare = pattern.removeprefix("+:").removeprefix("-:")
     return matches(bare, module, file=files.quantization_file, field="quantization_config.dynamic")
+
+
+def _refuse_codebook(files: CheckpointFiles, module: str) -> None:
+    """INC saves nf4 and fp4 under GPTQ's name: rows and groups are not transposed, and nothing says which codebook it is."""
+    codes, scales = (files.source.tensors.get(f"{module}.{part}") for part in ("qweight", "scales"))
+    if codes is None or scales is None or f"{module}.qzeros" in files.source.tensors:
+        return
+    if codes.shape[:1] == scales.shape[:1] and codes.shape[1:] != scales.shape[1:]:
+        raise Refused(
+            Refusal("unknown-variant", "never", str(files.path), "it is INC's nf4 or fp4, and no file says which of them",
+                    f"found qweight {list(codes.shape)} and scales {list(scales.shape)} without qzeros",
+                    "Quantize to int4 with INC, or to nf4 with bitsandbytes.", str(codes.file), codes.name)
+        )  # fmt: skip
 
 
 def _skip_reason(files: CheckpointFiles, module: str, config: GptqConfig) -> str:

@@ -48,6 +48,7 @@ def load_model(
     *,
     kernel: str | None = None,
     activations: str = "exact",
+    quantize: str | None = None,
     kv_cache: str | None = "auto",
     progress: Progress | None = None,
 ) -> PreTrainedModel:
@@ -55,10 +56,13 @@ def load_model(
 
     dtype: of activations and unquantized weights; None means the checkpoint's own (`Checkpoint.own_dtype`). kernel: run every
     layer that takes it with this kernel. activations: `exact` keeps them in `dtype` unless the scheme quantizes them;
-    `int8` lets kernels round them. kv_cache: `auto` as the checkpoint declares; none, fp8, fp8_e4m3, fp8_e5m2 or int8.
+    `int8` lets kernels round them. quantize: how unquantized layers are quantized while they are loaded, in the words of
+    `Checkpoint.quantized`. kv_cache: `auto` as the checkpoint declares; none, fp8, fp8_e4m3, fp8_e5m2 or int8.
     Raises Refused.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    if quantize is not None:
+        checkpoint = checkpoint.quantized(quantize)
     target = device if isinstance(device, Device) else find_device(device)
     exact = exact_activations(activations)
     wanted = _torch_dtype(checkpoint.own_dtype if dtype is None else dtype)
@@ -328,13 +332,13 @@ class _Loader:
     def _step(self, name: str, nbytes: int) -> None:
         self.done += nbytes
         if self.progress is not None:
-            self.progress(name, self.done, self.checkpoint.size_bytes)
+            self.progress(name, self.done, self.checkpoint.loaded_bytes)
 
 
 def _check_memory(checkpoint: Checkpoint, device: Device) -> None:
     """Refuses before a byte of weight is read, rather than being killed half way."""
-    if device.memory is not None and checkpoint.size_bytes > device.memory:
-        sizes = f"found {checkpoint.size_bytes / 2**30:.1f} GiB of weights, expected at most {device.memory / 2**30:.1f} GiB"
+    if device.memory is not None and checkpoint.loaded_bytes > device.memory:
+        sizes = f"found {checkpoint.loaded_bytes / 2**30:.1f} GiB of weights, expected at most {device.memory / 2**30:.1f} GiB"
         raise Refused(
             Refusal("not-enough-memory", "never", str(checkpoint.path), f"it does not fit into {device.name}", sizes,
                     "Free memory, use a larger device, or quantize the model to fewer bits.")

@@ -59,7 +59,7 @@ ROWS: tuple[Row, ...] = (
     Row("bitsandbytes", "bitsandbytes", "format", ("bitsandbytes",), (
         "W4A16-nf4-g64", "W4A16-nf4-flat64:dynamic8+flat16384", "W4A16-fp4-g64",
         "W8A8-int8-channel-sym/int8-token-sym-dyn-outliers6.0")),
-    Row("deepspeedfp", "DeepSpeedFP", "format", ("deepspeedfp",), ("W6A16-e3m2-g512", "W8A16-fp8-g512")),
+    Row("deepspeedfp", "DeepSpeedFP", "format", ("deepspeedfp",), ("W6A16-e3m2-g512", "W8A16-e4m3-g512")),
     Row("gguf", "GGUF", "format", ("gguf",), tuple(f"W{t.bits}A16-gguf:{t.name}" for t in BLOCK_TYPES.values())),
     Row("inc_w8a8", "INC (W8A8)", "format", ("inc",), _FP8),
     Row("int4_w4a16", "INT4 W4A16", "format", (_CT,), (*_INT4, "W4A16-channel-sym", "W8A16-channel-sym")),

@@ -49,7 +49,8 @@ def _codes(weight: TensorScheme, rows: int, columns: int, random: torch.Generato
     element = weight.element
     if isinstance(element, Float) and element.format in TORCH_FLOATS:
         return torch.randn(rows, columns, generator=random).to(TORCH_FLOATS[element.format])
-    codes = torch.randint(0, 1 << element.bits, (rows, columns), dtype=torch.uint8, generator=random)
+    width = torch.uint8 if element.bits <= 8 else torch.int16
+    codes = torch.randint(0, 1 << element.bits, (rows, columns), dtype=width, generator=random)
     if isinstance(element, Int) and element.bits == 8:
         return codes.view(torch.int8) if element.signed else codes
     return pack(codes, element.bits)

@@ -1,0 +1,95 @@
+"""Quantizing a weight while it is read: which layers, with which algorithm, and the layer that comes of it.
+
+A request is written
+
+    bitsandbytes:nf4     one of NAMED: what bitsandbytes does when it is asked to load in 4 or 8 bits
+    W4A16-g128-sym       a scheme, by the first algorithm that makes it without calibration
+    rtn:FP8_DYNAMIC      an algorithm's name and a scheme
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qcore.algorithm import Algorithm
+from qcore.checkpoint.source import TensorInfo
+from qcore.discovery import registry
+from qcore.method import ModulePlan, in_flight, is_embedding, quantizable
+from qcore.refusal import Refusal, Refused
+from qcore.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcore.tensor import LayerTensors
+
+UNTOUCHED = ("lm_head",)
+"""Parts of the names of linear layers that stay as they are unless it is said otherwise, as bitsandbytes has it."""
+
+NAMED: dict[str, tuple[str, str]] = {
+    "bitsandbytes:nf4": ("bitsandbytes", "W4A16-nf4-flat64"),
+    "bitsandbytes:fp4": ("bitsandbytes", "W4A16-fp4-flat64"),
+    "bitsandbytes:nf4-double": ("bitsandbytes", "W4A16-nf4-flat64:dynamic8+flat16384"),
+    "bitsandbytes:fp4-double": ("bitsandbytes", "W4A16-fp4-flat64:dynamic8+flat16384"),
+    "bitsandbytes:int8": ("llm.int8", "W8A8-int8-channel-sym/int8-token-sym-dyn-outliers6.0"),
+}
+"""Requests by name: the algorithm and the scheme."""
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """What is asked for: every unquantized linear layer whose name has none of `ignore` in it, in this scheme."""
+
+    algorithm: str
+    scheme: Scheme
+    ignore: tuple[str, ...] = UNTOUCHED
+
+    @classmethod
+    def parse(cls, how: str, ignore: Sequence[str] = UNTOUCHED) -> InFlight:
+        """Raises Refused (bad-argument, bad-scheme, scheme-unsupported)."""
+        rows = {row.name: row for row in registry().algorithms}
+        head, _, tail = how.partition(":")
+        name, text = NAMED.get(how) or ((head, tail) if head in rows else ("", how))
+        try:
+            scheme = Scheme.parse(text)
+        except Refused as error:
+            fix = f"Write one of {', '.join(NAMED)}; a scheme such as W4A16-g128-sym; or one of {', '.join(rows)}, a colon and a scheme."  # fmt: skip
+            raise Refused(replace(error.refusal, subject=how, fix=fix)) from error
+        return cls(_algorithm([rows[name]] if name else list(rows.values()), scheme, how).name, scheme, tuple(ignore))
+
+    def applied(self, plan: Mapping[str, ModulePlan]) -> dict[str, ModulePlan]:
+        """The plan, with the layers that are quantized while they are read."""
+        return {module: self._entry(module, entry) for module, entry in plan.items()}
+
+    def _entry(self, module: str, entry: ModulePlan) -> ModulePlan:
+        if entry.scheme is not None or is_embedding(module):
+            return entry
+        if named := next((part for part in self.ignore if part in module), None):
+            return replace(entry, reason=f"{entry.reason}; {named!r} is kept from being quantized while loading")
+        return in_flight(self.algorithm, self.scheme, "quantized while loading, as asked", entry.shape)
+
+
+def made(entry: ModulePlan, weight: torch.Tensor, bias: torch.Tensor | None, info: TensorInfo) -> LayerTensors:
+    """The layer of a stored weight [N, K] that the plan has quantized in flight. Raises Refused (bad-shape, bad-content,
+    shape-unsupported)."""
+    from qcore.tensor import LayerTensors
+
+    assert entry.scheme is not None
+    algorithm = next(row for row in registry().algorithms if row.name == entry.algorithm)
+    return LayerTensors(algorithm.load()(quantizable(weight, info), entry.scheme), bias)
+
+
+def _algorithm(rows: list[Algorithm], scheme: Scheme, how: str) -> Algorithm:
+    """The first that makes the weight without looking at activations, which static input scales need too."""
+    if scheme.input is not None and not scheme.input.dynamic:
+        found = "static input scales"
+    else:
+        for row in rows:
+            if not row.calibrated and row.accepts.refuse(Scheme(scheme.weight)) is None:
+                return row
+        found = str(scheme)
+    raise Refused(Refusal("scheme-unsupported", "notimpl", how, "no algorithm makes it without calibration",
+                          f"found {found}, expected what {', '.join(row.name for row in rows)} makes",
+                          "Choose another scheme, or quantize the model beforehand."))  # fmt: skip

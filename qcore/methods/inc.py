@@ -1,0 +1,361 @@
+"""fp8 as Intel Neural Compressor (INC) makes it: saved models, and plain models with its measurements beside them.
+
+    saved      weight e4m3 or e5m2 [K, N], transposed; scale_weight [] | [N], scale_input []; quant_input.scale_inv is the
+               reciprocal of scale_input; k_cache and v_cache have scales of their own
+    measured   plain weights, a QUANT_CONFIG file (quant_config.json or quantization_config.json in the folder) and INC's
+               measurement or scale files (qcore/checkpoint/inc_measurements.py); quantized while they are loaded
+
+w = q * scale_weight, x = q * scale_input. A scale is max |x| / (largest * backoff), computed in `hp_dtype`; the backoff is 1/2
+for weights and 1/4 for inputs, and METHODS says how it is rounded. `device_for_scales` chooses RANGES: how large an e4m3 may be
+and which scales are exponent biases; where it is not stated, 448 is the largest, as for all e4m3fn here.
+The config has no quant_method: it is known by its keys. Read from neural_compressor 3.10, torch/algorithms/fp8_quant.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, field_validator
+
+from qcore.checkpoint.inc_measurements import Node, read_nodes
+from qcore.checkpoint.patterns import matches
+from qcore.checkpoint.settings import Settings, check
+from qcore.checkpoint.source import TensorInfo
+from qcore.elements import Float, Granularity, Level, PerChannel, PerTensor
+from qcore.method import (
+    CheckpointFiles,
+    Method,
+    ModulePlan,
+    dense_modules,
+    finite,
+    is_embedding,
+    quantizable,
+    require_tensor,
+    stated_method,
+)
+from qcore.refusal import Refusal, Refused, bad_file
+from qcore.scheme import Scheme, TensorScheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcore.tensor import LayerTensors
+
+Rounding = Literal["one", "single", "hw", "pow2", "none"]
+"""one: the scale is 1. single: the range's largest. hw: up to one of the range's. pow2: up to a power of two."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """largest: an e4m3 value. The scales that cost nothing are 2^low, 2^(low + step), ... 2^high."""
+
+    largest: float
+    low: int
+    high: int
+    step: int
+
+
+RANGES: dict[str | None, Range] = {
+    None: Range(448.0, -55, 7, 1),
+    "GAUDI3": Range(448.0, -55, 7, 1),
+    "GAUDI2": Range(240.0, -8, 4, 4),
+}
+"""By `device_for_scales`."""
+
+
+@dataclass(frozen=True)
+class ScaleMethod:
+    """How scales of weights and of inputs are rounded, and whether weights have one for each output channel."""
+
+    weight: Rounding
+    input: Rounding
+    channels: bool = False
+
+
+METHODS: dict[str, ScaleMethod] = {
+    "UNIT_SCALE": ScaleMethod("one", "one"),
+    "HW_ALIGNED_SINGLE_SCALE": ScaleMethod("single", "single"),
+    "MAXABS_HW": ScaleMethod("hw", "hw"),
+    "MAXABS_POW2": ScaleMethod("pow2", "pow2"),
+    "MAXABS_ARBITRARY": ScaleMethod("none", "none"),
+    "ACT_MAXABS_HW_WEIGHTS_PCS_MAXABS_POW2": ScaleMethod("pow2", "hw", channels=True),
+    "ACT_MAXABS_POW2_WEIGHTS_PCS_MAXABS_POW2": ScaleMethod("pow2", "pow2", channels=True),
+}
+"""By `scale_method`; those that search scales with a device's own kernels, and those for run time, are not read."""
+
+_KEYS = ("fp8_config", "dump_stats_path", "scale_method", "observer")
+"""Keys of INC's configs, one of which is always there."""
+_BACKOFF = {"weight": 0.5, "input": 0.25}
+_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
+"""Layers that vLLM, for which most models are measured, has in one."""
+_SIDE = re.compile(
+    r"\.(quant_input(_\d)?|dequant_output)\.scale(_inv)?$"
+    r"|\.([kv]_cache|matmul_(qk|av)|softmax|fused_scaled_dot_product_attention)\.(\w+\.)?\w*scale\w*$"
+)
+"""Reciprocals, scales of caches, which are read elsewhere, and of attention's own products, which stay in 16 bits here."""
+_FLOATS = ("F32", "BF16", "F16")
+_FP8 = {"E4M3": ("F8_E4M3", "e4m3fn"), "E5M2": ("F8_E5M2", "e5m2")}
+
+
+class Names(Settings):
+    """An allowlist or a blocklist."""
+
+    names: list[str] = Field(default_factory=list)
+    types: list[str] = Field(default_factory=list)
+
+
+class IncConfig(Settings):
+    """The keys that decide the numbers."""
+
+    mode: str = "QUANTIZE"
+    observer: str = "maxabs"
+    scale_method: str = "MAXABS_HW"
+    fp8_config: Literal["E4M3", "E5M2"] = "E4M3"
+    hp_dtype: Literal["BF16", "FP16", "FP32"] = "BF16"
+    device_for_scales: str | None = None
+    dump_stats_path: str = "stats"
+    dynamic_quantization: bool = False
+    ignore_modules_wo_measures: bool = False
+    recalc_scales: bool = False
+    allowlist: Names = Names()
+    blocklist: Names = Names()
+
+    @field_validator("mode", "scale_method", "fp8_config", "hp_dtype", "device_for_scales", mode="before")
+    @classmethod
+    def _upper(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
+
+class Inc(Method):
+    name = "inc"
+    quant_methods = ("inc",)
+    variants = ("saved", "measured")
+    side_files = ("quant_config.json", "quantization_config.json")
+    parts = frozenset({"weight", "bias", "scale_weight", "scale_input"})
+
+    def recognizes(self, files: CheckpointFiles) -> bool:
+        config, stated = files.quantization or {}, stated_method(files.quantization)
+        return stated in ("", "hooks", "inc") and "bits" not in config and any(key in config for key in _KEYS)
+
+    def format_version(self, files: CheckpointFiles) -> str:
+        return f"{'saved' if _saved(files) else 'measured'} {self._config(files).scale_method}"
+
+    def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
+        cached = any(re.search(r"\.[kv]_cache\.", name) for name in files.source.tensors)
+        return TensorScheme(self._element(files), (Level(PerTensor()),)) if cached else None
+
+    def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
+        plan = {}
+        for name in files.source.tensors:
+            if re.search(r"\.(weight|scale_\w+)_\d+_\d+$", name):
+                raise self._variant(files, "world_size", f"the part {name} of one of several ranks")
+            module, _, part = name.rpartition(".")
+            if part == "scale_weight":
+                plan[module] = self._saved_entry(files, module)
+        saved = bool(plan)
+        for module, entry in dense_modules(files.source.tensors, "stored unquantized").items():
+            why = "" if saved or is_embedding(module) else self._kept(files, module)
+            if saved or why or is_embedding(module):
+                plan.setdefault(module, ModulePlan(None, why or entry.reason, entry.shape))
+            else:
+                scheme = self._scheme(files, PerChannel() if self._channels(files) else PerTensor())
+                plan[module] = ModulePlan(scheme, "quantized while loading, as the config asks", entry.shape)
+        return plan
+
+    def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
+        from qcore.tensor import TORCH_FLOATS, LayerTensors, QuantizedTensor
+
+        read, tensors = files.source.read, files.source.tensors
+        bias = read(f"{module}.bias") if f"{module}.bias" in tensors else None
+        weight = read(f"{module}.weight")
+        if f"{module}.scale_weight" in tensors:
+            entry = self._saved_entry(files, module)
+            assert entry.scheme is not None
+            scale, given = (finite(files, n, read(n)) for n in (f"{module}.scale_weight", f"{module}.scale_input"))
+            made = QuantizedTensor(entry.scheme, entry.shape, weight.t().contiguous(), (scale.reshape(-1, 1),))
+            return LayerTensors(made, bias, input_scale=given.reshape(1))
+        weight = quantizable(weight, tensors[f"{module}.weight"]).to(_torch(self._config(files).hp_dtype))
+        scale, given = self._scales(files, module, weight)
+        element, largest = self._element(files), self._largest(files)
+        codes = (weight.float() * (1 / scale).float()).clamp_(-largest, largest).to(TORCH_FLOATS[element.format])
+        scheme = self._scheme(files, PerChannel() if self._channels(files) else PerTensor())
+        made = QuantizedTensor(scheme, (weight.shape[0], weight.shape[1]), codes, (scale.float(),))
+        return LayerTensors(made, bias, input_scale=given.float().reshape(1))
+
+    def parameters(self, files: CheckpointFiles, plan: Mapping[str, ModulePlan]) -> dict[str, TensorInfo]:
+        return {name: info for name, info in super().parameters(files, plan).items() if not _SIDE.search(name)}
+
+    # --- What the config says ---
+
+    def _config(self, files: CheckpointFiles) -> IncConfig:
+        return files.once("config", lambda: self._checked(files))
+
+    def _checked(self, files: CheckpointFiles) -> IncConfig:
+        found = dict(files.quantization or {})
+        for old, new in (("whitelist", "allowlist"), ("blacklist", "blocklist")):
+            found.setdefault(new, found.get(old) or {})
+        if not isinstance(found.get("scale_method", ""), str):
+            raise self._variant(files, "scale_method", "scales by layer")
+        config = check(IncConfig, found, file=files.quantization_file)
+        for field, value, known in (
+            ("mode", config.mode, config.mode in ("QUANTIZE", "LOAD", "AUTO")),
+            ("observer", config.observer, config.observer in ("maxabs", "maxabs_per_channel")),
+            ("scale_method", config.scale_method, _saved(files) or config.scale_method in METHODS),
+            ("device_for_scales", config.device_for_scales, config.device_for_scales in RANGES),
+            ("dynamic_quantization", "true", not config.dynamic_quantization),
+        ):
+            if not known:
+                raise self._variant(files, field, str(value))
+        return config
+
+    def _variant(self, files: CheckpointFiles, field: str, found: str) -> Refused:
+        return Refused(
+            Refusal("unknown-variant", "notimpl", str(files.path), "this form of INC's fp8 is not read yet",
+                    f"found {field} {found}, expected mode QUANTIZE, static maxabs scales, one of {', '.join(METHODS)}",
+                    "Choose one of these scale methods, or save the model from one rank in INC's vllm format.",
+                    str(files.quantization_file), field=field)
+        )  # fmt: skip
+
+    def _element(self, files: CheckpointFiles) -> Float:
+        return Float(_FP8[self._config(files).fp8_config][1])  # type: ignore[arg-type]
+
+    def _channels(self, files: CheckpointFiles) -> bool:
+        return METHODS[self._config(files).scale_method].channels
+
+    def _largest(self, files: CheckpointFiles) -> float:
+        config = self._config(files)
+        return RANGES[config.device_for_scales].largest if config.fp8_config == "E4M3" else 57344.0
+
+    def _scheme(self, files: CheckpointFiles, grid: Granularity) -> Scheme:
+        element = self._element(files)
+        return Scheme(TensorScheme(element, (Level(grid),)), TensorScheme(element, (Level(PerTensor()),)))
+
+    # --- Saved models ---
+
+    def _saved_entry(self, files: CheckpointFiles, module: str) -> ModulePlan:
+        """[N, K] of a saved layer, once all headers agree. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
+        weight = require_tensor(files, f"{module}.weight", dtypes=[_FP8[self._config(files).fp8_config][0]])
+        if len(weight.shape) != 2:
+            raise bad_file("bad-shape", "the weight is a matrix", file=weight.file, tensor=weight.name, field="shape",
+                           found=list(weight.shape), expected="two dimensions")  # fmt: skip
+        columns, rows = weight.shape
+        scale = require_tensor(files, f"{module}.scale_weight", dtypes=_FLOATS)
+        given = require_tensor(files, f"{module}.scale_input", dtypes=_FLOATS)
+        for info, shapes in ((scale, [(), (1,), (1, 1), (rows,), (rows, 1)]), (given, [(), (1,), (1, 1)])):
+            if info.shape not in shapes:
+                raise bad_file("bad-shape", "the scales do not fit the weight", file=info.file, tensor=info.name,
+                               field="shape", found=list(info.shape), expected=" or ".join(map(str, map(list, shapes))))  # fmt: skip
+        single = scale.shape in ((), (1,), (1, 1))
+        return ModulePlan(
+            self._scheme(files, PerTensor() if single else PerChannel()), "stored in fp8", (rows, columns)
+        )
+
+    # --- Measured models ---
+
+    def _measured(self, files: CheckpointFiles) -> tuple[dict[str, Node], bool]:
+        """The layers' measurements, or their scales (True). Raises Refused where there are none although they are needed."""
+        return files.once("measured", lambda: self._read_measured(files))
+
+    def _read_measured(self, files: CheckpointFiles) -> tuple[dict[str, Node], bool]:
+        config = self._config(files)
+        suffix = f"hooks_{config.observer}"
+        if not config.recalc_scales:
+            scales = read_nodes(files.folder, config.dump_stats_path, f"{suffix}_{config.scale_method}")
+            if scales is not None:
+                return scales, True
+        nodes = read_nodes(files.folder, config.dump_stats_path, suffix)
+        if nodes is None and METHODS[config.scale_method].input not in ("one", "single"):
+            raise bad_file("path-not-found", "INC's measurements are not there", file=files.folder, field="dump_stats_path",
+                           found=config.dump_stats_path, expected=f"{config.dump_stats_path}_{suffix}.json in the folder",
+                           fix="Copy the measurement files beside the weights.")  # fmt: skip
+        return nodes or {}, False
+
+    def _kept(self, files: CheckpointFiles, module: str) -> str:
+        """Why a linear layer is not quantized; empty where it is."""
+        config = self._config(files)
+
+        def named(names: list[str], field: str) -> bool:
+            where = f"{field}.names"
+            return any(matches(n, module, file=files.quantization_file, field=where, anywhere=True) for n in names)
+
+        if named(config.blocklist.names, "blocklist") or any(
+            kind.lower() == "linear" for kind in config.blocklist.types
+        ):
+            return "in the blocklist"
+        allowed = config.allowlist
+        linear = any("linear" in kind.lower() for kind in allowed.types)
+        if (allowed.names or allowed.types) and not linear and not named(allowed.names, "allowlist"):
+            return "not in the allowlist"
+        fixed = METHODS[config.scale_method].input in ("one", "single")
+        node = self._node(files, module)
+        if not fixed and (node is None or node.input is None):
+            if config.ignore_modules_wo_measures:
+                return "not measured"
+            raise bad_file("bad-field", "a layer that the config has quantized was not measured", file=files.folder,
+                           field=f"Nodes.{module}", found="no entry", expected="its largest input",
+                           fix="Put it on the blocklist, or set ignore_modules_wo_measures.")  # fmt: skip
+        return ""
+
+    def _node(self, files: CheckpointFiles, module: str) -> Node | None:
+        nodes = self._measured(files)[0]
+        parent, _, leaf = module.rpartition(".")
+        return nodes.get(module) or nodes.get(f"{parent}.{_FUSED.get(leaf, leaf)}")
+
+    def _scales(self, files: CheckpointFiles, module: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales in hp_dtype of the weight [N, 1] or [1, 1] and of the input []."""
+        import torch
+
+        config, (nodes, are_scales) = self._config(files), self._measured(files)
+        method, node = METHODS[config.scale_method], self._node(files, module)
+
+        def kept(numbers: list[float]) -> torch.Tensor:
+            return torch.tensor(numbers, dtype=weight.dtype)
+
+        if are_scales and node is not None and node.input is not None and node.weight:
+            scale, given = kept(list(node.weight)), kept([node.input])
+            if scale.numel() not in ((weight.shape[0],) if method.channels else (1,)):
+                raise bad_file("bad-shape", "a scale file does not fit the weight", file=files.folder,
+                               field=f"Nodes.{module}.params.weight", found=scale.numel(), expected=weight.shape[0])  # fmt: skip
+            return _positive(scale.reshape(-1, 1)), _positive(given)
+        largest = weight.abs().amax(1, keepdim=True) if method.channels else weight.abs().amax().reshape(1, 1)
+        if module not in nodes and node is not None and node.weight and not method.channels:
+            largest = largest.clamp(min=max(node.weight))  # layers that were measured as one share a scale
+        given = kept([node.input if node is not None and node.input is not None else 0.0])
+        return self._rounded(files, largest, method.weight, "weight"), self._rounded(
+            files, given, method.input, "input"
+        )
+
+    def _rounded(self, files: CheckpointFiles, largest: torch.Tensor, how: Rounding, what: str) -> torch.Tensor:
+        """The scale of a largest magnitude, in its dtype; zeros have 1."""
+        bounds = RANGES[self._config(files).device_for_scales]
+        if how in ("one", "single"):
+            return largest.new_full(largest.shape, 1.0 if how == "one" else 2.0**bounds.high)
+        scale = _positive(largest / (self._largest(files) * _BACKOFF[what]))
+        if how == "none":
+            return scale
+        power = scale.log2().ceil()
+        if how == "hw":
+            power = ((power / bounds.step).ceil() * bounds.step).clamp(bounds.low, bounds.high)
+        return power.exp2()
+
+
+def _saved(files: CheckpointFiles) -> bool:
+    return any(name.endswith(".scale_weight") for name in files.source.tensors)
+
+
+def _positive(scale: torch.Tensor) -> torch.Tensor:
+    """Zeros, and what has no finite reciprocal, become 1."""
+    filled: torch.Tensor = scale.masked_fill(scale.float() < 2.0**-126, 1.0)
+    return filled
+
+
+def _torch(name: str) -> torch.dtype:
+    import torch
+
+    return {"BF16": torch.bfloat16, "FP16": torch.float16, "FP32": torch.float32}[name]
+
+
+METHOD = Inc()
