@@ -33,6 +33,8 @@ _ROWS = Accepts(elements=("*",), scales=("[!f]*",), zeros=(None, "stored", "floa
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that bitsandbytes has; nested scales come in blocks of 256."""
 _BLOCKWISE = tuple(text for n in _BLOCKS for text in (f"g{n}", f"flat{n}", f"flat{n}:dynamic8+flat{256 * n}"))
+_GROUPS = ("g?", "g??", "g???", "g????", "g?????")
+"""Groups under plain float scales: no word for the scales' type follows."""
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -46,7 +48,7 @@ def qcore_methods() -> Sequence[Method]:
 @hookimpl
 def qcore_algorithms() -> Sequence[Algorithm]:
     return [
-        Algorithm("rtn", Accepts(("int?", "uint?", "fp8", "e4m3fnuz", "e5m2"), ("tensor", "channel", "g*"), (None, "stored")),
+        Algorithm("rtn", Accepts(("int?", "uint?", "fp8", "e4m3fnuz", "e5m2"), ("tensor", "channel", *_GROUPS), (None, "stored")),
                   "qcore.algorithms.rtn:rtn", note="every weight becomes the nearest code; needs no calibration"),
         Algorithm("bitsandbytes", Accepts(("nf4", "fp4"), _BLOCKWISE), "qcore.algorithms.codebook:codebook",
                   note="absmax blocks of the flattened weight, the nearest of 16 values; bitsandbytes' numbers"),

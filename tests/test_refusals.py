@@ -12,6 +12,8 @@ import qcore
 from hostile import cases
 from makers import dense_llama, gptq_tensors, write
 from qcore.cli import evaluate, options
+from qcore.convert import convert, writer_of
+from qcore.method import Method
 from qcore.model.devices import find_device
 from qcore.model.probe import failed, wrong_answer
 from qcore.platform import Device, known_platform
@@ -91,7 +93,7 @@ def cell(folder: Path, *records: object) -> Refusal | None:
 
 
 STALE = "sha256:" + "0" * 64
-TRIGGERS: dict[str, Callable[[Path], Refusal | None]] = {
+TRIGGERS: dict[str, Callable[[Path], object]] = {
     "remote-code": lambda folder: qcore.load_model(
         checkpoint(folder, model_type="own", auto_map={"AutoConfig": "a.B"})
     ),
@@ -118,6 +120,11 @@ TRIGGERS: dict[str, Callable[[Path], Refusal | None]] = {
     "unknown-row": lambda folder: known_row("abacus"),
     "unknown-platform": lambda folder: known_platform("abacus"),
     "unknown-kernel": lambda folder: qcore.load_model(checkpoint(folder), kernel="abacus"),
+    "unknown-format": lambda folder: writer_of("abacus"),
+    "format-not-written": lambda folder: Method.encode_config(writer_of("dense"), {}),
+    "not-representable": lambda folder: convert(checkpoint(folder), "gptq", folder / "out"),
+    "output-exists": lambda folder: convert(checkpoint(folder), "dense", folder),
+    "cannot-write": lambda folder: convert(checkpoint(folder), "dense", folder / "no" / "where"),
     "plugin-missing": lambda folder: matrix(sim_registry()).cell("gptq", "hopper").refusal,
     "plugin-broken": lambda folder: plugin(Sim("sim", devices=lambda: 1 / 0)),
     "plugin-api": other_api,
@@ -138,6 +145,7 @@ def test_every_code_is_reached(code: str, tmp_path: Path) -> None:
             refusal = None
         else:
             refusal = TRIGGERS[code](tmp_path)
+            assert refusal is None or isinstance(refusal, Refusal)
     except Refused as error:
         refusal = error.refusal
     assert refusal is not None and refusal.code == code

@@ -25,6 +25,8 @@ def random_layer(scheme: Scheme, rows: int, columns: int, seed: int = 0) -> Laye
         tensor = QuantizedTensor(scheme, (rows, columns), _blocks(weight.element.type, rows, columns, random))
     else:
         tensor = _scaled(scheme, rows, columns, random)
+    if scheme.input is not None and len(scheme.input.scales) == 2:  # what a batch holds is not to change its rows
+        return LayerTensors(tensor, input_scale=torch.tensor([6 / (448 * 6)]))
     if scheme.input is None or scheme.input.dynamic:
         return LayerTensors(tensor)
     zero = None if scheme.input.zero is None else torch.tensor([-3], dtype=torch.int8)
@@ -69,7 +71,7 @@ def _scale(
         return (0.5 + uniform).to(torch.float8_e4m3fn)
     if place:  # a coarser level
         return (0.5 + uniform) * 0.02
-    return ((0.2 + uniform) * 0.1 / (1 << (weight.bits - 1))).to(torch.float16)
+    return ((0.2 + uniform) * 0.1 / (1 << (min(weight.bits, 8) - 1))).to(torch.float16)
 
 
 def _zeros(weight: TensorScheme, rows: int, columns: int, random: torch.Generator) -> torch.Tensor | None:
