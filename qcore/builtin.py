@@ -22,7 +22,7 @@ _INPUTS = (
     "int?-token-*dyn",
     "int8-token-sym-dyn-outliers*",
     "int?-tensor-*",
-    "fp8-token-dyn",
+    "fp8-token-dyn*",
     "fp8-tensor*",
     "fp8-g*-dyn",
     "e?m?-g*-dyn",

@@ -107,6 +107,8 @@ class Method(ABC):
     """What of the format is read, in the format's own words; the matrix asks for them as `name:variant`."""
     side_files: tuple[str, ...] = ()
     """Files beside config.json that may hold the quantization config instead."""
+    pickles: str = ""
+    """How pickled checkpoints of the format become safetensors, where there is a better way than saving them again."""
     parts: frozenset[str] = frozenset()
     """The tensors that a quantized module may have; empty where names are checked otherwise."""
 

@@ -9,7 +9,7 @@ Every scheme has one printed form, and it parses back to an equal scheme (qcore.
     scheme   W<bits>A<bits> - <weight>                   activations in 16 bits or more
              W<bits>A<bits> - <weight> / <input>         quantized activations
              W<bits>A<bits> - <shorthand>                the well-known pairs of SHORTHANDS
-    tensor   [element] - [level + level ...] - [sym | asym | zfloat] - [actorder] - [dyn] - [outliers<threshold>]
+    tensor   [element] - [level + level ...] - [sym | asym | zfloat] - [actorder] - [dyn] - [outliers<threshold>] - [bound<magnitude>]
 
 A weight-only integer in its normal form (signed and symmetric, or unsigned with a zero point) leaves its element out:
 `W4A16-g128-sym`.
@@ -54,6 +54,7 @@ class TensorScheme:
     ordered: the group of column k is index[k] (act-order), not k // size.
     dynamic: scales are computed at run time (inputs and kv caches only).
     outliers: inputs only; columns with a value beyond this magnitude stay in 16 bits (LLM.int8).
+    bound: inputs only; run-time scales are those of magnitudes up to this one (FBGEMM's activation_scale_ub).
     """
 
     element: Element
@@ -62,6 +63,7 @@ class TensorScheme:
     ordered: bool = False
     dynamic: bool = False
     outliers: float | None = None
+    bound: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.element, Block) and (self.scales or self.zero or self.ordered):
@@ -74,6 +76,8 @@ class TensorScheme:
             raise ValueError("act-order needs groups")
         if self.outliers is not None and not self.outliers > 0:
             raise ValueError("the outlier threshold is a positive magnitude")
+        if self.bound is not None and not (self.bound > 0 and self.dynamic):
+            raise ValueError("the bound of scales that are found at run time is a positive magnitude")
 
     @property
     def bits(self) -> int:
@@ -97,6 +101,8 @@ class TensorScheme:
             words.append("dyn")
         if self.outliers is not None:
             words.append(f"outliers{self.outliers!r}")
+        if self.bound is not None:
+            words.append(f"bound{self.bound!r}")
         return "-".join(words)
 
     @classmethod
@@ -116,7 +122,7 @@ class Scheme:
     input: TensorScheme | None = None
 
     def __post_init__(self) -> None:
-        if self.weight.dynamic or self.weight.outliers is not None:
+        if self.weight.dynamic or self.weight.outliers is not None:  # nor a bound, which goes with dynamic scales
             raise ValueError("a weight's scales are stored, and it has no outliers")
         if any(level.type in ("e8m0floor", "e8m0ceil") for level in self.weight.scales):
             raise ValueError("a weight's scales are found already; they are e8m0")
@@ -229,10 +235,13 @@ def _parse_tensor(text: str) -> TensorScheme:
             raise ValueError("an integer says sym, asym or zfloat")
         zero = {"sym": None, "asym": "stored", "zfloat": "float"}[word]
     ordered, dynamic = (bool(words and words[0] == flag and words.pop(0)) for flag in ("actorder", "dyn"))
-    outliers = float(words.pop(0)[8:]) if words and words[0].startswith("outliers") else None
+    outliers, bound = (
+        float(words.pop(0).removeprefix(word)) if words and words[0].startswith(word) else None
+        for word in ("outliers", "bound")
+    )
     if words:
         raise ValueError(f"unknown word {words[0]!r}")
-    return TensorScheme(element, levels, zero, ordered, dynamic, outliers)  # type: ignore[arg-type]
+    return TensorScheme(element, levels, zero, ordered, dynamic, outliers, bound)  # type: ignore[arg-type]
 
 
 def _normal_form(scheme: TensorScheme) -> bool:

@@ -43,7 +43,8 @@ def checkpoint(folder: Path, parts: dict[str, torch.Tensor], method: str = "fp8"
     [
         ("tensor", "fp8", {"activation_scheme": "static"}, "W8A8-fp8-static"),
         ("tensor", "fp8", {"activation_scheme": "dynamic"}, "W8A8-fp8-tensor/fp8-tensor-dyn"),
-        ("channel", "fbgemm_fp8", {"activation_scale_ub": 1200.0}, "W8A8-fp8-dyn"),
+        ("channel", "fbgemm_fp8", {}, "W8A8-fp8-dyn"),
+        ("channel", "fbgemm_fp8", {"activation_scale_ub": 1200.0}, "W8A8-fp8-channel/fp8-token-dyn-bound1200.0"),
         ("block", "fp8", {"weight_block_size": [32, 48], "fmt": "e4m3"}, "W8A8-fp8-tile32x48/fp8-g48-dyn"),
         ("e8m0", "fp8", {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"}, "W8A8-fp8-block128:e8m0/fp8-g128-dyn"),
         ("block128", "fp8", {"weight_block_size": [128, 128]}, "W8A8-fp8-block128"),
@@ -95,3 +96,12 @@ def test_what_is_broken_or_not_read_is_refused(
     with pytest.raises(qcore.Refused) as caught:
         qcore.open_checkpoint(checkpoint(tmp_path, parts, **config)).dequantize(UP)
     assert caught.value.refusal.code == code and caught.value.refusal.fix
+
+
+def test_scales_of_inputs_are_bounded_as_fbgemm_bounds_them() -> None:
+    from qcore.kernels.activations import quantize_input
+
+    x = torch.tensor([[1.0, 2000.0], [1.0, 448.0]])
+    scheme = Scheme.parse("W8A8-fp8-channel/fp8-token-dyn-bound896.0").input
+    assert scheme is not None
+    assert quantize_input(x, scheme).tolist() == [[1.0, 896.0], [1.0, 448.0]]

@@ -215,3 +215,12 @@ def test_what_is_broken_or_not_read_is_refused(
     with pytest.raises(qcore.Refused) as caught:
         qcore.load_model(checkpoint(tmp_path, kind, change, record)[0])
     assert caught.value.refusal.code == code and caught.value.refusal.fix
+
+
+def test_pickled_checkpoints_are_refused_with_the_way_to_convert_them(tmp_path: Path) -> None:
+    path, _, _ = checkpoint(tmp_path, "Int8Tensor")
+    (path / "model.safetensors").unlink()
+    torch.save({"a": 1}, path / "pytorch_model.bin")
+    with pytest.raises(qcore.Refused, match="unsafe-container") as caught:
+        qcore.open_checkpoint(path)
+    assert "save_pretrained" in caught.value.refusal.fix and "torchao 0.15" in caught.value.refusal.fix

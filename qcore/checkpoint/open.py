@@ -258,6 +258,11 @@ def _container(path: Path) -> Path:
 
 def _pickled(file: Path) -> Refused:
     fix = "Convert it to safetensors with the tool that wrote it (save_pretrained(safe_serialization=True))."
+    config = file.parent / "config.json"
+    stated = stated_method(_quantization(read_json(config), config)) if config.is_file() else ""
+    for method in registry().methods:
+        if stated in method.quant_methods and method.pickles:
+            fix = method.pickles
     return Refused(Refusal("unsafe-container", "bad-file", str(file), "pickled weights run code when they are read, so "
                            "they are never opened", f"found {file.name}", fix, str(file)))  # fmt: skip
 

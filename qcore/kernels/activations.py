@@ -69,6 +69,8 @@ def _range(
     """Scale and zero point over the last dimension; `whole` is the stored scale of the tensor, where the scheme has one."""
     if scheme.zero is None:
         magnitude = values.abs().amax(-1, keepdim=True)
+        if scheme.bound is not None:
+            magnitude = magnitude.clamp(max=scheme.bound)
         if not isinstance(scheme.element, Float):
             return _symmetric(magnitude, (2**scheme.bits - 1) / 2)
         name, kind = scheme.element.format, scheme.scales[0].type

@@ -3,7 +3,8 @@
     fp8, per tensor   weight e4m3 [N, K], weight_scale f32; input_scale f32 where activation_scheme is static
     fp8, in blocks    weight e4m3 [N, K], weight_scale_inv f32 or e8m0 [ceil(N / r), ceil(K / c)]: multiplied, despite
                       its name; inputs by groups of c, scaled at run time
-    fbgemm_fp8        weight e4m3 [N, K], weight_scale f32 [N, 1]; inputs by token
+    fbgemm_fp8        weight e4m3 [N, K], weight_scale f32 [N, 1]; inputs by token, their scales those of magnitudes up to
+                      activation_scale_ub
 
 w = q * scale. Sources: DeepSeek-V3's config and weight_dequant, transformers' FineGrainedFP8 and FbgemmFp8 quantizers.
 """
@@ -110,7 +111,8 @@ class Fp8(Method):
             )
 
         if stated_method(files.quantization) == "fbgemm_fp8":
-            return both(PerChannel(), PerToken(), dynamic=True)
+            given = TensorScheme(element, (Level(PerToken()),), dynamic=True, bound=config.activation_scale_ub)
+            return Scheme(TensorScheme(element, (Level(PerChannel(), kind),)), given)
         if config.weight_block_size:
             return both(Tile(*config.weight_block_size), Group(config.weight_block_size[1]), dynamic=True)
         return both(PerTensor(), PerTensor(), dynamic=config.activation_scheme == "dynamic")

@@ -72,6 +72,10 @@ class TorchAo(Method):
     name = "torchao"
     quant_methods = ("torchao",)
     variants = _CLASSES
+    pickles = (
+        "Where the files are trusted, load them once with AutoModelForCausalLM.from_pretrained (transformers 5, torchao 0.15 "
+        "or newer) and save them again with save_pretrained: TorchAO is written as safetensors since then."
+    )
     parts = frozenset({"bias", *(f"_weight_{part}" for part in _PARTS)})
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
