@@ -195,6 +195,20 @@ def test_ignore_targets_and_their_order(tmp_path: Path) -> None:
     assert layers["model.embed_tokens"].scheme is None
 
 
+def test_embeddings_are_a_class_of_their_own(tmp_path: Path) -> None:
+    tensors = dense_llama()
+    codes = torch.randint(-128, 128, (128, 64), dtype=torch.int8)
+    tensors["model.embed_tokens.weight"] = codes
+    tensors["model.embed_tokens.weight_scale"] = scale = torch.rand(128, 1)
+    given = arguments(num_bits=8, strategy="channel", group_size=None)
+    group = {"targets": ["Embedding"], "weights": given}
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": group}}
+    opened = qcore.open_checkpoint(write(tmp_path, tensors, config))
+    assert torch.equal(opened.dequantize("model.embed_tokens"), codes * scale)
+    assert [module for module, scheme in opened.plan.items() if scheme] == ["model.embed_tokens"]
+    assert qcore.load_model(opened)(torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
 def test_presets_by_name(tmp_path: Path) -> None:
     codes = torch.randint(-8, 8, (ROWS, COLUMNS))
     parts = {"weight_packed": words(codes + 8, 4), "weight_shape": torch.tensor([ROWS, COLUMNS]),

@@ -129,6 +129,11 @@ class CompressedConfig(Settings):
         for by_class in (False, True):
             for name, group in groups.items():
                 for target in group.targets:
-                    if (target == "Linear" and not is_embedding(module)) if by_class else hit(target):
+                    if target == _class_of(module) if by_class else hit(target):
                         return group, f"config group {name!r}"
         return None, "no config group targets it"
+
+
+def _class_of(module: str) -> str:
+    """The class that a target may name; headers do not tell it, names do."""
+    return "Embedding" if is_embedding(module) else "Linear"
