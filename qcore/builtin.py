@@ -20,6 +20,7 @@ QCORE_API = API_VERSION
 _INPUTS = (
     "none",
     "int?-token-*dyn",
+    "int?-g*-dyn",
     "int8-token-sym-dyn-outliers*",
     "int?-tensor-*",
     "fp8-token-dyn*",

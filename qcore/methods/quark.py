@@ -244,7 +244,7 @@ class Quark(Method):
             and spec.qscheme in kind.schemes
             and (spec.scale_format == "e8m0") == shared
             and (kind.affine or spec.symmetric is not False)
-            and not (inputs and (kind.affine or (isinstance(granularity, Group) and not shared)))
+            and not (inputs and (kind.affine or (isinstance(granularity, Group) and not (shared or spec.is_dynamic))))
         )
         if not fits or granularity is None:
             raise self._variant(files, field, f"{spec.dtype} {spec.qscheme}, symmetric {spec.symmetric}")
