@@ -138,6 +138,21 @@ def test_mixed_layers(tmp_path: Path) -> None:
         qcore.open_checkpoint(checkpoint(tmp_path / "2", parts, "MIXED_PRECISION", quantized_layers={}))
 
 
+def test_nvfp4_groups_are_those_of_its_scales(tmp_path: Path) -> None:
+    parts, _, _ = made("W4A16_NVFP4")
+    parts["weight_scale"] = parts["weight_scale"][:, ::2]
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, "W4A16_NVFP4"))
+    assert str(opened.plan[UP]) == "W4A16-e2m1-g32:e4m3fn+tensor"
+    assert opened.weight(UP).scheme == opened.plan[UP] and opened.dequantize(UP).isfinite().all()
+
+
+def test_mxfp4_with_fp8_inputs_finds_their_range_at_run_time(tmp_path: Path) -> None:
+    parts, _, _ = made("W4A8_MXFP4_FP8")
+    del parts["input_scale"]
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, "W4A8_MXFP4_FP8"))
+    assert str(opened.plan[UP]) == "W4A8-e2m1-g32:e8m0/fp8-tensor-dyn"
+
+
 def test_algorithms_in_lower_case_are_the_same(tmp_path: Path) -> None:
     """ModelOpt writes its own word where it has no name for one: `mxfp4`, `fp8_pb_wo`."""
     parts, weight, scheme = made("MXFP4")

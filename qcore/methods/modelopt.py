@@ -153,8 +153,24 @@ class ModelOpt(Method):
                                expected=f"[{rows}, G], where G divides {columns}")  # fmt: skip
             return Scheme(integer_weight(4, Group(columns // groups), symmetric=True), _INT4[algorithm])
         scheme = Scheme.parse(_SCHEMES[algorithm])
+        if "NVFP4" in algorithm:
+            scheme = self._in_groups(files, module, scheme)
         static = scheme.input is not None and not scheme.input.dynamic
-        return Scheme(scheme.weight) if static and f"{module}.input_scale" not in files.source.tensors else scheme
+        if static and f"{module}.input_scale" not in files.source.tensors:
+            # ModelOpt finds the range of MXFP4's fp8 inputs at run time; of the others it has it, or leaves them whole.
+            return Scheme(scheme.weight, TensorScheme.parse("fp8-tensor-dyn") if "MXFP4" in algorithm else None)
+        return scheme
+
+    def _in_groups(self, files: CheckpointFiles, module: str, scheme: Scheme) -> Scheme:
+        """NVFP4 in the groups that the scales' shape tells: 16 as a rule, 32 in some recipes."""
+        codes, scales = (files.source.tensors.get(f"{module}.{part}") for part in ("weight", "weight_scale"))
+        if codes is None or scales is None or len(codes.shape) != 2 or len(scales.shape) != 2 or not scales.shape[1]:
+            return scheme  # refused where shapes are checked
+        columns, groups = codes.shape[1] * 2, scales.shape[1]
+        fine, whole = scheme.weight.scales
+        if columns != 32 * groups:
+            return scheme
+        return Scheme(replace(scheme.weight, scales=(replace(fine, granularity=Group(32)), whole)), scheme.input)
 
     def _shape(self, files: CheckpointFiles, module: str, algorithm: str) -> tuple[int, int]:
         """[N, K], once all headers agree. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
