@@ -61,11 +61,19 @@ class CheckpointFiles:
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One linear layer or embedding: its scheme (None: not quantized), why, and its shape [N, K]."""
+    """One linear layer or embedding: its scheme (None: not quantized), why, and its shape [N, K].
+
+    Experts of a mixture are layers of their own, or one entry [E, N, K] where the checkpoint stacks them.
+    """
 
     scheme: Scheme | None
     reason: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """[N, K] of the layer, or of one expert."""
+        return self.shape[-2], self.shape[-1]
 
 
 class Method(ABC):
