@@ -34,7 +34,7 @@ TORCH_FLOATS: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """One weight [N, K] = [out_features, in_features], or stacked experts [E, N, K] (E leads codes, scales and zeros).
+    """One weight [N, K] = [out_features, in_features], or stacked experts [E, N, K] (E leads every part below).
 
     codes     Int and Codebook: a bit stream along K (qcore.bits), uint8 [N, ceil(K * bits / 8)]; signed codes below 8
               bits are held as q + 2^(bits-1), signed 8-bit ones as int8 [N, K]. Float: torch's dtype [N, K], or the bit
@@ -80,12 +80,6 @@ class QuantizedTensor:
         """Bytes that the parts hold in memory."""
         parts = (self.codes, *self.scales, self.zeros, self.index, self.table, self.scale_table, self.offset)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
-
-    def expert(self, number: int) -> QuantizedTensor:
-        """One of stacked experts [E, N, K], as a weight [N, K] that shares memory."""
-        zeros = None if self.zeros is None else self.zeros[number]
-        scales = tuple(scale[number] for scale in self.scales)
-        return replace(self, shape=self.shape[1:], codes=self.codes[number], scales=scales, zeros=zeros)
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """Rows start..stop of a weight [N, K], sharing memory. A Tile boundary must lie at `start`."""
@@ -253,7 +247,7 @@ def _cut(granularity: Granularity, part: torch.Tensor, start: int, stop: int) ->
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """All that a checkpoint holds of one linear layer or embedding, or of one weight of all experts of a mixture.
+    """All that a checkpoint holds of one linear layer or embedding.
 
     input_scale, input_zero: of statically quantized activations, [1] float and [1] int8; input_scale is also the scale of
     the whole tensor above NVFP4's run-time ones. input_multiplier: [K], a vector
@@ -265,8 +259,3 @@ class LayerTensors:
     input_scale: torch.Tensor | None = None
     input_zero: torch.Tensor | None = None
     input_multiplier: torch.Tensor | None = None
-
-    def expert(self, number: int) -> LayerTensors:
-        """One of stacked experts; all parts are theirs, with E leading."""
-        parts = (self.bias, self.input_scale, self.input_zero, self.input_multiplier)
-        return LayerTensors(self.weight.expert(number), *(None if part is None else part[number] for part in parts))

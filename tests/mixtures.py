@@ -56,7 +56,7 @@ class Mixture:
 
     def __init__(self, kind: str, **changes: Any) -> None:
         torch.manual_seed(0)
-        self.kind = kind
+        self.kind, self.experts = kind, changes.get("num_local_experts", EXPERTS)
         self.config = CONFIG_MAPPING[kind](**{**_COMMON, **CONFIGS[kind], **changes})
         self.model: Any = AutoModelForCausalLM.from_config(self.config).eval().float()
         state = {name: torch.randn_like(tensor) * 0.2 for name, tensor in self.model.state_dict().items()}
@@ -91,7 +91,8 @@ class Mixture:
             prefix = f"model.layers.{layer}.{self.block}.experts."
             if f"{prefix}0.{self.spelled[0]}" in self.parts:
                 gate, up, down = (
-                    torch.stack([self.parts[f"{prefix}{e}.{part}"] for e in range(EXPERTS)]) for part in self.spelled
+                    torch.stack([self.parts[f"{prefix}{e}.{part}"] for e in range(self.experts)])
+                    for part in self.spelled
                 )
                 where = prefix.replace(f".{self.block}.", ".mlp.")
                 state |= {f"{where}gate_up_proj": torch.cat([gate, up], 1), f"{where}down_proj": down}
@@ -109,13 +110,15 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def gptq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+def gptq(weight: torch.Tensor, bits: int = 4) -> tuple[Tensors, torch.Tensor]:
     """A random GPTQ layer of the weight's shape, and the weight that it stands for."""
     rows, columns = weight.shape
-    codes = torch.randint(0, 16, (rows, columns))
+    middle = 1 << (bits - 1)
+    codes = torch.randint(0, 2 * middle, (rows, columns))
     scales = (torch.rand(rows, columns // 32) * 0.05 + 0.01).to(torch.float16)
-    made = (codes - 8) * scales.float().repeat_interleave(32, 1)
-    return gptq_tensors(codes, torch.full_like(scales, 8).long(), scales, 4, None, v1=True), made
+    scales = scales * (8 / middle)
+    made = (codes - middle) * scales.float().repeat_interleave(32, 1)
+    return gptq_tensors(codes, torch.full_like(scales, middle).long(), scales, bits, None, v1=True), made
 
 
 def packed(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:

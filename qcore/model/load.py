@@ -131,6 +131,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if isinstance(layers, int) and layers > tensors:  # building that many would take for ever
         raise bad_file("bad-field", "the config has more layers than the checkpoint has tensors", file=checkpoint.path,
                        field="num_hidden_layers", found=layers, expected=f"at most {tensors}")  # fmt: skip
+    _check_experts(checkpoint, config)
     # transformers renamed the key in 4.56
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
     try:
@@ -145,6 +146,16 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         except Exception as error:
             log.warning("%s is not used: %s", folder / "generation_config.json", error)
     return model.eval()
+
+
+def _check_experts(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
+    """A router has a row for every expert, and is made with its zeros: their number must be of something in the files."""
+    for field in ("num_local_experts", "num_experts", "n_routed_experts"):
+        experts = getattr(config, field, None)
+        tensors = checkpoint.files.source.tensors.values()
+        if isinstance(experts, int) and experts > max((info.shape[0] for info in tensors if info.shape), default=0):
+            raise bad_file("bad-field", "no tensor of the checkpoint has as many rows as the config has experts",
+                           file=checkpoint.path, field=field, found=experts)  # fmt: skip
 
 
 class _Loader:

@@ -41,7 +41,7 @@ class ExpertLoader:
         """Notes a source. Raises Refused (unexpected-tensor) for an expert too many or a weight that came before."""
         count, known = self.layouts[slot.module].count, self.found.setdefault(slot.module, {})
         if slot.expert is not None and slot.expert >= count:
-            raise self.unexpected(name, f"expert {slot.expert}", f"experts 0 to {count - 1}")
+            raise self.unexpected(name, f"expert {slot.expert}", f"{count} experts")
         if slot in known:
             raise self.unexpected(name, f"{known[slot].name}, which is the same weight", "every weight once")
         known[slot] = _Source(name, quantized)
@@ -64,9 +64,11 @@ class _Experts:
         self.old: Any = loader.model.get_submodule(module)
         self.layout: Layout = loader.layouts[module]
         self.empty = [stack for stack in self.layout.stacks if getattr(self.old, stack).is_meta]
-        self.parts: tuple[Part, ...] = ("gate_up", "down") if self.layout.gated else ("up", "down")
-        if self.layout.gated and any(slot.part in ("gate", "up") for slot in found):
-            self.parts = ("gate", "up", "down")
+        known = {slot.part for slot in found}
+        fused = "gate_up" in known or not known & {"gate", "up"}
+        self.parts: tuple[Part, ...] = ("gate_up", "down") if fused else ("gate", "up", "down")
+        if not self.layout.gated:
+            self.parts = ("up", "down")
 
     def load(self) -> set[str]:
         """The names of the parameters that it gave values. Raises Refused (missing-tensor, bad-shape and others)."""
@@ -86,8 +88,9 @@ class _Experts:
             known = slot.part in self.parts and (self.layout.biased or not slot.bias)
             if not known or self.layout.stack(slot.part, bias=slot.bias) not in self.empty:
                 raise self.loader.unexpected(source.name, "another form of the same weight", "every weight once")
-            if slot.expert is not None and replace(slot, expert=None) in self.found:
-                raise self.loader.unexpected(source.name, "all experts in one tensor, too", "every weight once")
+            twin = self.found.get(replace(slot, expert=None)) if slot.expert is not None else None
+            if twin is not None:
+                raise self.loader.unexpected(source.name, f"{twin.name}, which has all experts", "every weight once")
         for part in self.parts:
             if self.layout.stack(part) not in self.empty or Slot(self.module, part, None) in self.found:
                 continue
@@ -133,7 +136,7 @@ class _Experts:
         elif everything is not None:
             layers, plain = self._read(everything, (self.layout.count, *shape))
             for expert in range(self.layout.count):
-                yield layers and layers.expert(expert), None if plain is None else plain[expert]
+                yield layers and _expert(layers, expert), None if plain is None else plain[expert]
         else:
             for expert in range(self.layout.count):
                 source = self.found.get(Slot(self.module, part, expert, bias))
@@ -157,10 +160,21 @@ class _Experts:
             if slot.part == part and not slot.bias:
                 head, number, tail = source.name.rpartition(f".{slot.expert}.")
                 return f"{head}.{expert}.{tail}" if number else source.name
-        return f"{self.module}.{expert}.{part}_proj"
+        stacked = all(slot.expert is None for slot in self.found)
+        return f"{self.module}.{part}_proj" if stacked else f"{self.module}.{expert}.{part}_proj"
 
     def _missing(self, part: Part, expert: int, *, bias: bool = False) -> Exception:
         name = self._name(part, expert) + (".bias" if bias else "")
         return bad_file("missing-tensor", "the model needs more of its experts than the checkpoint holds",
                         file=self.checkpoint.path, tensor=name,
                         expected=f"{self.layout.count} experts in {self.module}")  # fmt: skip
+
+
+def _expert(layers: LayerTensors, number: int) -> LayerTensors:
+    """One of stacked experts, sharing their memory; what experts have in common (a table, an index) stays whole."""
+    whole = layers.weight
+    zeros = None if whole.zeros is None else whole.zeros[number]
+    scales = tuple(scale[number] for scale in whole.scales)
+    weight = replace(whole, shape=whole.shape[1:], codes=whole.codes[number], scales=scales, zeros=zeros)
+    parts = (layers.bias, layers.input_scale, layers.input_zero, layers.input_multiplier)
+    return LayerTensors(weight, *(None if part is None else part[number] for part in parts))
