@@ -67,21 +67,27 @@ class CheckpointFiles:
 class ModulePlan:
     """One linear layer or embedding: its scheme (None: not quantized), why, and its shape [N, K].
 
+    Experts of a mixture are layers of their own, or one entry [E, N, K] where the checkpoint stacks them.
     algorithm: what quantizes the weight while it is read; empty where it is stored quantized.
     """
 
     scheme: Scheme | None
     reason: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     algorithm: str = ""
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """[N, K] of the layer, or of one expert."""
+        return self.shape[-2], self.shape[-1]
 
-def in_flight(algorithm: str, scheme: Scheme, reason: str, shape: tuple[int, int]) -> ModulePlan:
+
+def in_flight(algorithm: str, scheme: Scheme, reason: str, shape: tuple[int, ...]) -> ModulePlan:
     """The plan of a plain matrix that is quantized while it is read. A single level of flat groups is counted along the
     rows where it ends with them."""
     levels = scheme.weight.scales
     if len(levels) == 1 and isinstance(group := levels[0].granularity, FlatGroup):
-        level = replace(levels[0], granularity=in_rows(group, shape[1]))
+        level = replace(levels[0], granularity=in_rows(group, shape[-1]))
         scheme = replace(scheme, weight=replace(scheme.weight, scales=(level,)))
     return ModulePlan(scheme, reason, shape, algorithm)
 

@@ -15,7 +15,7 @@ from qcore.checkpoint.kv_scales import KvScales, read_kv_scales, spelled
 from qcore.checkpoint.safetensors import SafetensorsSource
 from qcore.checkpoint.source import TensorInfo, TensorSource
 from qcore.discovery import registry
-from qcore.method import CheckpointFiles, Method, ModulePlan, stated_method
+from qcore.method import PLAIN_FLOATS, CheckpointFiles, Method, ModulePlan, stated_method
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
 
@@ -203,6 +203,14 @@ def _check_parts(checkpoint: Checkpoint, method: Method) -> None:
             raise bad_file("unexpected-tensor", f"{method.name} has no such part of a layer", file=info.file, tensor=name,
                            field="name", found=part, expected=", ".join(sorted(method.parts)),
                            fix="Check which tool wrote the checkpoint; its variant of the format is not read yet.")  # fmt: skip
+    for name, info in checkpoint.parameters.items():
+        if len(info.shape) == 3 and info.dtype not in PLAIN_FLOATS:
+            raise Refused(
+                Refusal("unknown-variant", "notimpl", str(checkpoint.path),
+                        f"{method.name} is not read where it stacks experts in one tensor",
+                        f"found {info.dtype} {list(info.shape)}", "Export the model with its experts one by one.",
+                        str(info.file), tensor=name, field="shape")
+            )  # fmt: skip
 
 
 def _find(path: Path) -> CheckpointFiles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 from typing import Any
 
 from qcore.cli import options
@@ -36,14 +37,11 @@ def inspect(path: options.Path, json: options.Json = False) -> None:
 def describe(checkpoint: Any) -> dict[str, Any]:
     """The command's JSON document."""
     layers = checkpoint.layers
-    counted = sum(entry.shape[0] * entry.shape[1] for entry in layers.values())
+    counted = sum(prod(entry.shape) for entry in layers.values())
     for name, info in checkpoint.parameters.items():
         module, _, part = name.rpartition(".")
         if part != "weight" or module not in layers:
-            size = 1
-            for extent in info.shape:
-                size *= extent
-            counted += size
+            counted += prod(info.shape)
     schemes = Counter(str(entry.scheme or "not quantized") for entry in layers.values())
     architectures = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "")]
     return {

@@ -10,6 +10,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,15 @@ from torch.overrides import TorchFunctionMode
 
 from qcore.checkpoint.kv_scales import chosen_scheme, spelled
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
-from qcore.discovery import registry
-from qcore.kernel import Kernel, Op
 from qcore.model.devices import find_device
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.model.memory import released_buffers
-from qcore.model.probe import failed, wrong_answer
+from qcore.model.pack import Packer, agreed_bias
+from qcore.model.places import Places, Slot
+from qcore.model.stacks import ExpertLoader
 from qcore.platform import Device
 from qcore.refusal import Refusal, Refused, bad_file
-from qcore.scheme import Scheme
-from qcore.select import LayerRequest, exact_activations, select
+from qcore.select import exact_activations
 from qcore.tensor import LayerTensors
 
 if TYPE_CHECKING:
@@ -76,13 +76,6 @@ def load_model(
     with released_buffers():
         _Loader(checkpoint, model, target, wanted, kernel, exact, progress).run()
     return model
-
-
-def layer_request(
-    op: Op, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, *, exact: bool = True, kernel: str | None = None
-) -> LayerRequest:
-    """A request in torch's words."""
-    return LayerRequest(op, scheme, shape, str(dtype).removeprefix("torch."), exact, kernel)
 
 
 class _MetaParameters(TorchFunctionMode):
@@ -142,6 +135,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if isinstance(layers, int) and layers > tensors:  # building that many would take for ever
         raise bad_file("bad-field", "the config has more layers than the checkpoint has tensors", file=checkpoint.path,
                        field="num_hidden_layers", found=layers, expected=f"at most {tensors}")  # fmt: skip
+    _check_experts(checkpoint, config)
     # transformers renamed the key in 4.56
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
     try:
@@ -158,6 +152,16 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
+def _check_experts(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
+    """A router has a row for every expert, and is made with its zeros: their number must be of something in the files."""
+    for field in ("num_local_experts", "num_experts", "n_routed_experts"):
+        experts = getattr(config, field, None)
+        tensors = checkpoint.files.source.tensors.values()
+        if isinstance(experts, int) and experts > max((info.shape[0] for info in tensors if info.shape), default=0):
+            raise bad_file("bad-field", "no tensor of the checkpoint has as many rows as the config has experts",
+                           file=checkpoint.path, field=field, found=experts)  # fmt: skip
+
+
 class _Loader:
     """Fills a skeleton."""
 
@@ -166,21 +170,22 @@ class _Loader:
         kernel: str | None, exact: bool, progress: Progress | None,
     ) -> None:  # fmt: skip
         self.checkpoint, self.model, self.device, self.dtype = checkpoint, model, device, dtype
-        self.kernel, self.exact, self.progress = kernel, exact, progress
-        self.kernels = registry().kernels
-        self.trusted: set[tuple[str, Scheme]] = set()
+        self.progress = progress
+        self.packer = Packer(device, dtype, kernel, exact)
         self.done = 0
-        self.expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self.missing = set(self.expected)
+        self.places = Places(model)
+        self.missing = set(self.places.state)
+        self.experts = ExpertLoader(checkpoint, model, self.places, self.packer, self._step)
+        self.taken: dict[str, str] = {}
 
     def run(self) -> None:
-        self._check_kernel_name()
         tied = self._tied_head()
         for module, entry in self.checkpoint.layers.items():
-            if entry.scheme is not None:
-                self._quantized(module, tied if self._is_input_embedding(module) else None)
+            if entry.scheme is not None and not self._ignored(f"{module}.weight"):
+                self._quantized(module, tied)
         for name in self.checkpoint.parameters:
             self._dense(name, tied)
+        self.missing -= self.experts.run()
         if self.missing:
             raise bad_file("missing-tensor", "the model needs tensors that the checkpoint does not hold",
                            file=self.checkpoint.path, tensor=min(self.missing),
@@ -188,96 +193,82 @@ class _Loader:
         self.model.to(self.device.torch_device)
 
     def _quantized(self, module: str, tied: str | None) -> None:
+        place = self.places.module(module)
+        if isinstance(place, Slot):
+            self.experts.add(place, module, quantized=True)
+            return
+        self._take(f"{place}.weight", module)
         layer = self.checkpoint.layer(module)
-        self._replace(module, layer)
-        if tied is not None:
-            self._replace(tied, LayerTensors(layer.weight))
+        self._replace(module, place, layer)
+        if tied is not None and self._is_input_embedding(place):
+            self._replace(module, tied, LayerTensors(layer.weight))
         self._step(module, layer.weight.nbytes)
 
-    def _replace(self, module: str, layer: LayerTensors) -> None:
-        parent, name, old = self._find(module)
-        weight = layer.weight
-        shape = (weight.shape[0], weight.shape[1])
-        if tuple(old.weight.shape) != shape:
-            raise bad_file("bad-shape", "the weight is not of the model's size", file=self.checkpoint.path,
-                           tensor=module, field="shape", found=list(shape), expected=list(old.weight.shape))  # fmt: skip
-        op: Op = "embedding" if isinstance(old, torch.nn.Embedding) else "linear"
-        kernel, packed = self._pack(op, layer, shape)
-        new: torch.nn.Module
-        if op == "embedding":
+    def _replace(self, module: str, place: str, layer: LayerTensors) -> None:
+        parent, name = self._parent(place)
+        old: Any = getattr(parent, name, None)
+        router = f"{place.rpartition('.')[0]}.experts" in self.places.experts and layer.weight.scheme.input is None
+        if not isinstance(old, torch.nn.Linear | torch.nn.Embedding) and not (router and hasattr(old, "weight")):
+            raise bad_file("unexpected-tensor", "a quantized weight belongs to no linear layer or embedding",
+                           file=self.checkpoint.path, tensor=module,
+                           found="no such module" if old is None else type(old).__name__,
+                           expected=f"a layer of {type(self.model).__name__}",
+                           fix="Check model_type in the config; it names another architecture than the weights'.")  # fmt: skip
+        self._same_shape(module, layer.weight.shape, old.weight)
+        if isinstance(old, torch.nn.Embedding):
             scale = getattr(old, "embed_scale", None)
-            new = QuantizedEmbedding(weight.scheme, shape, kernel, packed, None if scale is None else float(scale))
+            setattr(parent, name, self.packer.embedding(layer, None if scale is None else float(scale)))
         else:
-            bias = self._bias(module, layer.bias, wanted=old.bias is not None)
-            new = QuantizedLinear(weight.scheme, shape, kernel, packed, bias, layer.input_multiplier)
-        setattr(parent, name, new.to(self.device.torch_device))
-        self.missing -= {f"{module}.weight", f"{module}.bias"}
-
-    def _bias(self, module: str, bias: torch.Tensor | None, *, wanted: bool) -> torch.Tensor | None:
-        if bias is not None and not wanted and not bool(bias.any()):
-            return None  # AutoGPTQ writes zeros where a layer has no bias
-        if (bias is not None) != wanted:
-            raise bad_file("missing-tensor" if wanted else "unexpected-tensor",
-                           "the model and the checkpoint disagree on a bias", file=self.checkpoint.path,
-                           tensor=f"{module}.bias", expected="a bias" if wanted else "none")  # fmt: skip
-        return None if bias is None else bias.to(self.dtype)
-
-    def _pack(self, op: Op, layer: LayerTensors, shape: tuple[int, int]) -> tuple[Kernel, torch.nn.Module]:
-        """The layer on its kernel. A kernel that refuses the tensors' contents gives way to the next, and it is said."""
-        named = self.kernel if op == "linear" else None
-        kernels = self.kernels
-        while True:
-            request = layer_request(op, layer.weight.scheme, shape, self.dtype, exact=self.exact, kernel=named)
-            selection = select(request, self.device.platform, kernels, self.device)
-            if selection.kernel is None:
-                assert selection.refusal is not None
-                if named is None:
-                    raise Refused(selection.refusal)
-                log.warning("kernel %s does not take %s; another is chosen for it", named, layer.weight.scheme)
-                named = None
-                continue
-            chosen = selection.kernel
-            packed = self._packed(chosen, layer)
-            if isinstance(packed, torch.nn.Module):
-                return chosen, packed
-            log.warning("%s", packed)
-            kernels = [row for row in kernels if row[0] is not chosen]
-
-    def _packed(self, kernel: Kernel, layer: LayerTensors) -> torch.nn.Module | Refusal:
-        """The layer on the kernel, or why the kernel cannot have it after all."""
-        try:
-            packed = kernel.load().from_layer(layer, self.dtype).to(self.device.torch_device)
-        except Refused as error:
-            return error.refusal
-        except Exception as fault:  # a plugin's fault is to harm nobody
-            return failed(kernel, fault)
-        trusted = (kernel.name, layer.weight.scheme)
-        if trusted not in self.trusted and kernel.family != "reference":
-            if wrong := wrong_answer(kernel, packed, layer, self.dtype, self.device.torch_device):
-                self.kernels = [row for row in self.kernels if row[0] is not kernel]
-                return wrong
-            self.trusted.add(trusted)
-        return packed
+            bias = agreed_bias(self.checkpoint, module, layer.bias, wanted=getattr(old, "bias", None) is not None)
+            if isinstance(old, torch.nn.Linear):
+                setattr(parent, name, self.packer.linear(replace(layer, bias=bias)))
+            else:  # a mixture's router, beside its experts, is no linear layer of transformers
+                old.weight = self.packer.parameter(layer.weight.dequantize())
+                old.bias = None if bias is None else self.packer.parameter(bias)
+        self.missing -= {f"{place}.weight", f"{place}.bias"}
 
     def _dense(self, name: str, tied: str | None) -> None:
-        if name not in self.expected:
+        place = self.places.parameter(name)
+        if isinstance(place, Slot):
+            self.experts.add(place, name, quantized=False)
+            return
+        if place not in self.places.state:
             self._unexpected(name)
             return
+        self._take(place, name)
         tensor = self.checkpoint.parameter(name)
-        parent, leaf = self._parent(name)
+        parent, leaf = self._parent(place)
         old = getattr(parent, leaf)
-        if tuple(tensor.shape) != tuple(old.shape):
-            raise bad_file("bad-shape", "the tensor is not of the model's size", file=self.checkpoint.path,
-                           tensor=name, field="shape", found=list(tensor.shape), expected=list(old.shape))  # fmt: skip
-        wanted = self.dtype if old.is_floating_point() else old.dtype
-        parameter = torch.nn.Parameter(tensor.to(self.device.torch_device, wanted), requires_grad=False)
-        setattr(parent, leaf, parameter)
-        self.missing.discard(name)
-        module = name.rpartition(".")[0]
-        if tied is not None and leaf == "weight" and self._is_input_embedding(module):
+        self._same_shape(name, tensor.shape, old)
+        if old.is_floating_point() and not (tensor.is_floating_point() and tensor.element_size() > 1):
+            raise bad_file("bad-dtype", "a quantized tensor belongs to no layer that the format describes",
+                           file=self.checkpoint.path, tensor=name, field="dtype", found=str(tensor.dtype),
+                           expected="a float of 16 bits or more")  # fmt: skip
+        parameter = self.packer.parameter(tensor, self._kept_dtype(place, old))
+        setattr(parent, leaf, parameter if leaf in parent._parameters else parameter.data)
+        self.missing.discard(place)
+        if tied is not None and leaf == "weight" and self._is_input_embedding(place.removesuffix(".weight")):
             self.model.get_submodule(tied).weight = parameter
             self.missing.discard(f"{tied}.weight")
         self._step(name, tensor.nbytes)
+
+    def _take(self, place: str, name: str) -> None:
+        """Two spellings of one weight are one too many."""
+        if (first := self.taken.setdefault(place, name)) != name:
+            raise bad_file("unexpected-tensor", "two tensors are the same weight of the model", tensor=name,
+                           file=self.checkpoint.path, found=f"{first} and {name}", expected="one of them")  # fmt: skip
+
+    def _same_shape(self, name: str, shape: tuple[int, ...], old: Any) -> None:
+        if tuple(shape) != tuple(old.shape):
+            raise bad_file("bad-shape", "the tensor is not of the model's size", file=self.checkpoint.path,
+                           tensor=name, field="shape", found=list(shape), expected=list(old.shape))  # fmt: skip
+
+    def _kept_dtype(self, place: str, old: torch.Tensor) -> torch.dtype:
+        """What a tensor is computed in: as the model says where more than the model's own precision is needed."""
+        if not old.is_floating_point():
+            return old.dtype
+        kept = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        return torch.float32 if any(part in kept for part in place.split(".")) else self.dtype
 
     def _tied_head(self) -> str | None:
         """The output layer's module name, when it has no weights of its own in the checkpoint."""
@@ -295,17 +286,6 @@ class _Loader:
         embedding = self.model.get_input_embeddings()
         return found is embedding
 
-    def _find(self, module: str) -> tuple[torch.nn.Module, str, Any]:
-        parent, name = self._parent(module)
-        old = getattr(parent, name, None)
-        if not isinstance(old, torch.nn.Linear | torch.nn.Embedding):
-            found = "no such module" if old is None else type(old).__name__
-            raise bad_file("unexpected-tensor", "a quantized weight belongs to no linear layer or embedding",
-                           file=self.checkpoint.path, tensor=module, found=found,
-                           expected=f"a layer of {type(self.model).__name__}",
-                           fix="Check model_type in the config; it names another architecture than the weights'.")  # fmt: skip
-        return parent, name, old
-
     def _parent(self, name: str) -> tuple[torch.nn.Module, str]:
         path, _, leaf = name.rpartition(".")
         try:
@@ -313,21 +293,17 @@ class _Loader:
         except AttributeError:
             return torch.nn.Module(), leaf
 
-    def _unexpected(self, name: str) -> None:
+    def _ignored(self, name: str) -> bool:
+        """Whether the model does without the tensor: stale buffers, and layers that only predict further tokens."""
         known = (*_STALE_BUFFERS, *(self.model._keys_to_ignore_on_load_unexpected or ()))
-        if any(re.search(pattern, name) for pattern in known):
-            return
-        if spelled(name):
-            return  # a kv cache's: taken, or said to be unused, before the weights were read
+        return name not in self.places.state and any(re.search(pattern, name) for pattern in known)
+
+    def _unexpected(self, name: str) -> None:
+        if self._ignored(name) or spelled(name):
+            return  # a kv cache's scales were taken, or said to be unused, before the weights were read
         raise bad_file("unexpected-tensor", "a tensor belongs to no part of the model", file=self.checkpoint.path,
                        tensor=name, expected=f"a parameter of {type(self.model).__name__}",
                        fix="Check model_type in the config, or upgrade transformers.")  # fmt: skip
-
-    def _check_kernel_name(self) -> None:
-        names = sorted({kernel.name for kernel, _ in self.kernels if kernel.op == "linear"})
-        if self.kernel is not None and self.kernel not in names:
-            raise Refused(Refusal("unknown-kernel", "usage", self.kernel, "no registered kernel has this name",
-                                  fix=f"Name one of: {', '.join(names)}."))  # fmt: skip
 
     def _step(self, name: str, nbytes: int) -> None:
         self.done += nbytes

@@ -1,0 +1,110 @@
+"""Putting layers on kernels: the best that takes a layer, or the next where its code cannot have it after all."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from qcore.checkpoint.open import Checkpoint
+from qcore.discovery import registry
+from qcore.kernel import Kernel, Op
+from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
+from qcore.model.probe import failed, wrong_answer
+from qcore.platform import Device
+from qcore.refusal import Refusal, Refused, bad_file
+from qcore.scheme import Scheme
+from qcore.select import LayerRequest, select
+from qcore.tensor import LayerTensors
+
+log = logging.getLogger("qcore")
+
+
+class Packer:
+    """Kernels for the layers of one model on one device. kernel: the one that linear layers run on where it takes them.
+
+    Raises Refused (unknown-kernel).
+    """
+
+    def __init__(self, device: Device, dtype: torch.dtype, kernel: str | None, exact: bool) -> None:
+        self.device, self.dtype, self.kernel, self.exact = device, dtype, kernel, exact
+        self.kernels = registry().kernels
+        self.trusted: set[tuple[str, Scheme]] = set()
+        names = sorted({known.name for known, _ in self.kernels if known.op == "linear"})
+        if kernel is not None and kernel not in names:
+            raise Refused(Refusal("unknown-kernel", "usage", kernel, "no registered kernel has this name",
+                                  fix=f"Name one of: {', '.join(names)}."))  # fmt: skip
+
+    def linear(self, layer: LayerTensors) -> QuantizedLinear:
+        """The layer [N, K] with its bias, on the device."""
+        kernel, packed, shape = self._pack("linear", layer)
+        bias = None if layer.bias is None else layer.bias.to(self.dtype)
+        new = QuantizedLinear(layer.weight.scheme, shape, kernel, packed, bias, layer.input_multiplier)
+        return new.to(self.device.torch_device)
+
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Linear:
+        """torch's own layer, on the device."""
+        rows, columns = weight.shape
+        new = torch.nn.Linear(columns, rows, bias=bias is not None, device="meta")
+        new.weight = self.parameter(weight)
+        if bias is not None:
+            new.bias = self.parameter(bias)
+        return new
+
+    def parameter(self, values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.nn.Parameter:
+        """The values, on the device."""
+        return torch.nn.Parameter(values.to(self.device.torch_device, dtype or self.dtype), requires_grad=False)
+
+    def embedding(self, layer: LayerTensors, scale: float | None) -> QuantizedEmbedding:
+        """The embedding [N, K], on the device."""
+        kernel, packed, shape = self._pack("embedding", layer)
+        return QuantizedEmbedding(layer.weight.scheme, shape, kernel, packed, scale).to(self.device.torch_device)
+
+    def _pack(self, op: Op, layer: LayerTensors) -> tuple[Kernel, torch.nn.Module, tuple[int, int]]:
+        """A kernel that refuses the tensors' contents gives way to the next, and it is said."""
+        named = self.kernel if op == "linear" else None
+        dtype, kernels = str(self.dtype).removeprefix("torch."), self.kernels
+        rows, columns = layer.weight.shape
+        while True:
+            request = LayerRequest(op, layer.weight.scheme, (rows, columns), dtype, self.exact, named)
+            selection = select(request, self.device.platform, kernels, self.device)
+            if selection.kernel is None:
+                assert selection.refusal is not None
+                if named is None:
+                    raise Refused(selection.refusal)
+                log.warning("kernel %s does not take %s; another is chosen for it", named, layer.weight.scheme)
+                named = None
+                continue
+            chosen = selection.kernel
+            packed = self._packed(chosen, layer)
+            if isinstance(packed, torch.nn.Module):
+                return chosen, packed, (rows, columns)
+            log.warning("%s", packed)
+            kernels = [row for row in kernels if row[0] is not chosen]
+
+    def _packed(self, kernel: Kernel, layer: LayerTensors) -> torch.nn.Module | Refusal:
+        """The layer on the kernel, or why the kernel cannot have it after all."""
+        try:
+            packed = kernel.load().from_layer(layer, self.dtype).to(self.device.torch_device)
+        except Refused as error:
+            return error.refusal
+        except Exception as fault:  # a plugin's fault is to harm nobody
+            return failed(kernel, fault)
+        trusted = (kernel.name, layer.weight.scheme)
+        if trusted not in self.trusted and kernel.family != "reference":
+            if wrong := wrong_answer(kernel, packed, layer, self.dtype, self.device.torch_device):
+                self.kernels = [row for row in self.kernels if row[0] is not kernel]
+                return wrong
+            self.trusted.add(trusted)
+        return packed
+
+
+def agreed_bias(checkpoint: Checkpoint, module: str, bias: torch.Tensor | None, *, wanted: bool) -> torch.Tensor | None:
+    """The bias that the checkpoint gives a module. Raises Refused (missing-tensor, unexpected-tensor)."""
+    if bias is not None and not wanted and not bool(bias.any()):
+        return None  # AutoGPTQ writes zeros where a layer has no bias
+    if (bias is not None) != wanted:
+        raise bad_file("missing-tensor" if wanted else "unexpected-tensor",
+                       "the model and the checkpoint disagree on a bias", file=checkpoint.path,
+                       tensor=f"{module}.bias", expected="a bias" if wanted else "none")  # fmt: skip
+    return bias
