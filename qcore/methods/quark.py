@@ -14,13 +14,12 @@ w = (q - z) * weight_scale (* weight_scale_2). Read from Quark's exporter and it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from qcore.checkpoint.kv_scales import unknown_kv_cache
-from qcore.checkpoint.patterns import matches
+from qcore.checkpoint.patterns import matches, wildcard
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import (
     Element,
@@ -220,7 +219,8 @@ class Quark(Method):
     def _scheme(self, files: CheckpointFiles, module: str) -> tuple[Scheme, str]:
         """The module's scheme, and the pattern of layer_quant_config that decided it, if any."""
         config = self._config(files)
-        named = next((pattern for pattern in config.layer_quant_config if fnmatchcase(module, pattern)), "")
+        where: dict[str, Any] = {"file": files.quantization_file, "field": "quantization_config.layer_quant_config"}
+        named = next((pattern for pattern in config.layer_quant_config if wildcard(pattern, module, **where)), "")
         spec = config.layer_quant_config[named] if named else config.global_quant_config
         weight = self._tensor(files, spec.weight, "weight", inputs=False)
         given = spec.input_tensors
@@ -326,7 +326,7 @@ def _names(files: CheckpointFiles, entry: str, module: str) -> bool:
     """exclude's rule: a name, wildcards, or a regular expression after `re:`."""
     if entry.startswith("re:"):
         return matches(entry[3:], module, file=files.quantization_file, field="quantization_config.exclude")
-    return fnmatchcase(module, entry)
+    return wildcard(entry, module, file=files.quantization_file, field="quantization_config.exclude")
 
 
 METHOD = Quark()
