@@ -72,7 +72,7 @@ def test_a_new_format_is_one_file(tmp_path: Path) -> None:
 
 
 def test_formats_that_are_not_read_yet_are_refused_by_name(tmp_path: Path) -> None:
-    for name in ("torchao", "mxfp4"):
+    for name in ("hqq", "mxfp4"):
         path = write(tmp_path / name, dense_llama(), {"quant_method": name, "bits": 4})
         with pytest.raises(qcore.Refused) as caught:
             qcore.open_checkpoint(path)

@@ -101,7 +101,7 @@ TRIGGERS: dict[str, Callable[[Path], Refusal | None]] = {
     "missing-tensor": lambda folder: qcore.load_model(checkpoint(folder, drop="model.norm.weight")),
     "unexpected-tensor": lambda folder: qcore.load_model(checkpoint(folder, extra="model.layers.0.mystery.weight")),
     "bad-content": lambda folder: qcore.open_checkpoint(gptq(folder)).weight("model.layers.0.mlp.up_proj"),
-    "unknown-variant": lambda folder: qcore.open_checkpoint(gptq(folder, checkpoint_format="marlin")).plan,
+    "unknown-variant": lambda folder: qcore.open_checkpoint(gptq(folder, checkpoint_format="exllama")).plan,
     "bad-scheme": lambda folder: Scheme.parse("W4A17-what"),
     "scheme-unsupported": lambda folder: chosen(accepts=SMALL),
     "shape-unsupported": lambda folder: chosen(multiples=(7, 7)),

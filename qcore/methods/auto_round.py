@@ -84,7 +84,7 @@ class AutoRound(Method):
         ]
         if not quantized:
             raise bad_file("missing-tensor", "the config says AutoRound, but no weight is stored quantized",
-                           file=files.path, expected="*.qweight, *.weight_packed or fp8 weights")  # fmt: skip
+                           file=files.path, field="quantization_config.quant_method", expected="*.qweight, *.weight_packed or fp8 weights")  # fmt: skip
         plan = {}
         for module in quantized:
             settings, named = self._module(files, module)

@@ -59,7 +59,8 @@ class Gptq(Method):
         codes = ".B" if config.checkpoint_format == "marlin" else ".qweight"
         quantized = [name.removesuffix(codes) for name in tensors if name.endswith(codes)]
         if not quantized:
-            raise bad_file("missing-tensor", f"the config says GPTQ, but no tensor is named *{codes}", file=files.path)
+            raise bad_file("missing-tensor", f"the config says GPTQ, but no tensor is named *{codes}", file=files.path,
+                           field="quantization_config.quant_method")  # fmt: skip
         plan = {}
         for module in quantized:
             settings, pattern = self._module(files, config, module)

@@ -91,7 +91,7 @@ class ModelOpt(Method):
                 plan[module] = ModulePlan(scheme, f"quant_algo {algorithm}", shape)
         if not plan:
             raise bad_file("missing-tensor", "the config says ModelOpt, but no tensor is named *.weight_scale",
-                           file=files.path)  # fmt: skip
+                           file=files.path, field="quantization_config.quant_method")  # fmt: skip
         for module, entry in dense_modules(files.source.tensors, "").items():
             named = next((skip for skip in config.ignore if _excludes(files, skip, module)), None)
             plan.setdefault(

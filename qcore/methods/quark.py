@@ -14,7 +14,7 @@ w = (q - z) * weight_scale (* weight_scale_2). Read from Quark's exporter and it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -101,7 +101,7 @@ class LayerSpec(Settings):
 class Export(Settings):
     """How tensors were written."""
 
-    pack_method: str = "reorder"
+    pack_method: Literal["reorder", "order"] = "reorder"
     kv_cache_group: list[str] = Field(default_factory=list)
 
 
@@ -149,7 +149,7 @@ class Quark(Method):
                 plan[module] = ModulePlan(scheme, reason, self._shape(files, module, scheme))
         if not plan:
             raise bad_file("missing-tensor", "the config says Quark, but no tensor is named *.weight_scale",
-                           file=files.path)  # fmt: skip
+                           file=files.path, field="quantization_config.quant_method")  # fmt: skip
         for module, entry in dense_modules(files.source.tensors, "").items():
             named = next((skip for skip in config.exclude if _names(files, skip, module)), "")
             plan.setdefault(
