@@ -36,7 +36,7 @@ def auto_round(packing: str) -> Maker:
     name = test_auto_round.UP
     layers = {name: test_auto_round.layer(name, 4, 32, packing, sym=False)[0]}
     return lambda folder: test_auto_round.checkpoint(
-        folder, layers, packing_format=packing, extra_config={".*up.*": {"bits": 4}, ".*gate.*": {"bits": 16}}
+        folder, layers, packing_format=packing, extra_config={".*gate.*": {"bits": 16}}
     )
 
 

@@ -42,9 +42,9 @@ class Record(Settings):
 def bare(found: object) -> str | None:
     """A word; of an enum or a dtype its bare name. Raises ValueError."""
     word = found.get("_data") if isinstance(found, dict) else found
-    if word is not None and not isinstance(word, str):
-        raise ValueError(f"{found!r:.80}, which is no word")
-    return word
+    if isinstance(word, str) or found is None:
+        return word
+    raise ValueError(f"{found!r:.80}, which is no word")
 
 
 def sizes(found: object) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ class QuantState(Settings):
     blocksize: int = Field(64, ge=32, le=4096)
     shape: tuple[int, int]
     nested_blocksize: int | None = Field(None, ge=1, le=65536)
-    nested_offset: float | None = None
+    nested_offset: float | None = Field(None, allow_inf_nan=False)
 
     @property
     def nested(self) -> bool:
