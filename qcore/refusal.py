@@ -116,6 +116,9 @@ class Refusal:
             raise ValueError(f"unknown refusal code {self.code!r}: add it to qcore.refusal.CODES")
         if self.kind not in KINDS:
             raise ValueError(f"unknown refusal kind {self.kind!r}: one of {', '.join(KINDS)}")
+        for name in ("subject", "reason", "fact", "tensor", "field"):
+            if text := getattr(self, name):
+                object.__setattr__(self, name, _printable(text))
 
     def to_dict(self) -> dict[str, Any]:
         """The refusal as plain JSON values; absent places are left out."""
@@ -155,6 +158,12 @@ def bad_file(
     ]
     refusal = Refusal(code, "bad-file", str(file), reason, ", ".join(parts), fix, str(file), _name(tensor), field)
     return Refused(refusal)
+
+
+def _printable(text: str, most: int = 1000) -> str:
+    """What may be shown: files choose a part of the text, which may be endless, or command a terminal."""
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _short(value: object) -> str:

@@ -181,15 +181,16 @@ class QuantizedTensor:
         return (values if after is None else values + after).reshape(self.shape)
 
     def _spread(self, part: torch.Tensor) -> torch.Tensor:
+        # A file may state groups that are far larger than the weight: never more is spread than there is.
         granularity = self.scheme.weight.scales[0].granularity
         rows, columns = self.shape[-2:]
         if isinstance(granularity, Group):
             if self.index is not None:
                 return part.index_select(-1, self.index)
-            return part.repeat_interleave(granularity.size, -1)[..., :columns]
+            return part.repeat_interleave(min(granularity.size, columns), -1)[..., :columns]
         if isinstance(granularity, Tile):
-            tall = part.repeat_interleave(granularity.rows, -2)[..., :rows, :]
-            return tall.repeat_interleave(granularity.cols, -1)[..., :columns]
+            tall = part.repeat_interleave(min(granularity.rows, rows), -2)[..., :rows, :]
+            return tall.repeat_interleave(min(granularity.cols, columns), -1)[..., :columns]
         if isinstance(granularity, FlatGroup):
             first = self.first_row * columns
             element = torch.arange(first, first + rows * columns, device=part.device)

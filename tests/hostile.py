@@ -6,7 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,17 @@ def folder_cases() -> Iterator[Case]:
     yield case("index is no JSON", "bad-json", {first: SHARD, "model.safetensors.index.json": b"{"})
     yield case("a shard of three is absent", "shard-missing", {"m-00001-of-00003.safetensors": SHARD, "m-00003-of-00003.safetensors": OTHER})  # fmt: skip
     yield case("two files and no index", "ambiguous-checkpoint", {"x.safetensors": SHARD, "y.safetensors": OTHER})
-    yield case("pickles", "unsafe-container", {"pytorch_model.bin": b"PK\x03\x04"})
+    for name in ("pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "model.pkl"):
+        yield case(f"pickles in {name}", "unsafe-container", {name: b"\x80\x02cos\nsystem\nq\x00."})
+        yield Case(f"the pickle {name}", {name: b"PK\x03\x04"}, name, "unsafe-container")
+        yield case(f"{name} and an index", "not-a-checkpoint", {"pytorch_model.bin.index.json": index({"a": name})})
+    for name, data in (("a pickle", b"\x80\x02cos\nsystem\nq\x00."), ("a zip archive", b"PK\x03\x04" + bytes(40))):
+        yield case(f"{name} named as safetensors", "bad-magic", {"model.safetensors": data})
+    for name, target in (("out", "/etc/hostname"), ("to a device", "/dev/zero"), ("above", "../../secret")):
+        code = "path-not-found" if name == "above" else "bad-magic"
+        yield case(f"the weights are a link {name}", code, {}, links={"model.safetensors": target})
+        linked = Case(f"the config is a link {name}", {"model.safetensors": SHARD}, "", "", {"config.json": target})
+        yield replace(linked, code="not-a-checkpoint" if name != "out" else "bad-json")
     yield case("nothing", "not-a-checkpoint", {})
     yield case("config is no JSON", "bad-json", {"config.json": b"{model_type: llama}", "model.safetensors": SHARD})
     yield case("config is a list", "bad-json", {"config.json": b"[]", "model.safetensors": SHARD})

@@ -14,7 +14,7 @@ CASES = cases()
 
 
 def test_the_corpus_is_large_and_its_names_unique() -> None:
-    assert len(CASES) >= 200
+    assert len(CASES) >= 300
     assert len({case.name for case in CASES}) == len(CASES)
 
 

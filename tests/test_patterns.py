@@ -5,9 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import qcore
-from qcore.checkpoint.patterns import matches
+from qcore.checkpoint.patterns import matches, wildcard
+from qcore.checkpoint.regular import matches_regular, parser
 
 REAL = [
     r".*\.down_proj.*", r".*\.1\.self_attn\.k_proj.*", r".*lm_head", r"model\.layers\.\d+\.mlp\.(gate|up)_proj$", r".*mlp\.gate$",
@@ -42,6 +45,9 @@ def test_real_patterns(pattern: str) -> None:
         ("(?:(?:a{1,1000}){1,1000}){1,1000}b", "limit-exceeded"),
         (".*" * 20 + "x", "limit-exceeded"),
         ("a" * 2000, "limit-exceeded"),
+        (r"(\w\w?)*(?<=x)!", "limit-exceeded"),
+        (r"(?i)(\w\w?)*!", "limit-exceeded"),
+        (r"(\w\w?)*(\w)\2!", "limit-exceeded"),
     ],
 )
 def test_hostile_patterns(pattern: str, code: str) -> None:
@@ -50,3 +56,46 @@ def test_hostile_patterns(pattern: str, code: str) -> None:
         matches(pattern, "a" * 60 + "!", file=Path("config.json"), field="ignore")
     assert caught.value.refusal.code == code and caught.value.refusal.field == "ignore"
     assert time.perf_counter() - began < 1
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(\w\w?)*!", r"(a|aa|b)*c", ".*.*.*.*.*.*.*.*!", "(a{1,100}){1,100}b", "(a?){90}" * 9 + "b"]
+)
+@pytest.mark.parametrize("anywhere", [False, True])
+def test_what_backtracking_would_not_end_is_matched_without(pattern: str, anywhere: bool) -> None:
+    began = time.perf_counter()
+    for name, expected in (("a" * 60, False), ("a" * 500, False), ("a" * 60 + pattern[-1], True)):
+        assert matches(pattern, name, file=Path("config.json"), field="ignore", anywhere=anywhere) == expected
+    assert time.perf_counter() - began < 2
+
+
+ATOMS = st.sampled_from(
+    [*"ab.", r"\w", r"\d", r"\W", "[ab]", "[^a]", r"[\d_]", "^", "$", r"\b", r"\B", "(?=a)", "(?!b)"]
+)
+PATTERNS = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=4).map("".join),
+        st.lists(inner, min_size=2, max_size=3).map(lambda parts: f"({'|'.join(parts)})"),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,3}", "{2,}"])).map(
+            lambda p: f"(?:{p[0]}){p[1]}"
+        ),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(PATTERNS, st.text("ab1_ \n", min_size=1, max_size=8))  # of an empty text, what \B means changed in Python 3.14
+def test_matching_without_backtracking_is_the_same(pattern: str, text: str) -> None:
+    for anywhere, expected in ((False, re.match(pattern, text)), (True, re.search(pattern, text))):
+        assert matches_regular(parser.parse(pattern), text, anywhere=anywhere) == (expected is not None), pattern
+
+
+def test_wildcards_are_bounded() -> None:
+    assert wildcard("*up_proj", "model.up_proj", file=Path("config.json"), field="ignore")
+    for pattern in ("[" * 100_000, "?*" * 50_000):
+        began = time.perf_counter()
+        with pytest.raises(qcore.Refused, match="limit-exceeded"):
+            wildcard(pattern, "a" * 60, file=Path("config.json"), field="ignore")
+        assert time.perf_counter() - began < 0.5

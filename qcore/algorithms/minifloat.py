@@ -29,7 +29,8 @@ def minifloat(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
     exponent, mantissa = int(element.format[1]), int(element.format[3])
     rows, columns = weight.shape
     flat = weight.reshape(-1).to(torch.float32)
-    groups = torch.nn.functional.pad(flat, (0, -flat.numel() % grid.size)).view(-1, grid.size)
+    size = min(grid.size, max(flat.numel(), 1))  # a group larger than the weight is the weight
+    groups = torch.nn.functional.pad(flat, (0, -flat.numel() % size)).view(-1, size)
     largest, top = groups.abs().amax(1, keepdim=True), RANGES[element.format]
     values = groups * (top / largest.masked_fill(largest == 0, 1.0))
     bits = values.abs().view(torch.int32) + (1 << (_MANTISSA - mantissa - 1))  # a carry runs on into the exponent

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qcore.tensor import LayerTensors, QuantizedTensor
 
 T = TypeVar("T")
+_COMPUTED = ("float32", "bfloat16", "float16")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -89,7 +90,11 @@ class Checkpoint:
         that holds the values of all its unquantized tensors."""
         stated = self.config.get("dtype") or self.config.get("torch_dtype")
         if isinstance(stated, str):
-            return {"float64": "float32"}.get(name := stated.removeprefix("torch."), name)
+            name = {"float64": "float32"}.get(bare := stated.removeprefix("torch."), bare)
+            if name not in _COMPUTED:
+                raise bad_file("bad-field", "the config's data type is not one to compute in",
+                               file=self.files.folder / "config.json", field="dtype", found=stated, expected=" or ".join(_COMPUTED))  # fmt: skip
+            return name
         narrow = {"F16": "float16", "BF16": "bfloat16"}
         stored = {info.dtype for info in self.parameters.values()}
         # Neither of the two narrow types holds the other's values.
@@ -130,7 +135,13 @@ class Checkpoint:
             weight = self._method.read_parameter(self.files, f"{module}.weight")
             given = self._method.read_parameter(self.files, bias) if bias in self._stored else None
             return made(entry, weight, given, self._stored[f"{module}.weight"])
-        return self._decoded(module, lambda: self._method.decode(self.files, module))
+        layer = self._decoded(module, lambda: self._method.decode(self.files, module))
+        stored = layer.input_scale
+        if stored is not None and not bool((stored.isfinite() & (stored > 0)).all()):  # inputs are divided by it
+            raise bad_file("bad-content", "the scale of a layer's inputs is not a positive number", file=self.path,
+                           tensor=f"{module}.input_scale", field="values", found=float(stored.min()),
+                           expected="a finite number above 0")  # fmt: skip
+        return layer
 
     def weight(self, module: str) -> QuantizedTensor:
         """The quantized weight in the canonical layout."""

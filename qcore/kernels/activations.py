@@ -29,8 +29,8 @@ def quantize_input(
         return _around_outliers(values, scheme.outliers).to(x.dtype)
     granularity = scheme.granularity
     if isinstance(granularity, Group):
-        ragged = -values.shape[-1] % granularity.size
-        values = torch.nn.functional.pad(values, (0, ragged)).unflatten(-1, (-1, granularity.size))
+        size = min(granularity.size, values.shape[-1])  # a file may state groups that are far larger than the input
+        values = torch.nn.functional.pad(values, (0, -values.shape[-1] % size)).unflatten(-1, (-1, size))
     if scheme.dynamic:
         reduced = values if isinstance(granularity, PerToken | Group) else values.reshape(1, -1)
         scale, zero = _range(reduced, scheme, scale)

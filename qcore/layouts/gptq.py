@@ -69,6 +69,8 @@ def shape_of(files: CheckpointFiles, module: str, settings: GptqSettings) -> tup
         raise bad_file("bad-shape", "qweight and scales are matrices", file=qweight.file, tensor=qweight.name,
                        field="shape", found=[qweight.shape, scales.shape], expected="two dimensions")  # fmt: skip
     groups, rows = scales.shape
+    if settings.desc_act and settings.group_size > 0:  # only g_idx tells in which order channels were quantized
+        require_tensor(files, f"{module}.g_idx")
     order = files.source.tensors.get(f"{module}.g_idx")
     # Where bits do not divide 32 or K is ragged, only g_idx has K itself.
     columns = order.shape[0] if order and len(order.shape) == 1 else qweight.shape[0] * width // bits

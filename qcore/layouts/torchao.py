@@ -30,17 +30,28 @@ class Record(Settings):
     data: dict[str, Any] = Field(default_factory=dict, alias="_data")
     parts: list[str] = Field(default_factory=list, alias="_tensor_data_names")
 
-    def value(self, key: str) -> Any:
-        """An attribute; enums and dtypes by their bare names."""
-        found = self.data.get(key)
-        return found.get("_data") if isinstance(found, dict) and isinstance(found.get("_data"), str) else found
+    def value(self, key: str) -> str | None:
+        """An attribute that is a word, an enum or a dtype. Raises ValueError."""
+        return bare(self.data.get(key))
 
     def sizes(self, key: str) -> tuple[int, ...]:
         """An attribute that is a list of sizes. Raises ValueError."""
-        found = self.data.get(key)
-        if not isinstance(found, list) or not all(type(size) is int and size > 0 for size in found):
-            raise ValueError(f"{key} {found!r}")
-        return tuple(found)
+        return sizes(self.data.get(key))
+
+
+def bare(found: object) -> str | None:
+    """A word; of an enum or a dtype its bare name. Raises ValueError."""
+    word: object = found.get("_data") if isinstance(found, dict) else found
+    if found is None or isinstance(word, str):
+        return word if isinstance(word, str) else None
+    raise ValueError(f"{found!r:.80}, which is no word")
+
+
+def sizes(found: object) -> tuple[int, ...]:
+    """A list of sizes. Raises ValueError."""
+    if not isinstance(found, list) or not found or not all(type(size) is int and size > 0 for size in found):
+        raise ValueError(f"sizes {found!r:.80}")
+    return tuple(found)
 
 
 def int4_headers(files: CheckpointFiles, module: str, record: Record) -> tuple[Scheme, tuple[int, int]]:

@@ -89,7 +89,7 @@ class AutoRound(Method):
         ]
         if not quantized:
             raise bad_file("missing-tensor", "the config says AutoRound, but no weight is stored quantized",
-                           file=files.path, expected="*.qweight, *.weight_packed or fp8 weights")  # fmt: skip
+                           file=files.path, field="quantization_config.quant_method", expected="*.qweight, *.weight_packed or fp8 weights")  # fmt: skip
         plan = {}
         for module in quantized:
             settings, named = self._module(files, module)
@@ -104,7 +104,8 @@ class AutoRound(Method):
             plan[module] = ModulePlan(scheme, reason, shape)
         for module, entry in dense_modules(tensors, "").items():
             overrides, named = self._overrides(files, module)
-            kept = f"extra_config {named!r} keeps {overrides['bits']} bits" if overrides.get("bits", 0) >= 16 else ""
+            own = self._own(files, overrides)
+            kept = f"extra_config {named!r} keeps {own.bits} bits" if "bits" in overrides and own.bits >= 16 else ""
             plan.setdefault(module, ModulePlan(None, kept or "stored unquantized", entry.shape))
         return plan
 
@@ -122,7 +123,7 @@ class AutoRound(Method):
         """The module's numbers, and the entry of extra_config that changed them, if any."""
         config = self._config(files)
         overrides, named = self._overrides(files, module)
-        own = check(AutoRoundConfig, config.model_dump() | overrides, file=files.quantization_file)
+        own = self._own(files, overrides)
         _check_types(files, own, f"extra_config.{named}." if named else "")
         if own.data_type in _FLOATS:
             return own, named
@@ -133,6 +134,9 @@ class AutoRound(Method):
         values["v1"] = "gptq" in config.packing_format and "gptqmodel" not in config.packing_format
         settings = check(gptq.GptqSettings, values, file=files.quantization_file)
         return gptq.check_settings(files, module, settings), named
+
+    def _own(self, files: CheckpointFiles, overrides: dict[str, Any]) -> AutoRoundConfig:
+        return check(AutoRoundConfig, self._config(files).model_dump() | overrides, file=files.quantization_file)
 
     def _overrides(self, files: CheckpointFiles, module: str) -> tuple[dict[str, Any], str]:
         """extra_config's entry for a module: by its name, else the first that is no layer's name and is found in it as a

@@ -54,7 +54,8 @@ class Awq(Method):
         config, settings, tensors = self._config(files), self._settings(files), files.source.tensors
         quantized = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
         if not quantized:
-            raise bad_file("missing-tensor", "the config says AWQ, but no tensor is named *.qweight", file=files.path)
+            raise bad_file("missing-tensor", "the config says AWQ, but no tensor is named *.qweight", file=files.path,
+                           field="quantization_config.quant_method")  # fmt: skip
         plan = {}
         for module in quantized:
             scheme, shape = self._headers(files, module, settings)

@@ -32,7 +32,7 @@ class Bitblas(Method):
         names = [name.removesuffix(".qweight") for name in files.source.tensors if name.endswith(".qweight")]
         if not names:
             raise bad_file("missing-tensor", "the config says BitBLAS, but no tensor is named *.qweight",
-                           file=files.path)  # fmt: skip
+                           file=files.path, field="quantization_config.quant_method")  # fmt: skip
         plan = {
             module: ModulePlan(settings.scheme(), "quantization_config", shape_of(files, module, settings))
             for module in names

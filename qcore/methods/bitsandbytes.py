@@ -16,7 +16,7 @@ Read from bitsandbytes' QuantState, Linear4bit and Linear8bitLt.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -82,7 +82,7 @@ class QuantState(Settings):
     blocksize: int = Field(64, ge=32, le=4096)
     shape: tuple[int, int]
     nested_blocksize: int | None = Field(None, ge=1, le=65536)
-    nested_offset: float | None = None
+    nested_offset: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
     @property
     def nested(self) -> bool:
@@ -117,6 +117,11 @@ class BitsAndBytes(Method):
             elif name.endswith(".SCB"):
                 module = name.removesuffix(".SCB")
                 plan[module] = ModulePlan(_int8_scheme(config), "quantization_config", _int8_shape(files, module))
+        for name, info in files.source.tensors.items():
+            module, _, part = name.rpartition(".")
+            if part == "weight" and info.dtype in ("U8", "I8") and module not in plan:
+                raise bad_file("missing-tensor", "the weight is quantized, and nothing beside it says how", file=info.file,
+                               tensor=name, expected=f"{name}.quant_state.bitsandbytes__*, or {module}.SCB")  # fmt: skip
         marked = not plan
         if marked and not (config.load_in_4bit or config.load_in_8bit):
             raise Refused(

@@ -57,6 +57,7 @@ class Fp8(Method):
                 plan[module] = ModulePlan(scheme, "quantization_config", shape)
         if not plan:
             raise bad_file("missing-tensor", "the config says fp8, but no weight is stored in fp8", file=files.path,
+                           field="quantization_config.quant_method",
                            fix="An unquantized model that is only marked is not read; quantize it first.")  # fmt: skip
         skipped = [*(config.ignored_layers or ()), *(config.modules_to_not_convert or ())]
         for module, entry in dense_modules(files.source.tensors, "").items():

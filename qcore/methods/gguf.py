@@ -83,6 +83,9 @@ class Gguf(Method):
 
     def _names(self, files: CheckpointFiles) -> dict[str, GgufParameter]:
         """Computed once for each opened file: it walks every tensor's name."""
+        if not files.source.tensors:
+            raise bad_file("missing-tensor", "the file holds no tensors", file=files.path, field="tensors", expected="a model's weights",
+                           fix="Vocabulary-only files cannot be run; use the model's own file.")  # fmt: skip
         return files.once("names", lambda: parameter_names(files.source.metadata, files.source.tensors))
 
 

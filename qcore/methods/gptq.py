@@ -66,10 +66,12 @@ class Gptq(Method):
         codes = ".B" if config.checkpoint_format == "marlin" else ".qweight"
         quantized = [name.removesuffix(codes) for name in tensors if name.endswith(codes)]
         if not quantized:
-            raise bad_file("missing-tensor", f"the config says GPTQ, but no tensor is named *{codes}", file=files.path)
+            raise bad_file("missing-tensor", f"the config says GPTQ, but no tensor is named *{codes}", file=files.path,
+                           field="quantization_config.quant_method")  # fmt: skip
         plan = {}
         for module in quantized:
-            _refuse_codebook(files, module)
+            if config.checkpoint_format in ("gptq", "gptq_v2"):
+                _refuse_codebook(files, module)
             settings, pattern = self._module(files, config, module)
             reason = f"dynamic pattern {pattern!r}" if pattern else "quantization_config"
             plan[module] = ModulePlan(*self._shape(files, config, module, settings, reason))

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field
 
 from qcore.checkpoint.kv_scales import declared_algorithm
+from qcore.checkpoint.patterns import wildcard
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Group
 from qcore.layouts.scaled import Names, read_layer, shape_of
@@ -91,9 +91,9 @@ class ModelOpt(Method):
                 plan[module] = ModulePlan(scheme, f"quant_algo {algorithm}", shape)
         if not plan:
             raise bad_file("missing-tensor", "the config says ModelOpt, but no tensor is named *.weight_scale",
-                           file=files.path)  # fmt: skip
+                           file=files.path, field="quantization_config.quant_method")  # fmt: skip
         for module, entry in dense_modules(files.source.tensors, "").items():
-            named = next((skip for skip in config.ignore if _excludes(skip, module)), None)
+            named = next((skip for skip in config.ignore if _excludes(files, skip, module)), None)
             plan.setdefault(
                 module, ModulePlan(None, f"excluded by {named!r}" if named else "stored unquantized", entry.shape)
             )
@@ -200,9 +200,11 @@ def _by_rows(stored: torch.Tensor) -> torch.Tensor:
     return pack(codes, 4)
 
 
-def _excludes(pattern: str, module: str) -> bool:
+def _excludes(files: CheckpointFiles, pattern: str, module: str) -> bool:
     """By name, by a part of it (as writers before 0.39 meant it), or by wildcards."""
-    return pattern in module or fnmatchcase(module, pattern)
+    return pattern in module or wildcard(
+        pattern, module, file=files.quantization_file, field="quantization_config.ignore"
+    )
 
 
 METHOD = ModelOpt()

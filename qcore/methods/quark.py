@@ -14,13 +14,12 @@ w = (q - z) * weight_scale (* weight_scale_2). Read from Quark's exporter and it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from qcore.checkpoint.kv_scales import unknown_kv_cache
-from qcore.checkpoint.patterns import matches
+from qcore.checkpoint.patterns import matches, wildcard
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import (
     Element,
@@ -102,7 +101,7 @@ class LayerSpec(Settings):
 class Export(Settings):
     """How tensors were written."""
 
-    pack_method: str = "reorder"
+    pack_method: Literal["reorder", "order"] = "reorder"
     kv_cache_group: list[str] = Field(default_factory=list)
 
 
@@ -150,7 +149,7 @@ class Quark(Method):
                 plan[module] = ModulePlan(scheme, reason, self._shape(files, module, scheme))
         if not plan:
             raise bad_file("missing-tensor", "the config says Quark, but no tensor is named *.weight_scale",
-                           file=files.path)  # fmt: skip
+                           file=files.path, field="quantization_config.quant_method")  # fmt: skip
         for module, entry in dense_modules(files.source.tensors, "").items():
             named = next((skip for skip in config.exclude if _names(files, skip, module)), "")
             plan.setdefault(
@@ -220,7 +219,8 @@ class Quark(Method):
     def _scheme(self, files: CheckpointFiles, module: str) -> tuple[Scheme, str]:
         """The module's scheme, and the pattern of layer_quant_config that decided it, if any."""
         config = self._config(files)
-        named = next((pattern for pattern in config.layer_quant_config if fnmatchcase(module, pattern)), "")
+        where: dict[str, Any] = {"file": files.quantization_file, "field": "quantization_config.layer_quant_config"}
+        named = next((pattern for pattern in config.layer_quant_config if wildcard(pattern, module, **where)), "")
         spec = config.layer_quant_config[named] if named else config.global_quant_config
         weight = self._tensor(files, spec.weight, "weight", inputs=False)
         given = spec.input_tensors
@@ -326,7 +326,7 @@ def _names(files: CheckpointFiles, entry: str, module: str) -> bool:
     """exclude's rule: a name, wildcards, or a regular expression after `re:`."""
     if entry.startswith("re:"):
         return matches(entry[3:], module, file=files.quantization_file, field="quantization_config.exclude")
-    return fnmatchcase(module, entry)
+    return wildcard(entry, module, file=files.quantization_file, field="quantization_config.exclude")
 
 
 METHOD = Quark()

@@ -39,7 +39,7 @@ from qcore.elements import (
     Tile,
     scale_shape,
 )
-from qcore.layouts.torchao import INT4, Record, int4_headers, out_of_range, read_int4, unswizzle_scales
+from qcore.layouts.torchao import INT4, Record, bare, int4_headers, out_of_range, read_int4, sizes, unswizzle_scales
 from qcore.method import SCALE_DTYPES, CheckpointFiles, Method, ModulePlan, dense_modules, read_scale, require_tensor
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme, Zero, integer_weight
@@ -204,9 +204,9 @@ def _affine_headers(files: CheckpointFiles, module: str, record: Record) -> tupl
             raise ValueError(f"target_dtype {target}")
         bits = int(target.removeprefix("int"))
         known = {None: None, "int8_asym_per_token": "int8-token-asym-dyn", "int8_sym_per_token": "int8-token-sym-dyn"}
-        if record.value("activation_quantization") not in known:
-            raise ValueError(f"activation_quantization {record.value('activation_quantization')}")
-        words = known[record.value("activation_quantization")]
+        if (mode := record.value("activation_quantization")) not in known:
+            raise ValueError(f"activation_quantization {mode}")
+        words = known[mode]
         given = TensorScheme.parse(words) if words else None
     if given is not None and not given.dynamic:
         require_tensor(files, f"{prefix}act_quant_scale", dtypes=SCALE_DTYPES["float"])
@@ -231,23 +231,23 @@ def _inputs(kwargs: object, default: str) -> TensorScheme | None:
         spread = PerToken()
     elif kind == "PerTensor":
         spread = PerTensor()
-    elif kind == "PerBlock" and isinstance(inner, dict) and isinstance(inner.get("block_size"), list):
-        spread = Group(int(inner["block_size"][-1]))
+    elif kind == "PerBlock" and isinstance(inner, dict):
+        spread = Group(sizes(inner.get("block_size"))[-1])
     else:
         raise ValueError(f"activations {kind}")
     if default == "int8":
-        mapping = data.get("mapping_type")
-        name = mapping.get("_data") if isinstance(mapping, dict) else mapping
-        zero: Zero | None = "stored" if name == "ASYMMETRIC" else None
+        zero: Zero | None = "stored" if bare(data.get("mapping_type")) == "ASYMMETRIC" else None
         return TensorScheme(Int(8, signed=True), (Level(spread),), zero, dynamic=True)
     return TensorScheme(Float(default), (Level(spread),), dynamic=True)  # type: ignore[arg-type]
 
 
 def _asymmetric(files: CheckpointFiles) -> bool:
     """Whether the config says that weights have zero points."""
-    default = ((files.quantization or {}).get("quant_type") or {}).get("default") or {}
-    data = default.get("_data") if isinstance(default, dict) else {}
-    mapping = (data or {}).get("weight_mapping_type", (data or {}).get("mapping_type"))
+    found: object = files.quantization
+    for key in ("quant_type", "default", "_data"):
+        found = found.get(key) if isinstance(found, dict) else None
+    data = found if isinstance(found, dict) else {}
+    mapping = data.get("weight_mapping_type", data.get("mapping_type"))
     return isinstance(mapping, dict) and mapping.get("_data") == "ASYMMETRIC"
 
 
@@ -288,7 +288,7 @@ def _block_float_headers(files: CheckpointFiles, module: str, record: Record) ->
     prefix, nv = f"{module}._weight_", record.type == "NVFP4Tensor"
     name = "float4_e2m1fn_x2" if nv else str(record.value("elem_dtype"))
     size = record.data.get("block_size")
-    if name not in _FLOATS or size != (16 if nv else 32):
+    if name not in _FLOATS or type(size) is not int or size != (16 if nv else 32):
         raise ValueError(f"{name} in blocks of {size}")
     element = Float(_FLOATS[name])
     rows, columns = _matrix(files, f"{prefix}qdata", (_HELD[element.format],))
@@ -317,8 +317,7 @@ def _block_inputs(kwargs: object, *, nv: bool) -> TensorScheme:
         raise ValueError("act_quant_kwargs")
     if nv:
         return TensorScheme(Float("e2m1"), (Level(Group(16), "e4m3fn"), Level(PerTensor())), dynamic=True)
-    name, mode = (value.get("_data") if isinstance(value, dict) else value
-                  for value in (data.get("elem_dtype"), data.get("scaling_mode")))  # fmt: skip
+    name, mode = bare(data.get("elem_dtype")), bare(data.get("scaling_mode"))
     if mode not in _ROUNDINGS or name not in _FLOATS or data.get("block_size", 32) != 32:
         raise ValueError(f"activations {name} scaled by {mode}")
     return TensorScheme(Float(_FLOATS[name]), (Level(Group(32), _ROUNDINGS[mode]),), dynamic=True)

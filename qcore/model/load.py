@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from qcore.checkpoint.kv_scales import chosen_scheme, spelled
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
+from qcore.model.bounds import check_counts, check_size
 from qcore.model.devices import find_device
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.model.memory import released_buffers
@@ -85,6 +86,7 @@ class _MetaParameters(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
+        check_size(func, args)
         return func(*args, **kwargs)
 
 
@@ -101,6 +103,7 @@ def model_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretrain
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
+    check_counts(checkpoint)
     values = {k: v for k, v in checkpoint.config.items() if k not in ("dtype", "torch_dtype", "auto_map")}
     model_type = values.get("model_type")
     known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
