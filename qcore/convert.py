@@ -31,17 +31,30 @@ _CARRIED = (
 
 
 def convert(
-    path: str | Path, format: str, out: str | Path, *, progress: Progress | None = None, verify: bool = True
+    source: str | Path | Checkpoint,
+    format: str,
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    verify: bool = True,
 ) -> Path:
-    """The checkpoint at `path` written as `format` into the new folder `out`, which is returned.
+    """The checkpoint written as `format` into the new folder `out`, which is returned; `gguf` is a file.
 
-    Every quantized layer keeps its codes and scales; `dense` is float32, which holds what they stand for. verify: read
-    all of it back and compare before the folder appears. Raises Refused: unknown-format, format-not-written,
-    not-representable, output-exists, cannot-write, and all that reading gives.
+    format: a method's name, or name:variant with one of those that it writes. Every quantized layer keeps its codes and
+    scales; `dense` is float32, which holds what they stand for. verify: read all of it back and compare before `out`
+    appears. Raises Refused: unknown-format, format-not-written, not-representable, output-exists, cannot-write, and all
+    that reading gives.
     """
-    source, method = open_checkpoint(path), writer_of(format)
-    plan = dict(source.layers)
+    method, variant = writer_of(format)
+    source = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     cache = source.kv_cache or (CHOICES["fp8"] if source.kv_scales else None)
+    if method.name == "gguf":
+        from qcore.gguf.write import convert_gguf
+
+        if cache is not None:
+            method.encode_kv_cache(cache, source.kv_scales)  # refuses
+        return convert_gguf(source, Path(out), progress=progress, verify=verify)
+    plan = dict(source.layers)
     if method.name != "dense" and cache is None and not any(entry.scheme for entry in plan.values()):
         raise Refused(
             Refusal("not-representable", "never", str(source.path), "nothing in the checkpoint is quantized",
@@ -50,7 +63,7 @@ def convert(
     if method.name == "dense":
         config: dict[str, Any] | None = None
     else:
-        config = method.encode_config(plan)
+        config = method.encode_config(plan, variant)
     kv_config, kv_tensors = method.encode_kv_cache(cache, source.kv_scales) if cache is not None else ({}, {})
     if config is not None:
         config |= kv_config
@@ -78,13 +91,18 @@ def convert(
     return target.out
 
 
-def writer_of(format: str) -> Method:
-    """The method of that name. Raises Refused (unknown-format) with those that there are."""
+def writer_of(format: str) -> tuple[Method, str]:
+    """The method and the variant of NAME or NAME:VARIANT. Raises Refused (unknown-format) with those that there are."""
     methods = {method.name: method for method in registry().methods}
-    if format not in methods:
+    name, _, variant = format.partition(":")
+    if name not in methods:
         raise Refused(Refusal("unknown-format", "usage", format, "there is no checkpoint format of this name",
                               fix=f"Name one of: {', '.join(sorted(methods))}."))  # fmt: skip
-    return methods[format]
+    if variant and variant not in methods[name].written:
+        known = ", ".join(f"{name}:{written}" for written in methods[name].written)
+        raise Refused(Refusal("unknown-format", "usage", format, f"{name} has no such variant that is written",
+                              fix=f"Name {name}{known and f', or one of: {known}'}."))  # fmt: skip
+    return methods[name], variant
 
 
 def _encoded(

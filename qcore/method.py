@@ -115,6 +115,8 @@ class Method(ABC):
     """Files beside config.json that may hold the quantization config instead."""
     pickles: str = ""
     """How pickled checkpoints of the format become safetensors, where there is a better way than saving them again."""
+    written: tuple[str, ...] = ()
+    """The variants that `encode_config` makes, the usual one first; empty where the format has one form, or is not written."""
     parts: frozenset[str] = frozenset()
     """The tensors that a quantized module may have; empty where names are checked otherwise."""
 
@@ -154,10 +156,10 @@ class Method(ABC):
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         """One quantized module of the plan. Raises Refused (bad-content and others)."""
 
-    def encode_config(self, plan: Mapping[str, ModulePlan]) -> dict[str, Any]:
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
         """The quantization config of a checkpoint with these modules, with all that `encode` needs to know.
 
-        Raises Refused (format-not-written, not-representable).
+        variant: one of `written`; empty for what suits the plan best. Raises Refused (format-not-written, not-representable).
         """
         raise Refused(
             Refusal("format-not-written", "notimpl", self.name, "this format is read, not written",

@@ -19,7 +19,7 @@ from sim import sim_registry
 
 GOLDEN = Path(__file__).parent / "golden"
 GGUF, GPTQ, PACKED = (GOLDEN / name for name in ("gguf-q4_0", "gptqmodel-gptq-4bit-sym", "llmcompressor-w4a16-gptq"))
-COMMANDS = ("run", "inspect", "explain", "eval", "plugins", "doctor", "bench", "bench load")
+COMMANDS = ("run", "inspect", "explain", "eval", "convert", "quantize", "plugins", "doctor", "bench", "bench load")
 
 
 def qcore(*arguments: object, text: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -319,6 +319,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_formats_are_known_by_name() -> None:
-    assert writer_of("gptq").name == "gptq"
+    assert writer_of("gptq")[0].name == "gptq"
     with pytest.raises(qcore.Refused, match="compressed-tensors"):
         writer_of("gptq2")
+    with pytest.raises(qcore.Refused, match="unknown-format"):
+        writer_of("gptq:gptq_v9")

@@ -121,7 +121,7 @@ TRIGGERS: dict[str, Callable[[Path], object]] = {
     "unknown-platform": lambda folder: known_platform("abacus"),
     "unknown-kernel": lambda folder: qcore.load_model(checkpoint(folder), kernel="abacus"),
     "unknown-format": lambda folder: writer_of("abacus"),
-    "format-not-written": lambda folder: Method.encode_config(writer_of("dense"), {}),
+    "format-not-written": lambda folder: Method.encode_config(writer_of("dense")[0], {}),
     "not-representable": lambda folder: convert(checkpoint(folder), "gptq", folder / "out"),
     "output-exists": lambda folder: convert(checkpoint(folder), "dense", folder),
     "cannot-write": lambda folder: convert(checkpoint(folder), "dense", folder / "no" / "where"),

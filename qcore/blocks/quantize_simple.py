@@ -28,17 +28,17 @@ def _around(*targets: int, width: float, count: int = 8) -> list[float]:
 # --- Packing: float32 scales (and minima) [B, 1] and codes [B, elements] into blocks ---
 
 
-def _pack_4(codes: Tensor, *halves: Tensor) -> Tensor:
+def pack_4(codes: Tensor, *halves: Tensor) -> Tensor:
     return torch.cat([*map(half, halves), planes(codes.view(-1, 2, 16), 4)], 1)
 
 
-def _pack_5(codes: Tensor, *halves: Tensor) -> Tensor:
+def pack_5(codes: Tensor, *halves: Tensor) -> Tensor:
     codes = codes.to(torch.uint8)
     fifth = neighbours(codes >> 4, 1)
     return torch.cat([*map(half, halves), fifth, planes((codes & 15).view(-1, 2, 16), 4)], 1)
 
 
-def _pack_8(codes: Tensor, d: Tensor) -> Tensor:
+def pack_8(codes: Tensor, d: Tensor) -> Tensor:
     return torch.cat([half(d), codes.to(torch.int8).view(torch.uint8)], 1)
 
 
@@ -98,11 +98,11 @@ def _by_largest(pack: Callable[..., Tensor], high: int, offset: int) -> Callable
 
 REFERENCE: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
-        "q4_0": _symmetric(_pack_4, -8),
-        "q4_1": _affine(_pack_4, 15),
-        "q5_0": _symmetric(_pack_5, -16),
-        "q5_1": _affine(_pack_5, 31),
-        "q8_0": _by_largest(_pack_8, 127, 0),
+        "q4_0": _symmetric(pack_4, -8),
+        "q4_1": _affine(pack_4, 15),
+        "q5_0": _symmetric(pack_5, -16),
+        "q5_1": _affine(pack_5, 31),
+        "q8_0": _by_largest(pack_8, 127, 0),
         "tq1_0": _by_largest(_pack_tq1_0, 1, 1),
         "tq2_0": _by_largest(_pack_tq2_0, 1, 1),
     }
@@ -133,12 +133,12 @@ def _fitted_affine(pack: Callable[..., Tensor], high: int) -> Callable[[Tensor, 
 
 SEARCH: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = MappingProxyType(
     {
-        "q4_0": _fitted(_pack_4, Uniform(-8, 7, _around(-8, 7, width=1.5)), lambda levels: levels + 8),
-        "q4_1": _fitted_affine(_pack_4, 15),
-        "q5_0": _fitted(_pack_5, Uniform(-16, 15, _around(-16, 15, width=1.5)), lambda levels: levels + 16),
-        "q5_1": _fitted_affine(_pack_5, 31),
+        "q4_0": _fitted(pack_4, Uniform(-8, 7, _around(-8, 7, width=1.5)), lambda levels: levels + 8),
+        "q4_1": _fitted_affine(pack_4, 15),
+        "q5_0": _fitted(pack_5, Uniform(-16, 15, _around(-16, 15, width=1.5)), lambda levels: levels + 16),
+        "q5_1": _fitted_affine(pack_5, 31),
         # -128 is left out: kernels negate codes.
-        "q8_0": _fitted(_pack_8, Uniform(-127, 127, _around(127, width=1.0)), lambda levels: levels),
+        "q8_0": _fitted(pack_8, Uniform(-127, 127, _around(127, width=1.0)), lambda levels: levels),
         "q1_0": _fitted(_pack_neighbours(1), Table((-1, 1), (1.0,)), lambda levels: levels > 0),
         "q2_0": _fitted(
             _pack_neighbours(2), Uniform(-1, 2, [0.2 * i for i in range(-12, 20)]), lambda levels: levels + 1

@@ -14,9 +14,11 @@ from qcore.cli.output import print_json, progress_bar
 def convert_command(
     path: Annotated[str, typer.Argument(help="A safetensors folder or a GGUF file.")],
     format: Annotated[
-        str, typer.Option("--format", "-f", help="The format to write: compressed-tensors, gptq, awq, dense, ...")
+        str, typer.Option("--format", "-f", help="The format to write: compressed-tensors, gptq, awq, gguf, dense, ...")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The new folder; nothing is ever overwritten.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The new folder, for gguf the new file; nothing is ever overwritten.")
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write a checkpoint in another format, where that format holds the very same numbers.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qcore.cli import bench, convert, doctor, evaluate, explain, inspect, matrix, plugins, run, verify
+from qcore.cli import bench, convert, doctor, evaluate, explain, inspect, matrix, plugins, quantize, run, verify
 from qcore.cli.output import note, print_refusal
 from qcore.refusal import Refused
 
@@ -35,6 +35,7 @@ app.command("convert")(convert.convert_command)
 app.command("explain")(explain.explain_command)
 app.command("eval")(evaluate.evaluate_command)
 app.command("verify")(verify.verify_command)
+app.command("quantize")(quantize.quantize_command)
 app.add_typer(plugins.app, name="plugins")
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")

@@ -16,7 +16,7 @@ from qcore.refusal import bad_file
 Read = Callable[[str], Sequence[float]]
 """Reads a small tensor's values by name."""
 
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Llama 3.1's rope scaling: the same in every model that uses it, but for the factor (8 or 32)."""
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
@@ -97,12 +97,12 @@ def _llama3(fields: Fields, info: TensorInfo, theta: float, head_dim: int, read:
     """The file stores the factors that Llama 3.1's formula gives; the formula's parameters are found again from them."""
     stored = _factors(fields, {info.name: info}, info.name, head_dim // 2, read)
     factor = max(stored)
-    expected = _llama3_factors(theta, head_dim, factor)
+    expected = llama3_factors(theta, head_dim, factor)
     if any(not math.isclose(a, b, rel_tol=1e-5) for a, b in zip(stored, expected, strict=True)):
         raise fields.not_read(None, "the rotary factors are not those of Llama 3.1's formula",
                               [round(value, 4) for value in stored[-4:]],
                               str([round(value, 4) for value in expected[-4:]]), tensor=info.name)  # fmt: skip
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3} if factor != 1.0 else None
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3} if factor != 1.0 else None
 
 
 def _factors(fields: Fields, tensors: Mapping[str, TensorInfo], name: str, count: int, read: Read) -> list[float]:
@@ -120,9 +120,9 @@ def _factors(fields: Fields, tensors: Mapping[str, TensorInfo], name: str, count
     return values
 
 
-def _llama3_factors(theta: float, head_dim: int, factor: float) -> list[float]:
+def llama3_factors(theta: float, head_dim: int, factor: float) -> list[float]:
     """What each frequency is divided by: nothing for short waves, `factor` for long ones, and between them a blend."""
-    low, high, length = _LLAMA3.values()
+    low, high, length = LLAMA3.values()
     factors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (i / head_dim)

@@ -102,7 +102,7 @@ def _sentencepiece(vocabulary: Vocabulary, unknown: str | None) -> Tokenizer:
 
     model = models.BPE(
         vocab=vocabulary.ids,
-        merges=_merges_by_score(vocabulary),
+        merges=merges_by_score(vocabulary),
         unk_token=unknown,
         fuse_unk=True,
         byte_fallback=True,
@@ -118,7 +118,7 @@ def _sentencepiece(vocabulary: Vocabulary, unknown: str | None) -> Tokenizer:
     return tokenizer
 
 
-def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+def merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, in the order in which SentencePiece would: the best result first.
 
     User-defined pieces come before all others, and of equal results the one with the longer left part comes first,

@@ -75,7 +75,7 @@ class Awq(Method):
             return awq_fast.read_layer(files, module, settings)
         return awq.read_layer(files, module, settings)
 
-    def encode_config(self, plan: Mapping[str, ModulePlan]) -> dict[str, Any]:
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
         """One group size for all layers; those that are not quantized are named."""
         sizes = {
             integer_of(self.name, module, entry.scheme, (4,))[1]: module

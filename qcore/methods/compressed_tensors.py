@@ -148,7 +148,7 @@ class CompressedTensors(Method):
             input_zero,
         )
 
-    def encode_config(self, plan: Mapping[str, ModulePlan]) -> dict[str, Any]:
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
         return compressed_writer.config_of(plan)
 
     def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -88,7 +88,7 @@ class Gptq(Method):
             return bitblas.read_layer(files, module, self._bitblas(files, config, settings))
         return gptq.read_layer(files, module, settings)
 
-    def encode_config(self, plan: Mapping[str, ModulePlan]) -> dict[str, Any]:
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
         """The commonest numbers for the whole, `dynamic` for the others; planar where a layer has 5, 6 or 7 bits."""
         numbers: dict[str, tuple[int, int, bool, bool]] = {}
         for module, entry in plan.items():

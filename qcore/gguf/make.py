@@ -1,0 +1,160 @@
+"""Makes quantized GGUF files: every matrix in the type that a recipe gives it, the rest in float32."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcore.blocks.types import BLOCK_TYPES
+from qcore.checkpoint.imatrix import read_imatrix
+from qcore.checkpoint.open import Checkpoint
+from qcore.checkpoint.writer import atomic_file
+from qcore.gguf.contents import Contents, contents_of
+from qcore.gguf.fields import Fields
+from qcore.gguf.recipes import ALIASES, RECIPES, Place, Recipe, choose, fitting
+from qcore.gguf.write import Progress, write_tensors
+from qcore.refusal import Refusal, Refused, bad_file
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("qcore")
+
+_FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_UNGUIDED_IN_NEED = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
+"""Types that llama.cpp does not make without an importance matrix."""
+
+
+def save_gguf(
+    source: Checkpoint,
+    out: Path,
+    type: str = "q4_k_m",
+    *,
+    importance: Path | None = None,
+    overrides: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Quantizes the checkpoint's weights into the GGUF file `out`, which is returned.
+
+    type: a key of RECIPES, in either case. importance: an imatrix file of llama.cpp's. overrides: types by regular
+    expression, which is looked for in GGUF's names; the first that is found wins over the recipe. Raises Refused:
+    bad-argument, not-representable, bad-content, output-exists, cannot-write, and all that reading gives.
+    """
+    recipe = recipe_of(type)
+    patterns = _patterns(overrides or {})
+    contents = contents_of(source)
+    weights = read_imatrix(importance) if importance is not None else {}
+    types = _types(contents, recipe, patterns, guided=importance is not None)
+    _check_importance(contents, types, weights, importance)
+    metadata: dict[str, object] = {"general.file_type": recipe.number}
+    if any(kind in BLOCK_TYPES for kind in types.values()):
+        metadata["general.quantization_version"] = 2
+    if importance is not None:
+        metadata |= {"quantize.imatrix.file": importance.name, "quantize.imatrix.entries_count": len(weights)}
+
+    def read(tensor: str) -> torch.Tensor:
+        return _quantized(contents, tensor, types[tensor], weights.get(tensor))
+
+    atomic_file(Path(out), lambda path: write_tensors(path, contents, types, read, metadata, progress))
+    return Path(out).absolute()
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe of this name. Raises Refused (bad-argument)."""
+    key = name.lower().removeprefix("gguf:")
+    key = ALIASES.get(key, key)
+    if key not in RECIPES:
+        raise Refused(Refusal("bad-argument", "usage", name, "there is no GGUF mixture or type of this name",
+                              fix=f"Name one of: {', '.join(row.upper() for row in RECIPES)}."))  # fmt: skip
+    return RECIPES[key]
+
+
+def _patterns(overrides: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]:
+    patterns = []
+    for expression, kind in overrides.items():
+        if kind.lower() not in BLOCK_TYPES and kind.lower() not in _FLOATS:
+            raise Refused(Refusal("bad-argument", "usage", kind, "there is no GGUF type of this name",
+                                  fix=f"Name one of: {', '.join([*_FLOATS, *BLOCK_TYPES])}."))  # fmt: skip
+        try:
+            patterns.append((re.compile(expression), kind.lower()))
+        except re.error as error:
+            raise Refused(Refusal("bad-argument", "usage", expression, "this is not a regular expression", str(error),
+                                  "Write a pattern such as ffn_down\\.weight$.")) from error  # fmt: skip
+    return patterns
+
+
+def _types(
+    contents: Contents, recipe: Recipe, patterns: list[tuple[re.Pattern[str], str]], *, guided: bool
+) -> dict[str, str]:
+    """Each tensor's type; matrices whose rows are no whole blocks of the wanted one get another, which is logged."""
+    tied = "output.weight" not in contents.shapes
+    layers, grouped = _sizes(contents)
+    types, unguided = {}, set()
+    for tensor, shape in contents.shapes.items():
+        part = tensor.split(".")[-2]
+        if len(shape) != 2 or not tensor.endswith(".weight"):
+            types[tensor] = "f32"
+            continue
+        layer = int(tensor.split(".")[1]) if tensor.startswith("blk.") else 0
+        wanted = next((kind for pattern, kind in patterns if pattern.search(tensor)), None)
+        wanted = wanted or choose(recipe, Place(part, layer, layers, shape[1], grouped, tied, guided))
+        types[tensor] = fitting(wanted, shape[1])
+        if types[tensor] != wanted:
+            log.warning("%s is stored as %s: its rows of %d are no whole blocks of %s", tensor, types[tensor].upper(),
+                        shape[1], wanted.upper())  # fmt: skip
+        if types[tensor] in _UNGUIDED_IN_NEED and not guided:
+            unguided.add(types[tensor])
+    if unguided:
+        log.warning("%s without an importance matrix: give one, or expect a poor model", ", ".join(sorted(unguided)))
+    return types
+
+
+def _sizes(contents: Contents) -> tuple[int, int]:
+    """Layers, and query heads that share a key."""
+    from qcore.checkpoint.source import TensorInfo
+
+    infos = {
+        name: TensorInfo(name, "F32", shape, contents.source.path, 0, 0) for name, shape in contents.shapes.items()
+    }
+    fields = Fields(contents.metadata, infos)
+    heads = fields.size("attention.head_count")
+    return fields.size("block_count"), heads // fields.size("attention.head_count_kv", heads)
+
+
+def _check_importance(
+    contents: Contents, types: Mapping[str, str], weights: Mapping[str, torch.Tensor], file: Path | None
+) -> None:
+    """Raises Refused (bad-shape) for another model's; says which matrices have none."""
+    if file is None:
+        return
+    quantized = [tensor for tensor, kind in types.items() if kind in BLOCK_TYPES]
+    for tensor in quantized:
+        if tensor in weights and weights[tensor].shape != contents.shapes[tensor][1:]:
+            raise bad_file("bad-shape", "the importance matrix belongs to another model", file=file, tensor=tensor,
+                           field="values", found=list(weights[tensor].shape), expected=list(contents.shapes[tensor][1:]),
+                           fix="Make it with the model that is quantized.")  # fmt: skip
+    inner = [tensor for tensor in quantized if tensor.startswith("blk.") and tensor not in weights]
+    if inner:
+        log.warning("%s tells nothing of %d matrices, such as %s", file, len(inner), inner[0])
+
+
+def _quantized(contents: Contents, tensor: str, kind: str, importance: torch.Tensor | None) -> torch.Tensor:
+    import torch
+
+    from qcore.blocks.quantize import quantize_blocks
+
+    rows = contents.rows(tensor)
+    finite = bool(rows.isfinite().all())
+    if kind in _FLOATS:
+        stored = rows.to(getattr(torch, _FLOATS[kind]))
+        if finite == bool(stored.isfinite().all()):
+            return stored
+        raise Refused(Refusal("not-representable", "never", tensor, "its values are too large for float16",
+                              f"found {rows.abs().max().item():g}, expected at most 65504", "Choose BF16 or F32."))  # fmt: skip
+    if not finite:
+        raise bad_file("bad-content", "weights are finite numbers", file=contents.source.path,
+                       tensor=contents.original(tensor), field="values", found="NaN or infinity")  # fmt: skip
+    return quantize_blocks(kind, rows, importance)
