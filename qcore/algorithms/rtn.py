@@ -69,9 +69,12 @@ def _levels(part: torch.Tensor, grid: Granularity) -> torch.Tensor:
 
 
 def _half(scale: torch.Tensor) -> torch.Tensor:
-    """In float16; scales that it does not hold at full precision stay as they are."""
+    """In float16, upwards, so that no weight falls off the ends; scales that it does not hold at full precision stay."""
     span = torch.finfo(torch.float16)
-    return scale.half() if bool((scale >= span.smallest_normal).all() and (scale <= span.max).all()) else scale
+    if bool((scale < span.smallest_normal).any() or (scale >= span.max).any()):
+        return scale
+    near = scale.half()
+    return torch.where(near < scale, near.nextafter(torch.tensor(torch.inf, dtype=torch.float16)), near)
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:
