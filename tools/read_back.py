@@ -2,10 +2,10 @@
 
     python tools/read_back.py TOOLS [--write] [--only READER] [--golden FOLDER ...]
 
-TOOLS is a folder of virtual environments, each named in a reader's ENVIRONMENT. Every file of tools/readers/ is run by its
-environment's own Python on each of its CASES: a checkpoint that qcore made of a scheme in flight, or of a golden one. It
-dequantizes with the tool's code and saves the weights, which have to equal qcore's, bit for bit. --write puts the table into
-docs/formats.md.
+TOOLS is a folder of virtual environments, one for each file of tools/readers/ and of its name, with what the file REQUIRES.
+The file is run there on each of its CASES: a checkpoint that qcore made of a scheme in flight, or of a golden checkpoint; for
+gguf:TYPE one that it quantized. It dequantizes with the tool's code and saves the weights, which have to equal qcore's, bit for
+bit. --write puts the table into docs/formats.md.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.safetensors import SafetensorsSource
 from qcore.convert import convert
+from qcore.gguf.make import save_gguf
 from qcore.refusal import Refused
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +40,6 @@ class Reader:
     """A script that reads with one tool. bound: the largest difference that the tool's own arithmetic explains; 0 as a rule."""
 
     script: Path
-    environment: str
     cases: tuple[tuple[str, str], ...]
     bound: float
 
@@ -50,9 +50,9 @@ class Reader:
         for node in ast.parse(script.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 name = node.targets[0].id
-                if name in ("CASES", "ENVIRONMENT", "BOUND"):
+                if name in ("CASES", "BOUND"):
                     stated[name] = ast.literal_eval(node.value)
-        return cls(script, str(stated["ENVIRONMENT"]), tuple(stated["CASES"]), float(str(stated.get("BOUND", 0))))  # type: ignore[arg-type]
+        return cls(script, tuple(stated["CASES"]), float(str(stated.get("BOUND", 0))))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,18 @@ class Outcome:
 def read_back(reader: Reader, origin: str, format: str, tools: Path, golden: Sequence[Path]) -> Outcome:
     """Writes the case's checkpoint and compares every quantized layer with what the tool makes of it."""
     with tempfile.TemporaryDirectory() as scratch:
-        path, out = Path(scratch) / ("model.gguf" if format == "gguf" else "model"), Path(scratch) / "out.safetensors"
+        path, out = (
+            Path(scratch) / ("model.gguf" if format.startswith("gguf") else "model"),
+            Path(scratch) / "out.safetensors",
+        )
         try:
-            written = open_checkpoint(convert(_source(origin, golden), format, path))
+            if format.startswith("gguf:"):
+                written = open_checkpoint(save_gguf(_source(origin, golden), path, format.removeprefix("gguf:")))
+            else:
+                written = open_checkpoint(convert(_source(origin, golden), format, path))
         except Refused as error:
             return Outcome(format, origin, origin, reader.script.stem, 0, None, f"refused: {error.refusal.code}")
-        python = tools / reader.environment / "bin" / "python"
+        python = tools / reader.script.stem / "bin" / "python"
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
