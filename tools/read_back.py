@@ -2,8 +2,8 @@
 
     python tools/read_back.py TOOLS [--write] [--only READER] [--golden FOLDER ...]
 
-TOOLS is a folder of virtual environments, one for each file of tools/readers/ and of its name, with what the file REQUIRES.
-The file is run there on each of its CASES: a checkpoint that qcore made of a scheme in flight, or of a golden checkpoint; for
+TOOLS is a folder of virtual environments, one for each file of tools/readers/ (with_bitsandbytes.py: bitsandbytes), with what
+the file REQUIRES. The file is run there on each of its CASES: a checkpoint that qcore made of a scheme in flight, or of a golden checkpoint; for
 gguf:TYPE one that it quantized. It dequantizes with the tool's code and saves the weights, which have to equal qcore's, bit for
 bit. --write puts the table into docs/formats.md.
 """
@@ -42,6 +42,11 @@ class Reader:
     script: Path
     cases: tuple[tuple[str, str], ...]
     bound: float
+
+    @property
+    def name(self) -> str:
+        """The tool's, as the environment has it."""
+        return self.script.stem.removeprefix("with_")
 
     @classmethod
     def of(cls, script: Path) -> Reader:
@@ -87,8 +92,8 @@ def read_back(reader: Reader, origin: str, format: str, tools: Path, golden: Seq
             else:
                 written = open_checkpoint(convert(_source(origin, golden), format, path))
         except Refused as error:
-            return Outcome(format, origin, origin, reader.script.stem, 0, None, f"refused: {error.refusal.code}")
-        python = tools / reader.script.stem / "bin" / "python"
+            return Outcome(format, origin, origin, reader.name, 0, None, f"refused: {error.refusal.code}")
+        python = tools / reader.name / "bin" / "python"
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -100,9 +105,9 @@ def read_back(reader: Reader, origin: str, format: str, tools: Path, golden: Seq
         schemes = sorted({str(scheme) for scheme in written.plan.values() if scheme is not None})
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            return Outcome(format, ", ".join(schemes), origin, reader.script.stem, 0, None, f"failed: {said:.100}")
+            return Outcome(format, ", ".join(schemes), origin, reader.name, 0, None, f"failed: {said:.100}")
         layers, worst = _difference(written, SafetensorsSource.open(out))
-        tool = _metadata(out).get("tool", reader.script.stem)
+        tool = _metadata(out).get("tool", reader.name)
         return Outcome(format, ", ".join(schemes), origin, tool, layers, worst)
 
 
@@ -145,15 +150,15 @@ def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("tools", type=Path)
-    parser.add_argument("--only", action="append", default=[], help="readers, by the names of their files")
+    parser.add_argument("--only", action="append", default=[], help="tools, by the names of their readers")
     parser.add_argument("--golden", action="append", default=[], type=Path, help="more folders of golden checkpoints")
     parser.add_argument("--write", action="store_true", help="put the table into docs/formats.md")
     given = parser.parse_args()
     outcomes, bad = [], 0
-    for script in sorted((ROOT / "tools" / "readers").glob("[a-z]*.py")):
-        if given.only and script.stem not in given.only:
-            continue
+    for script in sorted((ROOT / "tools" / "readers").glob("with_*.py")):
         reader = Reader.of(script)
+        if given.only and reader.name not in given.only:
+            continue
         for origin, format in reader.cases:
             outcome = read_back(reader, origin, format, given.tools, [GOLDEN, *given.golden])
             outcomes.append(outcome)

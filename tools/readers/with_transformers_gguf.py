@@ -1,17 +1,16 @@
 """Reads a GGUF file with transformers, which dequantizes with gguf-py.
 
-python tools/readers/transformers_gguf.py MODEL.gguf OUT.safetensors
+python tools/readers/with_transformers_gguf.py MODEL.gguf OUT.safetensors
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from pathlib import Path
 
-import gguf
 import torch
 import transformers
-from gguf.constants import GGML_QUANT_VERSION
 from safetensors.torch import save_file
 
 REQUIRES = "transformers==5.23.0 gguf==0.19.0 accelerate torch==2.13.0"
@@ -31,10 +30,9 @@ def main(file: Path, out: Path) -> None:
     """Every matrix, as transformers' model has it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     weights = {name: value.float().contiguous() for name, value in model.state_dict().items() if value.dim() == 2}
-    tool = f"transformers {transformers.__version__}, gguf-py (layouts of version {GGML_QUANT_VERSION})"
+    tool = f"transformers {transformers.__version__}, gguf-py {importlib.metadata.version('gguf')}"
     save_file({name: value.clone() for name, value in weights.items()}, out, {"tool": tool})
 
 
 if __name__ == "__main__":
-    assert gguf.GGUF_VERSION == 3
     main(Path(sys.argv[1]), Path(sys.argv[2]))
