@@ -118,6 +118,9 @@ def _holdable(method: Method, module: str, entry: ModulePlan) -> ModulePlan:
     """The plan of a layer in the format: without ggml's blocks, and without embeddings that are quantized where it has none."""
     if entry.scheme is None or method.name == "dense":
         return entry
+    if len(entry.shape) > 2 and not method.stacked:
+        raise Refused(Refusal("not-representable", "notimpl", module, f"{method.name} is not written with experts stacked",
+                              f"found {list(entry.shape)}", "Choose another format, such as dense."))  # fmt: skip
     if is_embedding(module) and not method.embeddings:
         log.warning(
             "%s becomes a plain float32 matrix of the same numbers: %s has no quantized embeddings", module, method.name

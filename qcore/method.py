@@ -119,6 +119,8 @@ class Method(ABC):
     """The variants that `encode_config` makes, the usual one first; empty where the format has one form, or is not written."""
     embeddings: bool = False
     """Whether the format holds quantized embeddings."""
+    stacked: bool = False
+    """Whether `encode` takes experts stacked in one tensor [E, N, K]."""
     parts: frozenset[str] = frozenset()
     """The tensors that a quantized module may have; empty where names are checked otherwise."""
 
