@@ -98,7 +98,7 @@ def _ways(tree: Any, length: int) -> float:
             least, most, body = value
             most = min(int(most), length)
             inner = _ways(body, length)
-            ways *= (max(most - least, 0) + 1) * (inner ** min(most, 50) if inner > 1 else 1)
+            ways *= (max(most - least, 0) + 1) * (min(inner, 1e6) ** min(most, 50) if inner > 1 else 1)
         elif name == "BRANCH":
             ways *= sum(_ways(branch, length) for branch in value[1])
         elif name in ("SUBPATTERN", "ASSERT", "ASSERT_NOT", "ATOMIC_GROUP"):
