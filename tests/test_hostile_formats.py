@@ -13,17 +13,11 @@ import pytest
 import qcore
 from hostile_configs import config_cases
 from hostile_tensors import Change, tensor_cases
-from mutations import Sample
-from qcore.discovery import registry
+from mutations import Sample, put_files
 from qcore.refusal import Refusal
-from variants import made, read_all
+from variants import FORMATS, format_of, made, read_all
 
 CASES = [*tensor_cases(), *config_cases()]
-FORMATS = sorted((method.name for method in registry().methods), key=len, reverse=True)
-
-
-def format_of(variant: str) -> str:
-    return next(name for name in FORMATS if variant.startswith(name))
 
 
 @cache
@@ -35,8 +29,7 @@ def sample(variant: str) -> Sample:
 def write(variant: str, change: Change, folder: Path) -> Path:
     changed = sample(variant).copy()
     change(changed)
-    for name, data in changed.files().items():
-        (folder / name).write_bytes(data)
+    put_files(folder, changed.files())
     return folder
 
 

@@ -13,7 +13,7 @@ import qcore
 import test_imatrix
 from hostile_tensors import WAYS
 from makers import dense_llama, write
-from mutations import Sample
+from mutations import Sample, put_files
 from qcore.checkpoint.imatrix import read_imatrix
 from variants import VARIANTS
 
@@ -116,8 +116,7 @@ def test_codes_of_no_model(tmp_path: Path, variant: str, way: str) -> None:
         sample.tensors[name] = held
     elif way == "renamed":
         sample.tensors[name.replace("layers.0", "layers.7")] = held
-    for file, data in sample.files().items():
-        (tmp_path / file).write_bytes(data)
+    put_files(tmp_path, sample.files())
     refused(lambda: qcore.load_model(tmp_path), "", tmp_path)
 
 
