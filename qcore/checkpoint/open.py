@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qcore.checkpoint.contents import check_layer
 from qcore.checkpoint.gguf import GgufSource
 from qcore.checkpoint.in_flight import UNTOUCHED, InFlight, made
 from qcore.checkpoint.json_file import read_json
@@ -136,12 +137,7 @@ class Checkpoint:
             given = self._method.read_parameter(self.files, bias) if bias in self._stored else None
             return made(entry, weight, given, self._stored[f"{module}.weight"])
         layer = self._decoded(module, lambda: self._method.decode(self.files, module))
-        stored = layer.input_scale
-        if stored is not None and not bool((stored.isfinite() & (stored > 0)).all()):  # inputs are divided by it
-            raise bad_file("bad-content", "the scale of a layer's inputs is not a positive number", file=self.path,
-                           tensor=f"{module}.input_scale", field="values", found=float(stored.min()),
-                           expected="a finite number above 0")  # fmt: skip
-        return layer
+        return check_layer(layer, file=self.path, module=module)
 
     def weight(self, module: str) -> QuantizedTensor:
         """The quantized weight in the canonical layout."""
