@@ -146,7 +146,11 @@ class BitsAndBytes(Method):
         read, bias = files.source.read, f"{module}.bias"
         held = read(bias) if bias in files.source.tensors else None
         if f"{module}.SCB" in files.source.tensors:
-            scales = finite(files, f"{module}.SCB", read(f"{module}.SCB")).reshape(-1, 1) / 127
+            largest = finite(files, f"{module}.SCB", read(f"{module}.SCB"))
+            if bool((largest < 0).any()):
+                raise bad_file("bad-content", "SCB are magnitudes", file=files.source.tensors[f"{module}.SCB"].file,
+                               tensor=f"{module}.SCB", field="values", found=float(largest.min()), expected="0 or more")  # fmt: skip
+            scales = largest.reshape(-1, 1) / 127
             shape = _int8_shape(files, module)
             scheme = _int8_scheme(self._config(files))
             return LayerTensors(QuantizedTensor(scheme, shape, read(f"{module}.weight"), (scales,)), held)

@@ -34,6 +34,7 @@ from qcore.method import (
     finite,
     read_scale,
     require_tensor,
+    signed_codes,
 )
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
@@ -274,6 +275,7 @@ class CompressedTensors(Method):
             codes = files.source.read(f"{module}.weight")
             if isinstance(weight.element, Float) or (weight.bits == 8 and weight.zero is None):
                 return codes
+            signed_codes(files, f"{module}.weight", codes, weight.bits)
             stored = (codes.view(torch.uint8) + (1 << (weight.bits - 1))) & ((1 << weight.bits) - 1)
             return pack(stored, weight.bits)
         stream = files.source.read(f"{module}.weight_packed").view(torch.uint8)
@@ -293,6 +295,7 @@ class CompressedTensors(Method):
         stored = files.source.read(f"{module}.weight_zero_point")
         if f"{module}.weight_packed" in files.source.tensors and stored.dtype == torch.int32:
             return unpack(stored.t().contiguous().view(torch.uint8), weight.bits, rows).t().contiguous()
+        signed_codes(files, f"{module}.weight_zero_point", stored, weight.bits)
         return (stored.to(torch.int16) + (1 << (weight.bits - 1))).to(torch.uint8)
 
     def _scales(self, files: CheckpointFiles, module: str, weight: TensorScheme) -> tuple[torch.Tensor, ...]:
