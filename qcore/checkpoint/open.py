@@ -176,7 +176,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises Refused: path-not-found, not-a-checkpoint, unsafe-container, unknown-method, and all that a damaged header or
     config gives.
     """
-    files = _find(Path(path))
+    try:
+        files = _find(Path(path))
+    except OSError as error:  # a name that is too long, a folder that may not be listed
+        raise Refused(
+            Refusal("path-not-found", "bad-file", str(path), "the path cannot be read", str(error),
+                    "Check the spelling, and that you may read it.", str(path))
+        ) from error  # fmt: skip
     methods = registry().methods
     if files.quantization is None:
         files = _with_side_file(files, methods)
