@@ -30,6 +30,8 @@ UNNAMED = [
     *each("bad-field", "/quantization_config", "x", 3, [], [{}], True),
 ]
 """Of no format at all."""
+MANY = [f"re:model.*x{i}[a-z]" for i in range(5000)]
+"""Patterns, of which each would be compiled."""
 CONFIGS: dict[str, list[Row]] = {
     "dense": [
         *each("bad-field", "/dtype", "abacus", "int8", "float8_e4m3fn", "__class__", "x" * 100_000),
@@ -49,6 +51,7 @@ CONFIGS: dict[str, list[Row]] = {
         *each("bad-field", "dynamic", 3, [], {"a": 3}, {"(": {"bits": 2}}, {"[z-a]": {}}, {".*": {"bits": "x"}},
               {".*": {"bits": 99}}, {".*": {"group_size": 0}}),
         *each("limit-exceeded", "dynamic", {BOMB: {}}, {LONG: {}}, {"((a*)*)*": {}}),
+        *each("limit-exceeded", "dynamic", {key: {} for key in MANY}),
         *each("bad-field", "modules_in_block_to_quantize", "x", 3),
         *each("unknown-variant", "is_marlin_format", True),
     ],
@@ -83,7 +86,7 @@ CONFIGS: dict[str, list[Row]] = {
         *each("unknown-variant", "fmt", "e3m4"),
         *each("bad-field", "extra_config", 3, [], {"a": 3}, {".*": {"bits": "x"}}, {".*": {"bits": []}}, {"(": {"bits": 4}},
               {".*gate.*": {"bits": {}}}),
-        *each("limit-exceeded", "extra_config", {BOMB: {"bits": 4}}),
+        *each("limit-exceeded", "extra_config", {BOMB: {"bits": 4}}, {key: {"bits": 4} for key in MANY}),
     ],
     "auto-round-FP8_BLOCK": [*each("bad-field", "group_size", [0, 32], [-1, 32]), *each("bad-shape", "group_size", [32, 32]),
                              *each("unknown-variant", "bits", 4, 7), *each("unknown-variant", "act_data_type", "x")],
@@ -113,6 +116,8 @@ CONFIGS: dict[str, list[Row]] = {
         *each("bad-field", "config_groups.group_0.targets", ["re:("], ["re:[z-a]"], [], ["x"]),
         *each("limit-exceeded", "config_groups.group_0.targets", ["re:" + BOMB], [LONG], ["re:(a+)+$"]),
         *each("bad-field", "ignore", "x", 3, ["re:.*"], ["re:("], [3]),
+        *each("limit-exceeded", "ignore", MANY),
+        *each("limit-exceeded", "config_groups.group_0.targets", MANY),
         *each("unknown-variant", "sparsity_config", {"format": "sparse-24-bitmask"}),
         *each("bad-field", "sparsity_config", 3, "x"),
         *each("unknown-variant", "kv_cache_scheme", {"num_bits": 4}, {"strategy": "group"}, {"dynamic": True}),
@@ -134,7 +139,7 @@ CONFIGS: dict[str, list[Row]] = {
         *each("unknown-variant", "quant_algo", "abacus", "", None, ABSENT, "é", "x" * 100_000, "MIXED_PRECISION"),
         *each("bad-field", "quant_algo", 3, [], {}),
         *each("bad-field", "exclude_modules", "x", 3, [3], {}),
-        *each("limit-exceeded", "exclude_modules", ["[" * 5000], ["*" * 5000]),
+        *each("limit-exceeded", "exclude_modules", ["[" * 5000], ["*" * 5000], [*MANY, *MANY] * 4),
         *each("bad-field", "quantized_layers", 3, [], {"a": 3}),
         *each("unknown-variant", "kv_cache_quant_algo", "NVFP4", "abacus"),
         *each("bad-field", "kv_cache_quant_algo", 3, []),
@@ -153,7 +158,8 @@ CONFIGS: dict[str, list[Row]] = {
         *each("unknown-variant", "layer_quant_config", {"*": {}}, {"*up*": {"weight": []}}),
         *each("limit-exceeded", "layer_quant_config", {"[" * 5000: {}}),
         *each("bad-field", "exclude", "x", 3, ["re:("], ["re:*"], [3]),
-        *each("limit-exceeded", "exclude", ["re:" + BOMB], [LONG], ["?" * 5000]),
+        *each("limit-exceeded", "exclude", ["re:" + BOMB], [LONG], ["?" * 5000], MANY, [f"*{i}*" for i in range(40_000)]),
+        *each("limit-exceeded", "layer_quant_config", {f"*{i}*": {} for i in range(40_000)}),
         *each("bad-field", "export", 3, [], {"pack_method": "abacus"}, {"pack_method": 3}, {"kv_cache_group": 3}),
     ],
     "torchao-Int8Tensor-dynamic": [

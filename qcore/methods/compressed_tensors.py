@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qcore.checkpoint.kv_scales import declared_scheme, unknown_kv_cache
-from qcore.checkpoint.patterns import matches
+from qcore.checkpoint.patterns import check_count, matches
 from qcore.checkpoint.settings import check
 from qcore.elements import Float, Group, PerTensor, scale_shape
 from qcore.layouts import compressed_writer
@@ -166,6 +166,9 @@ class CompressedTensors(Method):
     def _checked(self, files: CheckpointFiles) -> CompressedConfig:
         assert files.quantization is not None
         config = check(CompressedConfig, files.quantization, file=files.quantization_file)
+        targets = (group.targets if isinstance(group, Scope) else group for group in config.config_groups.values())
+        patterns = (entry for entries in (config.ignore, *targets) for entry in entries if entry.startswith("re:"))
+        check_count(patterns, file=files.quantization_file, field="quantization_config")
         for field, found in (
             ("format", config.format if config.format not in _FORMATS else None),
             ("sparsity_config.format", (config.sparsity_config or {}).get("format", "dense")),
