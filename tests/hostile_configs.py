@@ -91,7 +91,7 @@ CONFIGS: dict[str, list[Row]] = {
     "auto-round-FP8_BLOCK": [*each("bad-field", "group_size", [0, 32], [-1, 32]), *each("bad-shape", "group_size", [32, 32]),
                              *each("unknown-variant", "bits", 4, 7), *each("unknown-variant", "act_data_type", "x")],
     "bitsandbytes-nf4": [
-        *each("bad-field", "llm_int8_threshold", "x", -1, NAN, None, []),
+        *each("bad-field", "llm_int8_threshold", "x", -1, NAN, float("inf"), None, []),
         *each("bad-field", "load_in_4bit", "x", 2, []),
         *each("bad-field", "llm_int8_skip_modules", "x", 3, [3]),
         *each("bad-field", "state:quant_type", "nf3", "", None, ABSENT, 3, "fp4"),
@@ -133,7 +133,7 @@ CONFIGS: dict[str, list[Row]] = {
         *each("bad-field", "activation_scheme", "abacus", 3, None, []),
         *each("unknown-variant", "activation_scheme", "static"),
         *each("bad-field", "ignored_layers", "x", 3, [3]),
-        *each("bad-field", "activation_scale_ub", "x", 0, -1, NAN),
+        *each("bad-field", "activation_scale_ub", "x", 0, -1, NAN, float("inf")),
     ],
     "modelopt-FP8": [
         *each("unknown-variant", "quant_algo", "abacus", "", None, ABSENT, "é", "x" * 100_000, "MIXED_PRECISION"),

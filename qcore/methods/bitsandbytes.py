@@ -16,7 +16,7 @@ Read from bitsandbytes' QuantState, Linear4bit and Linear8bitLt.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -82,7 +82,7 @@ class QuantState(Settings):
     blocksize: int = Field(64, ge=32, le=4096)
     shape: tuple[int, int]
     nested_blocksize: int | None = Field(None, ge=1, le=65536)
-    nested_offset: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    nested_offset: float | None = None
 
     @property
     def nested(self) -> bool:
