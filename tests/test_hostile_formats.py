@@ -45,10 +45,10 @@ def test_the_corpus_has_every_format() -> None:
 @pytest.mark.parametrize(("variant", "what", "code", "change"), CASES, ids=[f"{c[0]}: {c[1]}"[:80] for c in CASES])
 def test_refused(variant: str, what: str, code: str, change: Change, tmp_path: Path) -> None:
     path = write(variant, change, tmp_path)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(qcore.Refused) as caught:
         read_all(path)
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     refusal: Refusal = caught.value.refusal
     assert refusal.code == code, refusal
     assert refusal.file and refusal.file.startswith(str(tmp_path)) and (refusal.field or refusal.tensor), refusal

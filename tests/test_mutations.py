@@ -1,6 +1,6 @@
 """Checkpoints of every format and variant, changed at random: each is decoded whole, or refused by name.
 
-An example takes about a millisecond, and one that takes seconds fails: nothing that a file says may hang its reader.
+An example takes about a millisecond, and one that takes a second fails: nothing that a file says may hang its reader.
 tools/fuzz.py does the same for as long as one likes, led by the code that is reached.
 """
 
@@ -19,8 +19,8 @@ from variants import VARIANTS, format_of, made, read_all
 EXAMPLES, LEAST = 2000, 500
 """Of every format together, and of each of its variants."""
 VARIANTS_OF = Counter(map(format_of, VARIANTS))
-SLOWEST = 2.0
-"""Seconds; a hang is what is looked for, and a busy machine is none."""
+SLOWEST = 1.0
+"""Seconds of the processor: a busy machine is no hang."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -39,7 +39,7 @@ def test_changed_checkpoints_are_read_or_refused(variant: str, tmp_path: Path) -
         chance = random.Random(f"{variant} {seed}")
         files = {"model.gguf": mutated_gguf(data, header, chance)} if packed else mutated(sample, chance)
         put_files(folder, files)
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             read_all(folder)
         except qcore.Refused as error:
@@ -48,5 +48,5 @@ def test_changed_checkpoints_are_read_or_refused(variant: str, tmp_path: Path) -
             assert refusal.reason and refusal.fix and str(folder) in refusal.subject, refusal
         except Exception as error:
             pytest.fail(f"{variant}, seed {seed}: {type(error).__name__}: {error}")
-        assert time.perf_counter() - began < SLOWEST, seed
+        assert time.process_time() - began < SLOWEST, seed
     assert examples // 5 < refused < examples * 19 // 20, "changes must matter, and not all of them"
