@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from qcore.checkpoint.kv_scales import CHOICES, spelled
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
+from qcore.checkpoint.shards import safe_shard
+from qcore.checkpoint.tokenizer import is_fault
 from qcore.checkpoint.writer import AtomicFolder, SafetensorsWriter, write_json, writing
 from qcore.discovery import registry
 from qcore.layouts.unblocked import unblocked, unblocked_scheme
@@ -151,13 +153,29 @@ def _write_configs(source: Checkpoint, folder: Path, quantization: Mapping[str, 
         config["dtype"] = "float32" if source.method != "dense" else config.get("dtype", "float32")
         config.pop("torch_dtype", None)
     write_json(folder / "config.json", config)
-    kept = [name for name in _CARRIED if (source.files.folder / name).is_file()]
+    home = source.files.folder
     if not source.files.path.is_dir():
-        source.load_tokenizer().save_pretrained(str(folder))
+        _write_tokenizer(source, folder)
         return
-    for name in kept:
-        with writing(folder):
-            shutil.copyfile(source.files.folder / name, folder / name)
+    for name in _CARRIED:
+        if (home / name).is_file():
+            own = safe_shard(home, name, named_by=home)  # a link might lead to what is nobody's to pass on
+            with writing(folder):
+                shutil.copyfile(own, folder / name)
+
+
+def _write_tokenizer(source: Checkpoint, folder: Path) -> None:
+    """The tokenizer that a file carries, as transformers saves it. Raises Refused (cannot-write)."""
+    tokenizer = source.load_tokenizer()
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        raise Refused(
+            Refusal("cannot-write", "usage", str(folder), "the tokenizer cannot be written", f"{type(error).__name__}: {error}",
+                    "Free some space there, or choose a folder on another disk.")
+        ) from error  # fmt: skip
 
 
 def _compare(source: Checkpoint, written: Checkpoint, method: Method, kept: list[str]) -> None:

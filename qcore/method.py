@@ -246,6 +246,17 @@ def finite(files: CheckpointFiles, name: str, values: torch.Tensor) -> torch.Ten
     return values
 
 
+def signed_codes(files: CheckpointFiles, name: str, values: torch.Tensor, bits: int) -> torch.Tensor:
+    """`values`, integers that were read from the tensor of this name. Raises Refused (bad-content) where one is no signed
+    integer of so many bits: narrowing would wrap it into another."""
+    most = (1 << (bits - 1)) - 1
+    if values.numel() and not -most - 1 <= int(values.min()) <= int(values.max()) <= most:
+        raise bad_file("bad-content", "a number is outside its type", file=files.source.tensors[name].file, tensor=name,
+                       field="values", found=f"{int(values.min())} to {int(values.max())}",
+                       expected=f"{-most - 1} to {most}")  # fmt: skip
+    return values
+
+
 def read_scale(files: CheckpointFiles, name: str, kind: str = "float") -> torch.Tensor:
     """The scales of a ScaleType in the tensor of this name. Raises Refused (bad-content) where one is no number."""
     import torch

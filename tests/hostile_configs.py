@@ -30,6 +30,8 @@ UNNAMED = [
     *each("bad-field", "/quantization_config", "x", 3, [], [{}], True),
 ]
 """Of no format at all."""
+MANY = [f"re:model.*x{i}[a-z]" for i in range(5000)]
+"""Patterns, of which each would be compiled."""
 CONFIGS: dict[str, list[Row]] = {
     "dense": [
         *each("bad-field", "/dtype", "abacus", "int8", "float8_e4m3fn", "__class__", "x" * 100_000),
@@ -49,6 +51,7 @@ CONFIGS: dict[str, list[Row]] = {
         *each("bad-field", "dynamic", 3, [], {"a": 3}, {"(": {"bits": 2}}, {"[z-a]": {}}, {".*": {"bits": "x"}},
               {".*": {"bits": 99}}, {".*": {"group_size": 0}}),
         *each("limit-exceeded", "dynamic", {BOMB: {}}, {LONG: {}}, {"((a*)*)*": {}}),
+        *each("limit-exceeded", "dynamic", {key: {} for key in MANY}),
         *each("bad-field", "modules_in_block_to_quantize", "x", 3),
         *each("unknown-variant", "is_marlin_format", True),
     ],
@@ -83,12 +86,12 @@ CONFIGS: dict[str, list[Row]] = {
         *each("unknown-variant", "fmt", "e3m4"),
         *each("bad-field", "extra_config", 3, [], {"a": 3}, {".*": {"bits": "x"}}, {".*": {"bits": []}}, {"(": {"bits": 4}},
               {".*gate.*": {"bits": {}}}),
-        *each("limit-exceeded", "extra_config", {BOMB: {"bits": 4}}),
+        *each("limit-exceeded", "extra_config", {BOMB: {"bits": 4}}, {key: {"bits": 4} for key in MANY}),
     ],
     "auto-round-FP8_BLOCK": [*each("bad-field", "group_size", [0, 32], [-1, 32]), *each("bad-shape", "group_size", [32, 32]),
                              *each("unknown-variant", "bits", 4, 7), *each("unknown-variant", "act_data_type", "x")],
     "bitsandbytes-nf4": [
-        *each("bad-field", "llm_int8_threshold", "x", -1, NAN, None, []),
+        *each("bad-field", "llm_int8_threshold", "x", -1, NAN, float("inf"), None, []),
         *each("bad-field", "load_in_4bit", "x", 2, []),
         *each("bad-field", "llm_int8_skip_modules", "x", 3, [3]),
         *each("bad-field", "state:quant_type", "nf3", "", None, ABSENT, 3, "fp4"),
@@ -113,6 +116,8 @@ CONFIGS: dict[str, list[Row]] = {
         *each("bad-field", "config_groups.group_0.targets", ["re:("], ["re:[z-a]"], [], ["x"]),
         *each("limit-exceeded", "config_groups.group_0.targets", ["re:" + BOMB], [LONG], ["re:(a+)+$"]),
         *each("bad-field", "ignore", "x", 3, ["re:.*"], ["re:("], [3]),
+        *each("limit-exceeded", "ignore", MANY),
+        *each("limit-exceeded", "config_groups.group_0.targets", MANY),
         *each("unknown-variant", "sparsity_config", {"format": "sparse-24-bitmask"}),
         *each("bad-field", "sparsity_config", 3, "x"),
         *each("unknown-variant", "kv_cache_scheme", {"num_bits": 4}, {"strategy": "group"}, {"dynamic": True}),
@@ -128,13 +133,13 @@ CONFIGS: dict[str, list[Row]] = {
         *each("bad-field", "activation_scheme", "abacus", 3, None, []),
         *each("unknown-variant", "activation_scheme", "static"),
         *each("bad-field", "ignored_layers", "x", 3, [3]),
-        *each("bad-field", "activation_scale_ub", "x", 0, -1, NAN),
+        *each("bad-field", "activation_scale_ub", "x", 0, -1, NAN, float("inf")),
     ],
     "modelopt-FP8": [
         *each("unknown-variant", "quant_algo", "abacus", "", None, ABSENT, "é", "x" * 100_000, "MIXED_PRECISION"),
         *each("bad-field", "quant_algo", 3, [], {}),
         *each("bad-field", "exclude_modules", "x", 3, [3], {}),
-        *each("limit-exceeded", "exclude_modules", ["[" * 5000], ["*" * 5000]),
+        *each("limit-exceeded", "exclude_modules", ["[" * 5000], ["*" * 5000], [*MANY, *MANY] * 4),
         *each("bad-field", "quantized_layers", 3, [], {"a": 3}),
         *each("unknown-variant", "kv_cache_quant_algo", "NVFP4", "abacus"),
         *each("bad-field", "kv_cache_quant_algo", 3, []),
@@ -153,7 +158,8 @@ CONFIGS: dict[str, list[Row]] = {
         *each("unknown-variant", "layer_quant_config", {"*": {}}, {"*up*": {"weight": []}}),
         *each("limit-exceeded", "layer_quant_config", {"[" * 5000: {}}),
         *each("bad-field", "exclude", "x", 3, ["re:("], ["re:*"], [3]),
-        *each("limit-exceeded", "exclude", ["re:" + BOMB], [LONG], ["?" * 5000]),
+        *each("limit-exceeded", "exclude", ["re:" + BOMB], [LONG], ["?" * 5000], MANY, [f"*{i}*" for i in range(40_000)]),
+        *each("limit-exceeded", "layer_quant_config", {f"*{i}*": {} for i in range(40_000)}),
         *each("bad-field", "export", 3, [], {"pack_method": "abacus"}, {"pack_method": 3}, {"kv_cache_group": 3}),
     ],
     "torchao-Int8Tensor-dynamic": [
@@ -194,10 +200,18 @@ CONTENTS: dict[str, list[tuple[str, str, int, bytes]]] = {
         ("bad-content", "0.self_attn.k_scale", 0, bytes(4)), ("bad-content", "1.self_attn.v_scale", 3, b"\xbc"),
         ("bad-content", "0.self_attn.v_scale", 0, b"\0\0\xc0\x7f"), ("bad-content", "1.self_attn.k_scale", 0, b"\0\0\x80\x7f"),
     ],
-    "fp8-tensor": [("bad-content", "input_scale", 0, bytes(4)), ("bad-content", "input_scale", 3, b"\xbc")],
+    "fp8-tensor": [("bad-content", "input_scale", 0, bytes(4)), ("bad-content", "input_scale", 3, b"\xbc"), ("bad-content", "weight_scale", 3, b"\xbc"),
+                   ("bad-content", "up_proj.weight", 5, b"\x7f"), ("bad-content", "up_proj.weight", 900, b"\xff")],
+    "fp8-block": [("bad-content", "weight_scale_inv", 7, b"\xbc")],
+    "auto-round-FP8_STATIC": [("bad-content", "weight_scale", 3, b"\xbc")],
+    "torchao-Float8Tensor-row": [("bad-content", "_weight_scale", 7, b"\xbc"), ("bad-content", "_weight_qdata", 7, b"\xff")],
+    "bitsandbytes-fp4": [("bad-content", "weight.absmax", 3, b"\xbc")],
+    "bitsandbytes-int8": [("bad-content", "SCB", 3, b"\xc0")],
+    "inc-saved": [("bad-content", "scale_weight", 1, b"\xbc"), ("bad-content", "scale_input", 1, b"\xbc")],
     "modelopt-FP8": [("bad-content", "input_scale", 0, bytes(4)), ("bad-content", "weight_scale", 0, b"\0\0\x80\x7f")],
-    "modelopt-NVFP4": [("bad-content", "input_scale", 0, bytes(4)), ("bad-content", "weight_scale", 5, b"\x7f")],
-    "quark-fp8": [("bad-content", "input_scale", 0, bytes(4))],
+    "modelopt-NVFP4": [("bad-content", "input_scale", 0, bytes(4)), ("bad-content", "weight_scale", 5, b"\x7f"), ("bad-content", "weight_scale", 9, b"\xb8"),
+                       ("bad-content", "weight_scale_2", 3, b"\xbc")],
+    "quark-fp8": [("bad-content", "input_scale", 0, bytes(4)), ("bad-content", "weight_scale", 3, b"\xbc")],
     "quark-int8": [("bad-content", "weight_zero_point", 7, b"\1")],
     "torchao-IntxUnpackedToInt8Tensor-4a8": [("bad-content", "_weight_qdata", 3, b"\x08"), ("bad-content", "_weight_zero_point", 1, b"\x09")],
     "torchao-Int4PlainInt32Tensor": [("bad-content", "_weight_zero_point", 0, b"\x10"), ("bad-content", "_weight_zero_point", 9, b"\xff")],
@@ -205,7 +219,7 @@ CONTENTS: dict[str, list[tuple[str, str, int, bytes]]] = {
     "bitblas-original": [("bad-content", "zeros", 0, b"\0\x38"), ("bad-content", "zeros", 1, b"\xc4")],
     "bitsandbytes-nf4": [
         ("bad-content", "weight.quant_map", 0, b"\0\0\xc0\x7f"), ("bad-content", "weight.nested_quant_map", 8, b"\0\0\x80\x7f"),
-        ("bad-content", "weight.nested_absmax", 0, b"\0\0\xc0\xff"), ("bad-json", "weight.quant_state.bitsandbytes__nf4", 0, b"["),
+        ("bad-content", "weight.nested_absmax", 0, b"\0\0\xc0\xff"), ("bad-content", "weight.nested_absmax", 3, b"\xbc"), ("bad-json", "weight.quant_state.bitsandbytes__nf4", 0, b"["),
         ("bad-json", "weight.quant_state.bitsandbytes__nf4", 3, b"\0"),
     ],
 }  # fmt: skip

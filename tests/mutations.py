@@ -175,6 +175,13 @@ def mutated(sample: Sample, chance: random.Random) -> dict[str, bytes]:
     return files
 
 
+def put_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes the files anew: overwriting them would make some file systems flush each to the disk."""
+    for name, data in files.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(data)
+
+
 def mutated_gguf(data: bytes, header: int, chance: random.Random) -> bytes:
     """A GGUF file with bytes or an integer of its header changed, its data changed, or its end cut off."""
     way = chance.random()

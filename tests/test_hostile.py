@@ -1,4 +1,4 @@
-"""Every hostile file is refused by name, within a second and 64 MiB, and never with another exception."""
+"""Every hostile file is refused by name, within a second of the processor and 64 MiB, and never with another exception."""
 
 import subprocess
 import sys
@@ -21,10 +21,10 @@ def test_the_corpus_is_large_and_its_names_unique() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_refused(case: Case, tmp_path: Path) -> None:
     path = case.write(tmp_path)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(qcore.Refused) as caught:
         qcore.open_checkpoint(path)
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     refusal = caught.value.refusal
     assert refusal.code == case.code
     assert str(tmp_path) in refusal.subject and refusal.reason and refusal.fix

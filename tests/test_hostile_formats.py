@@ -13,17 +13,11 @@ import pytest
 import qcore
 from hostile_configs import config_cases
 from hostile_tensors import Change, tensor_cases
-from mutations import Sample
-from qcore.discovery import registry
+from mutations import Sample, put_files
 from qcore.refusal import Refusal
-from variants import made, read_all
+from variants import FORMATS, format_of, made, read_all
 
 CASES = [*tensor_cases(), *config_cases()]
-FORMATS = sorted((method.name for method in registry().methods), key=len, reverse=True)
-
-
-def format_of(variant: str) -> str:
-    return next(name for name in FORMATS if variant.startswith(name))
 
 
 @cache
@@ -35,8 +29,7 @@ def sample(variant: str) -> Sample:
 def write(variant: str, change: Change, folder: Path) -> Path:
     changed = sample(variant).copy()
     change(changed)
-    for name, data in changed.files().items():
-        (folder / name).write_bytes(data)
+    put_files(folder, changed.files())
     return folder
 
 
@@ -52,10 +45,10 @@ def test_the_corpus_has_every_format() -> None:
 @pytest.mark.parametrize(("variant", "what", "code", "change"), CASES, ids=[f"{c[0]}: {c[1]}"[:80] for c in CASES])
 def test_refused(variant: str, what: str, code: str, change: Change, tmp_path: Path) -> None:
     path = write(variant, change, tmp_path)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(qcore.Refused) as caught:
         read_all(path)
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     refusal: Refusal = caught.value.refusal
     assert refusal.code == code, refusal
     assert refusal.file and refusal.file.startswith(str(tmp_path)) and (refusal.field or refusal.tensor), refusal

@@ -318,3 +318,17 @@ def test_incs_codebooks_under_gptqs_name_are_refused(tmp_path: Path) -> None:
     config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
     with pytest.raises(qcore.Refused, match="nf4"):
         qcore.open_checkpoint(write(tmp_path, tensors, config))
+
+
+@pytest.mark.parametrize(
+    "way", ["a/" * 3000 + "x", "/etc/x", "../x", "a/../../x", "out/x", "loop/x", "x" * 5000, "a\0/x"]
+)
+def test_measurements_are_only_looked_for_in_the_folder(tmp_path: Path, way: str) -> None:
+    path = measured(tmp_path / "model", dump_stats_path=way)
+    for file in path.glob("*_hooks_*"):
+        file.unlink()
+    (tmp_path / "x_hooks_maxabs.json").write_text(json.dumps({"Nodes": nodes()}))
+    (path / "out").symlink_to(tmp_path)
+    (path / "loop").symlink_to("loop")
+    with pytest.raises(qcore.Refused, match="path-not-found"):
+        _ = qcore.open_checkpoint(path).plan

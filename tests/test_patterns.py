@@ -45,7 +45,7 @@ def test_real_patterns(pattern: str) -> None:
         ("(?:(?:a{1,1000}){1,1000}){1,1000}b", "limit-exceeded"),
         (".*" * 20 + "x", "limit-exceeded"),
         ("a" * 2000, "limit-exceeded"),
-        (r"(\w\w?)*(?<=x)!", "limit-exceeded"),
+        ("(?:(?=.*.*!).)*!", "limit-exceeded"),
         (r"(?i)(\w\w?)*!", "limit-exceeded"),
         (r"(\w\w?)*(\w)\2!", "limit-exceeded"),
     ],
@@ -59,8 +59,10 @@ def test_hostile_patterns(pattern: str, code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"(\w\w?)*!", r"(a|aa|b)*c", ".*.*.*.*.*.*.*.*!", "(a{1,100}){1,100}b", "(a?){90}" * 9 + "b"]
-)
+    "pattern",
+    [r"(\w\w?)*!", r"(a|aa|b)*c", ".*.*.*.*.*.*.*.*!", "(a{1,100}){1,100}b", "(a?){90}" * 9 + "b", r"(\w\w?)*(?<=a)!",
+     "(?=.*(?=.*(?=.*(?=.*(?=.*!))))).*!", "(?:(?:.?.?(?=.?.?)){90}){500}!"],
+)  # fmt: skip
 @pytest.mark.parametrize("anywhere", [False, True])
 def test_what_backtracking_would_not_end_is_matched_without(pattern: str, anywhere: bool) -> None:
     began = time.perf_counter()
@@ -70,7 +72,26 @@ def test_what_backtracking_would_not_end_is_matched_without(pattern: str, anywhe
 
 
 ATOMS = st.sampled_from(
-    [*"ab.", r"\w", r"\d", r"\W", "[ab]", "[^a]", r"[\d_]", "^", "$", r"\b", r"\B", "(?=a)", "(?!b)"]
+    [
+        *"ab.",
+        r"\w",
+        r"\d",
+        r"\W",
+        "[ab]",
+        "[^a]",
+        r"[\d_]",
+        "^",
+        "$",
+        r"\b",
+        r"\B",
+        "(?=a)",
+        "(?!b)",
+        "(?=.*b)",
+        "(?!a*b)",
+        "(?<=a)",
+        "(?<![ab]_)",
+        "(?=b(?=.*(?<=a)))",
+    ]
 )
 PATTERNS = st.recursive(
     ATOMS,

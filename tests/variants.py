@@ -28,6 +28,7 @@ import test_quark
 import test_torchao
 from makers import dense_llama, write
 from qcore.checkpoint.gguf_writer import GgufTensor, write_gguf
+from qcore.discovery import registry
 from test_gguf_model import converted as gguf_tensors
 from test_gguf_model import metadata_of, original_of
 
@@ -140,6 +141,14 @@ VARIANTS: dict[str, Maker] = {
     **{f"gguf-{kind}": gguf(kind) for kind in ("Q4_0", "Q8_0", "MXFP4", "IQ4_NL")},
 }  # fmt: skip
 """By the method's name, then the variant's."""
+
+
+FORMATS = sorted((method.name for method in registry().methods), key=len, reverse=True)
+
+
+def format_of(variant: str) -> str:
+    """The name of the method that reads the variant."""
+    return next(name for name in FORMATS if variant.startswith(name))
 
 
 def lean(folder: Path) -> Path:

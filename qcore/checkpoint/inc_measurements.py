@@ -22,6 +22,7 @@ from qcore.refusal import Refusal, Refused, bad_file
 _LARGEST = 1e38
 """No value of a bfloat16 model is larger."""
 _LONGEST_NAME = 255
+"""Characters of the path, which is relative."""
 _RANK = r"(_\d+_\d+)?"
 _FIX = 'Write it as JSON where it was made: python -c "import json, numpy, sys; json.dump(numpy.load(sys.argv[1], allow_pickle=True)[\'arr_0\'].item(), open(sys.argv[2], \'w\'), default=lambda a: a.tolist())" FILE.npz FILE.json'  # fmt: skip
 
@@ -45,8 +46,7 @@ def read_nodes(folder: Path, stem: str, suffix: str) -> dict[str, Node] | None:
     of it; None where there is none. Raises Refused (unsafe-container where there is only an .npz, bad-field, bad-content,
     and what JSON gives)."""
     way = PurePosixPath(stem)
-    inside = not way.is_absolute() and ".." not in way.parts and all(len(part) <= _LONGEST_NAME for part in way.parts)
-    places = [folder / way.parent, folder] if inside else [folder]
+    places = [folder / way.parent, folder] if _inside(folder, way) else [folder]
     name = re.compile(rf"{re.escape(way.name)}_{re.escape(suffix)}{_RANK}\.(json|npz)")
     for place in places:
         found = sorted(file for file in place.iterdir() if name.fullmatch(file.name)) if place.is_dir() else []
@@ -62,6 +62,16 @@ def read_nodes(folder: Path, stem: str, suffix: str) -> dict[str, Node] | None:
                     nodes[layer] = nodes[layer].merged(node) if layer in nodes else node
             return nodes
     return None
+
+
+def _inside(folder: Path, way: PurePosixPath) -> bool:
+    """Whether the way leads to a place in the folder, links included."""
+    if way.is_absolute() or ".." in way.parts or len(str(way)) > _LONGEST_NAME:
+        return False
+    try:
+        return (folder / way.parent).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link to itself, a zero byte
+        return False
 
 
 def _nodes(file: Path) -> Iterator[tuple[str, Node]]:

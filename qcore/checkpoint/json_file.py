@@ -27,13 +27,28 @@ def read_json(path: Path, *, max_bytes: int = limits.JSON_FILE, max_depth: int =
     duplicate.
     """
     with opened(path) as (descriptor, state):
-        if state.size > max_bytes:
-            raise bad_file("limit-exceeded", "the JSON file is larger than any real one", file=path, field="size",
-                           found=state.size, expected=f"at most {max_bytes} bytes")  # fmt: skip
+        check_size(path, state.size, max_bytes)
         start = b"".join(read_pieces(path, descriptor, 0, min(state.size, 32)))
         if start.startswith((b"version https://git-lfs", b"<")):
             raise wrong_magic(path, start, "a JSON object")
         return parse_json(read_pieces(path, descriptor, 0, state.size), file=path, max_depth=max_depth)
+
+
+def check_json(path: Path, *, max_bytes: int, max_depth: int = limits.JSON_DEPTH) -> None:
+    """Looks at a JSON file that another library is to parse: its size, its nesting. Raises Refused: path-not-found,
+    bad-magic, limit-exceeded, bad-json."""
+    with opened(path) as (descriptor, state):
+        check_size(path, state.size, max_bytes)
+        scan = _Scan(path, None, max_depth, counted=False)
+        for piece in read_pieces(path, descriptor, 0, state.size):
+            scan.feed(piece)
+
+
+def check_size(path: Path, size: int, max_bytes: int) -> None:
+    """Raises Refused (limit-exceeded)."""
+    if size > max_bytes:
+        raise bad_file("limit-exceeded", "the file is larger than any real one", file=path, field="size",
+                       found=size, expected=f"at most {max_bytes} bytes")  # fmt: skip
 
 
 def parse_json(
@@ -79,8 +94,8 @@ class _Scan:
     It only looks at quotes, brackets and commas: what is wrong otherwise is left for the parser to find.
     """
 
-    def __init__(self, file: Path, field: str | None, max_depth: int) -> None:
-        self.file, self.field, self.max_depth = file, field, max_depth
+    def __init__(self, file: Path, field: str | None, max_depth: int, *, counted: bool = True) -> None:
+        self.file, self.field, self.max_depth, self.counted = file, field, max_depth, counted
         self.carry = b""
         """What the next piece must begin with to be read right: an open quote, a backslash."""
         self.depth = self.values = self.seen = 0
@@ -95,7 +110,7 @@ class _Scan:
         brackets, commas = self._outside_strings(piece)
         self.values += commas + brackets.count(b"[") + brackets.count(b"{")
         most = limits.JSON_FREE_VALUES + self.seen // limits.JSON_BYTES_PER_VALUE
-        if self.values > most:
+        if self.counted and self.values > most:
             raise self.no("limit-exceeded", "it holds more values than any real text of its length", self.values,
                           f"at most {most}")  # fmt: skip
         for bracket in brackets:

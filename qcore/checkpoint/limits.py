@@ -6,6 +6,8 @@ SAFETENSORS_HEADER = 100_000_000
 """Bytes of a safetensors header; the reference implementation's own limit."""
 JSON_FILE = 64 << 20
 """Bytes of a JSON file: a shard index of a model with 10^5 experts has about 30 MB."""
+TOKENIZER_FILE = 128 << 20
+"""Bytes of a file that a tokenizer is made of: the largest tokenizer.json have about 35 MB."""
 JSON_DEPTH = 64
 """Objects and lists in one another: real configs have about ten, and Python's parser gives up near a thousand."""
 JSON_FREE_VALUES = 1 << 16

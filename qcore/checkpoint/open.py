@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qcore.checkpoint.contents import check_layer
 from qcore.checkpoint.gguf import GgufSource
 from qcore.checkpoint.in_flight import UNTOUCHED, InFlight, made
 from qcore.checkpoint.json_file import read_json
@@ -136,12 +137,7 @@ class Checkpoint:
             given = self._method.read_parameter(self.files, bias) if bias in self._stored else None
             return made(entry, weight, given, self._stored[f"{module}.weight"])
         layer = self._decoded(module, lambda: self._method.decode(self.files, module))
-        stored = layer.input_scale
-        if stored is not None and not bool((stored.isfinite() & (stored > 0)).all()):  # inputs are divided by it
-            raise bad_file("bad-content", "the scale of a layer's inputs is not a positive number", file=self.path,
-                           tensor=f"{module}.input_scale", field="values", found=float(stored.min()),
-                           expected="a finite number above 0")  # fmt: skip
-        return layer
+        return check_layer(layer, file=self.path, module=module)
 
     def weight(self, module: str) -> QuantizedTensor:
         """The quantized weight in the canonical layout."""
@@ -180,7 +176,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises Refused: path-not-found, not-a-checkpoint, unsafe-container, unknown-method, and all that a damaged header or
     config gives.
     """
-    files = _find(Path(path))
+    try:
+        files = _find(Path(path))
+    except OSError as error:  # a name that is too long, a folder that may not be listed
+        raise Refused(
+            Refusal("path-not-found", "bad-file", str(path), "the path cannot be read", str(error),
+                    "Check the spelling, and that you may read it.", str(path))
+        ) from error  # fmt: skip
     methods = registry().methods
     if files.quantization is None:
         files = _with_side_file(files, methods)

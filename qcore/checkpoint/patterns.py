@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -14,10 +14,20 @@ from qcore.refusal import Refused, bad_file
 
 _LONGEST_PATTERN, _LONGEST_NAME, _MOST_REPEATS = 1000, 512, 8
 """Characters of a pattern and of a name, and unbounded repeats in a pattern; real patterns have one to four."""
+_MOST_PATTERNS, _MOST_WILDCARDS = 4096, 32768
+"""In one field: what is compiled once and kept, here and by fnmatch. Every module is held against all of them."""
 _MOST_NESTED = 50_000
 """Turns of repeats inside each other, of which an unbounded one has as many as a name's characters."""
 _MOST_WAYS = 100_000
 """Ways to match that backtracking may have to try, a few milliseconds; beyond, it is done without (regular.py)."""
+
+
+def check_count(patterns: Iterable[str], *, file: Path, field: str, wildcards: bool = False) -> None:
+    """Raises Refused (limit-exceeded) where a field has more patterns than any real one."""
+    most, found = _MOST_WILDCARDS if wildcards else _MOST_PATTERNS, sum(1 for _ in patterns)
+    if found > most:
+        raise bad_file("limit-exceeded", "the config has more patterns than any real one", file=file, field=field,
+                       found=found, expected=f"at most {most}")  # fmt: skip
 
 
 def matches(pattern: str, name: str, *, file: Path, field: str, anywhere: bool = False) -> bool:
@@ -59,7 +69,7 @@ def _endless(pattern: str, expected: str, file: Path, field: str) -> Refused:
                     expected=expected, fix="Write the pattern without a repeat inside a repeat.")  # fmt: skip
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=_MOST_PATTERNS)
 def _compile(pattern: str) -> tuple[re.Pattern[str], Any, str]:
     """The compiled pattern, its parse tree, and what makes it dangerous, if anything does."""
     if len(pattern) > _LONGEST_PATTERN:
@@ -88,7 +98,7 @@ def _repeats(node: Any, outer: int) -> Iterator[int]:
             yield from _repeats(part, outer)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=_MOST_PATTERNS)
 def _ways(tree: Any, length: int) -> float:
     """The number of ways that backtracking may have to try on a name of this length, at most."""
     ways = 1.0
@@ -98,7 +108,7 @@ def _ways(tree: Any, length: int) -> float:
             least, most, body = value
             most = min(int(most), length)
             inner = _ways(body, length)
-            ways *= (max(most - least, 0) + 1) * (inner ** min(most, 50) if inner > 1 else 1)
+            ways *= (max(most - least, 0) + 1) * (min(inner, 1e6) ** min(most, 50) if inner > 1 else 1)
         elif name == "BRANCH":
             ways *= sum(_ways(branch, length) for branch in value[1])
         elif name in ("SUBPATTERN", "ASSERT", "ASSERT_NOT", "ATOMIC_GROUP"):

@@ -14,7 +14,9 @@ from qcore.refusal import bad_file
 class Settings(BaseModel):
     """Base of the models: immutable, and blind to keys that only the tool that made the checkpoint uses."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, arbitrary_types_allowed=False)
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", populate_by_name=True, arbitrary_types_allowed=False, allow_inf_nan=False
+    )
 
 
 S = TypeVar("S", bound=Settings)

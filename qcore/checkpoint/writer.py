@@ -36,6 +36,7 @@ _CAUSES = {
     errno.EPERM: "Choose a folder that you may write to, or change its permissions.",
     errno.ENOENT: "Create the folder that is to hold it.",
     errno.ENOTDIR: "Choose a path whose parent is a folder.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
 }
 
 
@@ -51,17 +52,10 @@ class AtomicFolder:
         self._lock = -1
 
     def __enter__(self) -> AtomicFolder:
-        if self.out.is_symlink() or (self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))):
-            raise Refused(
-                Refusal("output-exists", "usage", str(self.out), "there is something under this name already",
-                        fix="Choose a new folder, or remove the old one; nothing is overwritten.")
-            )  # fmt: skip
-        prefix = f".{self.out.name}.partial-"
         with writing(self.out):
-            _remove_abandoned(self.out.parent, prefix)
-            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out.parent))
-            self._lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if self.out.is_symlink() or (self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))):
+                raise _taken(self.out)
+            self.folder, self._lock = _beside(self.out)
         return self
 
     def __exit__(
@@ -70,17 +64,16 @@ class AtomicFolder:
         try:
             if kind is None:
                 with writing(self.out):
-                    (self.folder / _LOCK).unlink()
                     for file in sorted(self.folder.rglob("*")):
                         _flush(file)
-                    _flush(self.folder)
                     self.folder.chmod(0o777 & ~_umask())
+                    (self.folder / _LOCK).unlink()  # at last: without it, others may take the folder for abandoned
+                    _flush(self.folder)
                     self.folder.rename(self.out)
-                    _flush(self.out.parent)
+                    _keep(self.out)
         finally:
             os.close(self._lock)
-            if self.folder != self.out and self.folder.exists():
-                shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class SafetensorsWriter:
@@ -165,6 +158,8 @@ class writing:  # noqa: N801
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, OSError):
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process was faster
+                raise _taken(self.path) from error
             fix = _CAUSES.get(error.errno or 0, "Choose another folder.")
             raise Refused(
                 Refusal("cannot-write", "usage", str(self.path), "the checkpoint cannot be written there",
@@ -181,25 +176,64 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 def atomic_file(out: Path, write: Callable[[Path], None]) -> None:
     """`write` makes a file, which appears under its name once it is whole. Raises Refused (output-exists, cannot-write)."""
     out = out.absolute()
-    if out.exists() or out.is_symlink():
-        raise Refused(
-            Refusal("output-exists", "usage", str(out), "there is something under this name already",
-                    fix="Choose a new name, or remove the old file; nothing is overwritten.")
-        )  # fmt: skip
     with writing(out):
-        _remove_abandoned(out.parent, f".{out.name}.partial-")
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        if out.exists() or out.is_symlink():
+            raise _taken(out)
+        folder, lock = _beside(out)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         with writing(out):
             write(folder / out.name)
             _flush(folder / out.name)
-            (folder / out.name).rename(out)
-            _flush(out.parent)
+            _appear(folder / out.name, out)
+            _keep(out)
     finally:
         os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _taken(out: Path) -> Refused:
+    return Refused(
+        Refusal("output-exists", "usage", str(out), "there is something under this name already",
+                fix="Choose a new name, or remove what is there; nothing is overwritten.")
+    )  # fmt: skip
+
+
+def _beside(out: Path) -> tuple[Path, int]:
+    """A folder with a temporary name beside `out`, and the lock that its maker holds while it lives. Raises OSError."""
+    prefix = f".{out.name}.partial-"
+    _remove_abandoned(out.parent, prefix)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    try:
+        lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder, lock
+
+
+def _appear(made: Path, out: Path) -> None:
+    """The file under its own name, and never in another's place, as a rename would put it. Raises OSError."""
+    try:
+        os.link(made, out)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if out.exists():
+            raise FileExistsError(errno.EEXIST, "File exists") from None
+        made.rename(out)
+
+
+def _keep(out: Path) -> None:
+    """Its name onto the disk; where the disk cannot keep it, it goes again. Raises OSError."""
+    try:
+        _flush(out.parent)
+    except OSError:
+        if out.is_dir():
+            shutil.rmtree(out, ignore_errors=True)
+        else:
+            out.unlink(missing_ok=True)
+        raise
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:

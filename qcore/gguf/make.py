@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qcore.blocks.types import BLOCK_TYPES
 from qcore.checkpoint.imatrix import read_imatrix
-from qcore.checkpoint.open import Checkpoint
+from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.writer import atomic_file
 from qcore.gguf.contents import Contents, contents_of
 from qcore.gguf.fields import Fields
@@ -62,7 +62,11 @@ def save_gguf(
     def read(tensor: str) -> torch.Tensor:
         return _quantized(contents, tensor, types[tensor], weights.get(tensor))
 
-    atomic_file(Path(out), lambda path: write_tensors(path, contents, types, read, metadata, progress))
+    def write(path: Path) -> None:
+        write_tensors(path, contents, types, read, metadata, progress)
+        open_checkpoint(path)  # all that it says of itself fits together
+
+    atomic_file(Path(out), write)
     return Path(out).absolute()
 
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcore.checkpoint.tokenizer import is_fault
 from qcore.gguf.pretokenizers import PRE_TOKENIZERS
 from qcore.gguf.vocabulary import TokenType, Vocabulary
-from qcore.refusal import bad_file
+from qcore.refusal import Refused, bad_file
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -48,8 +49,8 @@ def build_tokenizer(metadata: Mapping[str, Any], *, file: Path) -> PreTrainedTok
     roles = {name: vocabulary.token(role, defaults.get(role)) for name, role in _ROLES.items()}
     try:
         tokenizer = _sentencepiece(vocabulary, roles["unk_token"]) if sentencepiece else _byte_level(vocabulary)
-    except Exception as error:  # tokenizers raises bare Exception for a vocabulary that it cannot use
-        if type(error) is not Exception:
+    except BaseException as error:  # tokenizers raises bare Exception, or panics, for a vocabulary that it cannot use
+        if not is_fault(error) or isinstance(error, Refused):
             raise
         raise vocabulary.wrong("tokens", str(error), "a vocabulary for BPE") from error
     special, defined = _added_tokens(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from qcore.checkpoint.patterns import matches
+from qcore.checkpoint.patterns import check_count, matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Float, Granularity, Group, Level, PerChannel, PerTensor, PerToken, ScaleType, Tile
 from qcore.layouts import awq, gptq, scaled
@@ -158,6 +158,8 @@ class AutoRound(Method):
     def _checked(self, files: CheckpointFiles) -> AutoRoundConfig:
         assert files.quantization is not None
         config = check(AutoRoundConfig, files.quantization, file=files.quantization_file)
+        patterns = (entry for entry in config.extra_config or () if not _is_layer(files, entry))
+        check_count(patterns, file=files.quantization_file, field="quantization_config.extra_config")
         _check_types(files, config, "")
         return config
 

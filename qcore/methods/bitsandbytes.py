@@ -16,7 +16,7 @@ Read from bitsandbytes' QuantState, Linear4bit and Linear8bitLt.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -82,7 +82,7 @@ class QuantState(Settings):
     blocksize: int = Field(64, ge=32, le=4096)
     shape: tuple[int, int]
     nested_blocksize: int | None = Field(None, ge=1, le=65536)
-    nested_offset: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    nested_offset: float | None = None
 
     @property
     def nested(self) -> bool:
@@ -146,7 +146,11 @@ class BitsAndBytes(Method):
         read, bias = files.source.read, f"{module}.bias"
         held = read(bias) if bias in files.source.tensors else None
         if f"{module}.SCB" in files.source.tensors:
-            scales = finite(files, f"{module}.SCB", read(f"{module}.SCB")).reshape(-1, 1) / 127
+            largest = finite(files, f"{module}.SCB", read(f"{module}.SCB"))
+            if bool((largest < 0).any()):
+                raise bad_file("bad-content", "SCB are magnitudes", file=files.source.tensors[f"{module}.SCB"].file,
+                               tensor=f"{module}.SCB", field="values", found=float(largest.min()), expected="0 or more")  # fmt: skip
+            scales = largest.reshape(-1, 1) / 127
             shape = _int8_shape(files, module)
             scheme = _int8_scheme(self._config(files))
             return LayerTensors(QuantizedTensor(scheme, shape, read(f"{module}.weight"), (scales,)), held)

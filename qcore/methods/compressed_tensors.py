@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qcore.checkpoint.kv_scales import declared_scheme, unknown_kv_cache
-from qcore.checkpoint.patterns import matches
+from qcore.checkpoint.patterns import check_count, matches
 from qcore.checkpoint.settings import check
 from qcore.elements import Float, Group, PerTensor, scale_shape
 from qcore.layouts import compressed_writer
@@ -34,6 +34,7 @@ from qcore.method import (
     finite,
     read_scale,
     require_tensor,
+    signed_codes,
 )
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
@@ -166,6 +167,9 @@ class CompressedTensors(Method):
     def _checked(self, files: CheckpointFiles) -> CompressedConfig:
         assert files.quantization is not None
         config = check(CompressedConfig, files.quantization, file=files.quantization_file)
+        targets = (group.targets if isinstance(group, Scope) else group for group in config.config_groups.values())
+        patterns = (entry for entries in (config.ignore, *targets) for entry in entries if entry.startswith("re:"))
+        check_count(patterns, file=files.quantization_file, field="quantization_config")
         for field, found in (
             ("format", config.format if config.format not in _FORMATS else None),
             ("sparsity_config.format", (config.sparsity_config or {}).get("format", "dense")),
@@ -275,6 +279,7 @@ class CompressedTensors(Method):
             codes = files.source.read(f"{module}.weight")
             if isinstance(weight.element, Float) or (weight.bits == 8 and weight.zero is None):
                 return codes
+            signed_codes(files, f"{module}.weight", codes, weight.bits)
             stored = (codes.view(torch.uint8) + (1 << (weight.bits - 1))) & ((1 << weight.bits) - 1)
             return pack(stored, weight.bits)
         stream = files.source.read(f"{module}.weight_packed").view(torch.uint8)
@@ -294,6 +299,7 @@ class CompressedTensors(Method):
         stored = files.source.read(f"{module}.weight_zero_point")
         if f"{module}.weight_packed" in files.source.tensors and stored.dtype == torch.int32:
             return unpack(stored.t().contiguous().view(torch.uint8), weight.bits, rows).t().contiguous()
+        signed_codes(files, f"{module}.weight_zero_point", stored, weight.bits)
         return (stored.to(torch.int16) + (1 << (weight.bits - 1))).to(torch.uint8)
 
     def _scales(self, files: CheckpointFiles, module: str, weight: TensorScheme) -> tuple[torch.Tensor, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field
 
-from qcore.checkpoint.patterns import matches
+from qcore.checkpoint.patterns import check_count, matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.layouts import bitblas, gptq, marlin
 from qcore.layouts.affine import integer_of
@@ -139,6 +139,7 @@ class Gptq(Method):
     def _checked(self, files: CheckpointFiles) -> GptqConfig:
         assert files.quantization is not None
         config = check(GptqConfig, files.quantization, file=files.quantization_file)
+        check_count(config.dynamic or (), file=files.quantization_file, field="quantization_config.dynamic")
         layout = config.checkpoint_format
         if config.is_marlin_format or config.is_bitblas_format:
             layout = "marlin" if config.is_marlin_format else "bitblas"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 
 from qcore.checkpoint.inc_measurements import Node, read_nodes
-from qcore.checkpoint.patterns import matches
+from qcore.checkpoint.patterns import check_count, matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.checkpoint.source import TensorInfo
 from qcore.elements import Float, Granularity, Level, PerChannel, PerTensor
@@ -200,6 +200,8 @@ class Inc(Method):
         if not isinstance(found.get("scale_method", ""), str):
             raise self._variant(files, "scale_method", "scales by layer")
         config = check(IncConfig, found, file=files.quantization_file)
+        for name, entries in (("allowlist", config.allowlist), ("blocklist", config.blocklist)):
+            check_count(entries.names, file=files.quantization_file, field=f"{name}.names")
         for field, value, known in (
             ("mode", config.mode, config.mode in ("QUANTIZE", "LOAD", "AUTO")),
             ("observer", config.observer, config.observer in ("maxabs", "maxabs_per_channel")),

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import AliasChoices, Field
 
 from qcore.checkpoint.kv_scales import declared_algorithm
-from qcore.checkpoint.patterns import wildcard
+from qcore.checkpoint.patterns import check_count, wildcard
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Group
 from qcore.layouts.scaled import Names, read_layer, shape_of
@@ -120,6 +120,7 @@ class ModelOpt(Method):
         values = dict(files.quantization or {})
         inner = values.get("quantization")
         config = check(ModelOptConfig, inner if isinstance(inner, dict) else values, file=files.quantization_file)
+        check_count(config.ignore, file=files.quantization_file, field="quantization_config.ignore", wildcards=True)
         algorithm = str(config.quant_algo).upper()  # those that ModelOpt has no name for stand in lower case
         if algorithm not in (*_ALGORITHMS, "MIXED_PRECISION"):
             raise self._variant(files, str(config.quant_algo))

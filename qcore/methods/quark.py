@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from qcore.checkpoint.kv_scales import unknown_kv_cache
-from qcore.checkpoint.patterns import matches, wildcard
+from qcore.checkpoint.patterns import check_count, matches, wildcard
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import (
     Element,
@@ -214,7 +214,15 @@ class Quark(Method):
         )
 
     def _config(self, files: CheckpointFiles) -> QuarkConfig:
-        return files.once("config", lambda: check(QuarkConfig, files.quantization or {}, file=files.quantization_file))
+        return files.once("config", lambda: self._checked(files))
+
+    def _checked(self, files: CheckpointFiles) -> QuarkConfig:
+        config = check(QuarkConfig, files.quantization or {}, file=files.quantization_file)
+        for field, entries in (("exclude", config.exclude), ("layer_quant_config", [*config.layer_quant_config])):
+            where: dict[str, Any] = {"file": files.quantization_file, "field": f"quantization_config.{field}"}
+            check_count(entries, wildcards=True, **where)
+            check_count((entry for entry in entries if entry.startswith("re:")), **where)
+        return config
 
     def _scheme(self, files: CheckpointFiles, module: str) -> tuple[Scheme, str]:
         """The module's scheme, and the pattern of layer_quant_config that decided it, if any."""

@@ -1,4 +1,5 @@
-"""What a config may make transformers build: no more layers than a checkpoint can hold, and no buffer of gigabytes."""
+"""What a config may make transformers build: no more layers than a checkpoint can hold, no buffer of gigabytes, and nothing
+with code from elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qcore.refusal import bad_file
+from qcore.refusal import Refusal, Refused, bad_file
 
 if TYPE_CHECKING:
     from qcore.checkpoint.open import Checkpoint
@@ -32,6 +33,18 @@ def check_counts(checkpoint: Checkpoint) -> None:
                            file=checkpoint.path, field=key, found=value, expected=f"0 to {most}")  # fmt: skip
 
 
+def check_code(checkpoint: Checkpoint) -> None:
+    """Raises Refused (remote-code) where the config names a repository for transformers to fetch an implementation from:
+    where the package `kernels` is installed, it would be downloaded and run."""
+    for key, text in _implementations(checkpoint.config, ""):
+        if "/" in text:
+            raise Refused(
+                Refusal("remote-code", "bad-file", str(checkpoint.path), "the config asks for code to be fetched, which is never done",
+                        f"found {text!r:.200}, expected eager or sdpa", f"Remove {key} from config.json.",
+                        str(checkpoint.files.folder / "config.json"), field=key)
+            )  # fmt: skip
+
+
 def check_size(func: Any, args: tuple[Any, ...]) -> None:
     """Raises ValueError before a tensor is made that is larger than any real model's buffer."""
     sizes = [size for size in _flat(args) if isinstance(size, int)]
@@ -50,6 +63,18 @@ def _numbers(value: object, key: str) -> Iterator[tuple[str, int]]:
     elif isinstance(value, list):
         for inner in value:
             yield from _numbers(inner, key)
+
+
+def _implementations(value: object, key: str) -> Iterator[tuple[str, str]]:
+    """Every text in a config that says how something is computed, with the key that it stands under."""
+    if isinstance(value, str) and "implementation" in key:
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _implementations(inner, key if "implementation" in key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _implementations(inner, key)
 
 
 def _flat(values: Any) -> Iterator[object]:

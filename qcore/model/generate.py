@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcore.model.chat import chat_prompt
 from qcore.refusal import Refusal, Refused
 
 if TYPE_CHECKING:
@@ -40,9 +41,7 @@ class Timing:
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> list[int]:
     """The prompt's tokens; as a user's turn where `chat` is wanted and the tokenizer has a chat template."""
     if chat and tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        text = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(chat_prompt(tokenizer, prompt), add_special_tokens=False)["input_ids"])
     return list(tokenizer(prompt)["input_ids"])
 
 

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from qcore.checkpoint.json_file import read_json
 from qcore.checkpoint.kv_scales import chosen_scheme, spelled
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
-from qcore.model.bounds import check_counts, check_size
+from qcore.model.bounds import check_code, check_counts, check_size
 from qcore.model.devices import find_device
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.model.memory import released_buffers
@@ -104,6 +105,7 @@ def model_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretrain
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     check_counts(checkpoint)
+    check_code(checkpoint)
     values = {k: v for k, v in checkpoint.config.items() if k not in ("dtype", "torch_dtype", "auto_map")}
     model_type = values.get("model_type")
     known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
@@ -149,7 +151,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     folder = checkpoint.files.folder
     if (folder / "generation_config.json").is_file():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(str(folder))
+            model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
         except Exception as error:
             log.warning("%s is not used: %s", folder / "generation_config.json", error)
     return model.eval()
