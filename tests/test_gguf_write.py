@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qcore
 from makers import LLAMA, dense_llama, gptq_tensors
 from qcore.blocks.types import BLOCK_TYPES
+from qcore.checkpoint.architecture import model_class
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.convert import convert
 from qcore.gguf.contents import Contents, contents_of
 from qcore.gguf.encode_tokenizer import PROBES
 from qcore.gguf.make import recipe_of, save_gguf, types_of
 from qcore.gguf.recipes import RECIPES
-from qcore.model.load import model_class
 from qcore.refusal import Refused
 from test_gguf_model import MODELS, original_of
 

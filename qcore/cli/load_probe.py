@@ -23,7 +23,8 @@ def measure(path: str, device: str, dtype: str) -> dict[str, Any]:
     checkpoint = open_checkpoint(path)
     target = find_device(device)
 
-    from qcore.model.load import load_model, model_class
+    from qcore.checkpoint.architecture import model_class
+    from qcore.model.load import load_model
 
     model_class(checkpoint)
     baseline = memory_mib("VmRSS")

@@ -129,7 +129,7 @@ def contents_of(source: Checkpoint) -> Contents:
         metadata = {key: _carried(value) for key, value in held.metadata.items() if key not in _SPLIT}
         shapes = {name: info.shape for name, info in held.tensors.items()}
         return Contents(source, metadata, shapes, parameter_names(held.metadata, held.tensors), {})
-    from qcore.model.load import model_class
+    from qcore.checkpoint.architecture import model_class
 
     _, config = model_class(source)
     row = architecture_of(config, source.path)

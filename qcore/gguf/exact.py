@@ -7,6 +7,7 @@ they are dequantized, are equal to the weight: nothing here has to be believed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,7 +15,9 @@ from qcore.blocks.dequantize import dequantize_blocks
 from qcore.blocks.pack import planes
 from qcore.blocks.quantize_simple import pack_4, pack_5, pack_8
 from qcore.elements import Block, FlatGroup, Float, Group, Int, Level, PerChannel, PerTensor, Tile
-from qcore.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from qcore.tensor import QuantizedTensor
 
 _RUN = 32
 """Weights that share a scale in all of these types but nvfp4."""

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from qcore.checkpoint.architecture import model_class, unbuildable
 from qcore.checkpoint.json_file import read_json
 from qcore.checkpoint.kv_scales import chosen_scheme, spelled
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
-from qcore.model.bounds import check_code, check_counts, check_size
+from qcore.model.bounds import check_size
 from qcore.model.devices import find_device
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.model.memory import released_buffers
@@ -97,40 +98,6 @@ def kernel_counts(model: torch.nn.Module) -> dict[str, int]:
     return dict(names.most_common())
 
 
-def model_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """The transformers class that the config asks for, imported, and the config. Code from the checkpoint is never run.
-
-    Raises Refused (unknown-architecture, remote-code, bad-field).
-    """
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-
-    check_counts(checkpoint)
-    check_code(checkpoint)
-    values = {k: v for k, v in checkpoint.config.items() if k not in ("dtype", "torch_dtype", "auto_map")}
-    model_type = values.get("model_type")
-    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
-    config_class = CONFIG_MAPPING[model_type] if known else None
-    if config_class is None or config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        code, reason = "unknown-architecture", "the installed transformers has no causal language model of this type"
-        if "auto_map" in checkpoint.config:
-            code, reason = "remote-code", "its classes are Python code in the checkpoint, which is never run"
-        raise Refused(
-            Refusal(code, "notyet", str(checkpoint.path), reason, f"found model_type {model_type!r}",
-                    "Upgrade transformers if a newer one has this type.", str(checkpoint.files.quantization_file),
-                    field="model_type")
-        )  # fmt: skip
-    try:
-        config = config_class.from_dict(values)
-    except Exception as error:  # which one depends on the value and on transformers' version
-        raise _unbuildable(checkpoint, error) from error
-    return MODEL_FOR_CAUSAL_LM_MAPPING[config_class], config
-
-
-def _unbuildable(checkpoint: Checkpoint, error: Exception) -> Refused:
-    return bad_file("bad-field", "transformers cannot build a model from the config", file=checkpoint.path,
-                    field="config", found=f"{type(error).__name__}: {error}")  # fmt: skip
-
-
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model, with parameters on the meta device."""
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -147,7 +114,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         with _MetaParameters():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # which one depends on the value and on transformers' version
-        raise _unbuildable(checkpoint, error) from error
+        raise unbuildable(checkpoint, error) from error
     folder = checkpoint.files.folder
     if (folder / "generation_config.json").is_file():
         try:

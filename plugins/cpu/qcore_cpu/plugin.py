@@ -44,7 +44,9 @@ def qcore_kernels() -> Sequence[Kernel]:
                multiples=(1, 32)),  # torch 2.13 reads past rows that are not whole vectors
         Kernel("onednn_int8", "onednn", "linear", _X86,
                Accepts(("int8",), ("channel", "tensor"), inputs=("int8-token-sym-dyn", "int8-tensor-sym")),
-               ("float32", "bfloat16", "float16"), cost=0.6, implementation="qcore_cpu.kernels.int8:OnednnInt8Linear",
+               ("bfloat16", "float16"), cost=0.6, implementation="qcore_cpu.kernels.int8:OnednnInt8Linear",
+               # In float32 the last bit decides which way codes of the next layer fall: there the definition's order of
+               # sums is kept, with which a model's perplexity is its tool's own.
                note="oneDNN's int8 x int8 product, exact in int32, scales in float32",
                features=_VECTORS, requires=(("torch", "2.8"),)),
     ]  # fmt: skip
