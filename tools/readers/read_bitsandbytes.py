@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,10 @@ class Reading:
 
 def read(checkpoint: Path) -> Reading:
     """Every quantized layer's weight."""
+    import bitsandbytes as bnb
     import torch
     from transformers import AutoModelForCausalLM
 
-    bnb: Any = import_module("bitsandbytes")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, device_map="cpu")
     weights = {}
     for name, module in model.named_modules():
@@ -49,7 +48,6 @@ def read(checkpoint: Path) -> Reading:
 
 
 def main() -> None:
-    sys.path.remove(str(Path(__file__).resolve().parent))  # this file is named as the package that it reads with
     from safetensors.torch import save_file
 
     reading = read(Path(sys.argv[1]))
