@@ -5,8 +5,10 @@ Modules go through one at a time, into a folder that appears when all of it has 
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,14 @@ from qcore.checkpoint.kv_scales import CHOICES, spelled
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.writer import AtomicFolder, SafetensorsWriter, write_json, writing
 from qcore.discovery import registry
-from qcore.method import Method
+from qcore.layouts.unblocked import unblocked, unblocked_scheme
+from qcore.method import Method, ModulePlan, is_embedding
 from qcore.refusal import Refusal, Refused
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("qcore")
 
 Progress = Callable[[str, int, int], None]
 """Called with a module's name, and how many of how many are done."""
@@ -54,7 +59,7 @@ def convert(
         if cache is not None:
             method.encode_kv_cache(cache, source.kv_scales)  # refuses
         return convert_gguf(source, Path(out), progress=progress, verify=verify)
-    plan = dict(source.layers)
+    plan = {module: _holdable(method, module, entry) for module, entry in source.layers.items()}
     if method.name != "dense" and cache is None and not any(entry.scheme for entry in plan.values()):
         raise Refused(
             Refusal("not-representable", "never", str(source.path), "nothing in the checkpoint is quantized",
@@ -67,14 +72,18 @@ def convert(
     kv_config, kv_tensors = method.encode_kv_cache(cache, source.kv_scales) if cache is not None else ({}, {})
     if config is not None:
         config |= kv_config
+    expanded = [module for module, entry in plan.items() if entry.scheme is None and source.plan[module] is not None]
     kept = [name for name in source.parameters if cache is None or spelled(name) is None]
     with AtomicFolder(Path(out)) as target:
         metadata = method.encode_metadata(plan, config, source.own_dtype) if config is not None else {}
         writer = SafetensorsWriter(target.folder, metadata=metadata)
-        modules = [module for module, entry in plan.items() if entry.scheme is not None]
+        modules = [module for module, scheme in source.plan.items() if scheme is not None]
         total = len(modules) + len(kept)
         for done, module in enumerate(modules, 1):
-            for name, tensor in _encoded(source, method, module, config).items():
+            dense = config is None or module in expanded
+            for name, tensor in (
+                _dense(source, module) if dense else _encoded(source, method, module, config or {})
+            ).items():
                 writer.add(name, tensor)
             if progress:
                 progress(module, done, total)
@@ -105,12 +114,28 @@ def writer_of(format: str) -> tuple[Method, str]:
     return methods[name], variant
 
 
-def _encoded(
-    source: Checkpoint, method: Method, module: str, config: Mapping[str, Any] | None
-) -> dict[str, torch.Tensor]:
+def _holdable(method: Method, module: str, entry: ModulePlan) -> ModulePlan:
+    """The plan of a layer in the format: without ggml's blocks, and without embeddings that are quantized where it has none."""
+    if entry.scheme is None or method.name == "dense":
+        return entry
+    if len(entry.shape) > 2 and not method.stacked:
+        raise Refused(Refusal("not-representable", "notimpl", module, f"{method.name} is not written with experts stacked",
+                              f"found {list(entry.shape)}", "Choose another format, such as dense."))  # fmt: skip
+    if is_embedding(module) and not method.embeddings:
+        log.warning(
+            "%s becomes a plain float32 matrix of the same numbers: %s has no quantized embeddings", module, method.name
+        )
+        return replace(entry, scheme=None, reason="stored unquantized")
+    return replace(entry, scheme=unblocked_scheme(entry.scheme))
+
+
+def _encoded(source: Checkpoint, method: Method, module: str, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     layer = source.layer(module)
-    if config is not None:
-        return method.encode(module, layer, config)
+    return method.encode(module, replace(layer, weight=unblocked(layer.weight)), config)
+
+
+def _dense(source: Checkpoint, module: str) -> dict[str, torch.Tensor]:
+    layer = source.layer(module)
     if layer.input_multiplier is not None:
         raise Refused(Refusal("not-representable", "never", module, "a plain matrix has no vector that multiplies its input",
                               fix="Choose the format that the checkpoint is in, or modelopt."))  # fmt: skip
@@ -143,7 +168,7 @@ def _compare(source: Checkpoint, written: Checkpoint, method: Method, kept: list
         same = written.layers.get(module)
         if same is None or not torch.equal(source.dequantize(module), written.dequantize(module)):
             _changed(method, module, "its weight")
-        if entry.scheme is None or method.name == "dense":
+        if entry.scheme is None or written.plan[module] is None:
             continue
         before, after = source.layer(module), written.layer(module)
         if before.weight.scheme.input != after.weight.scheme.input:

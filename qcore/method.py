@@ -117,6 +117,10 @@ class Method(ABC):
     """How pickled checkpoints of the format become safetensors, where there is a better way than saving them again."""
     written: tuple[str, ...] = ()
     """The variants that `encode_config` makes, the usual one first; empty where the format has one form, or is not written."""
+    embeddings: bool = False
+    """Whether the format holds quantized embeddings."""
+    stacked: bool = False
+    """Whether `encode` takes experts stacked in one tensor [E, N, K]."""
     parts: frozenset[str] = frozenset()
     """The tensors that a quantized module may have; empty where names are checked otherwise."""
 

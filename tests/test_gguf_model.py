@@ -198,7 +198,6 @@ def test_values_that_no_model_has_are_refused(key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [
-        ("llama", "expert_count", 8),
         ("llama", "rope.dimension_count", 8),
         ("llama", "rope.scaling.type", "longrope"),
         ("qwen3", "attention.value_length", 16),

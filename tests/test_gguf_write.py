@@ -432,7 +432,13 @@ def test_the_commands(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "q.gguf").files.source.tensors["blk.0.ffn_up.weight"].dtype == "Q8_0"
     done = command("convert", tmp_path / "q.gguf", "--format", "gguf", "--out", tmp_path / "again.gguf")
     assert done.returncode == 0 and (tmp_path / "again.gguf").read_bytes() == (tmp_path / "q.gguf").read_bytes()
-    done = command("quantize", BASE, "--format", "gptq", "--scheme", "W4A16", "--out", tmp_path / "x")
-    assert done.returncode == 3 and "format-not-written" in done.stderr
+    done = command("quantize", BASE, "--format", "gptq", "--scheme", "W4A16", "--out", tmp_path / "gptq")
+    assert done.returncode == 0, done.stderr
+    made = open_checkpoint(tmp_path / "gptq")
+    assert made.method == "gptq" and str(made.plan["model.layers.0.mlp.up_proj"]) == "W4A16-g128-sym"
+    done = command("quantize", tmp_path / "gptq", "--scheme", "W4A16", "--ignore", "lm_head", "--out", tmp_path / "x")
+    assert done.returncode == 2 and "left to be quantized" in done.stderr
+    done = command("quantize", BASE, "--scheme", "W4A16", "--imatrix", tmp_path / "i", "--out", tmp_path / "x")
+    assert done.returncode == 2 and "--imatrix" in done.stderr
     done = command("quantize", BASE, "--scheme", "Q4_9", "--out", tmp_path / "x")
     assert done.returncode == 2 and "Q4_K_M" in done.stderr

@@ -23,7 +23,8 @@ def test_weights_are_within_half_a_step(scheme: Scheme) -> None:
     weight[3] = 0
     made = ROW.load()(weight, scheme)
     assert made.scheme == scheme
-    step = made._spread(made.scales[0]) if made.scales[0].shape[-1] > 1 else made.scales[0]
+    scale = made.scales[0].float()
+    step = made._spread(scale) if scale.shape[-1] > 1 else scale
     error = (made.dequantize() - weight).abs()
     if str(scheme.weight.element) in ("fp8", "e5m2", "e4m3fnuz"):
         mantissa = {"fp8": 3, "e4m3fnuz": 3, "e5m2": 2}[str(scheme.weight.element)]

@@ -12,8 +12,8 @@ from qcore.tensor import TORCH_FLOATS, QuantizedTensor
 
 
 def rtn(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
-    """weight: float [N, K]. Scales are float32: symmetric integers span [-max, max] with 2^bits - 1 steps, asymmetric ones
-    [min(0, min), max(0, max)]; floats map the largest magnitude to their largest value.
+    """weight: float [N, K]. Symmetric integers span [-max, max] with 2^bits - 1 steps, asymmetric ones [min(0, min), max(0, max)],
+    under float16 scales, as most formats have them; floats map the largest magnitude to their largest value under float32 ones.
 
     Raises Refused (shape-unsupported) where groups do not divide K.
     """
@@ -30,12 +30,12 @@ def rtn(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
         if not element.signed:
             raise Refused(Refusal("scheme-unsupported", "never", "rtn", "unsigned codes without a zero point hold no negative weights",
                                   f"found {scheme}", "Use signed codes, or a zero point."))  # fmt: skip
-        scale = _nonzero(values.abs().amax(-1, keepdim=True) * 2 / steps)
+        scale = _half(_nonzero(values.abs().amax(-1, keepdim=True) * 2 / steps))
         codes = (values / scale).round_().clamp_(-middle, middle - 1) + middle
         zeros = None
     else:
         low = values.amin(-1, keepdim=True).clamp(max=0)
-        scale = _nonzero((values.amax(-1, keepdim=True).clamp(min=0) - low) / steps)
+        scale = _half(_nonzero((values.amax(-1, keepdim=True).clamp(min=0) - low) / steps))
         zero = (-low / scale).round_().clamp_(0, steps)
         codes = ((values / scale).round_() + zero).clamp_(0, steps)
         zeros = _levels(zero - middle, grid).to(torch.int8) if element.signed else _levels(zero, grid).to(torch.uint8)
@@ -66,6 +66,15 @@ def _levels(part: torch.Tensor, grid: Granularity) -> torch.Tensor:
     """[N, G, 1] as scales are kept: [N, G]; one for the whole weight is [1, 1]."""
     levels: torch.Tensor = part.reshape(1, 1) if isinstance(grid, PerTensor) else part.squeeze(-1)
     return levels
+
+
+def _half(scale: torch.Tensor) -> torch.Tensor:
+    """In float16, upwards, so that no weight falls off the ends; scales that it does not hold at full precision stay."""
+    span = torch.finfo(torch.float16)
+    if bool((scale < span.smallest_normal).any() or (scale >= span.max).any()):
+        return scale
+    near = scale.half()
+    return torch.where(near < scale, near.nextafter(torch.tensor(torch.inf, dtype=torch.float16)), near)
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qcore.blocks import iq, kquants, lookup, simple, ternary
 from qcore.blocks.types import BLOCK_TYPES, BlockType
+from qcore.blocks.unpack import Parts
 
-_DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+_DECODERS: Mapping[str, Callable[[Tensor], Parts]] = MappingProxyType(
     {
         "q4_0": simple.q4_0,
         "q4_1": simple.q4_1,
@@ -54,8 +55,13 @@ def dequantize_blocks(name: str, codes: Tensor) -> Tensor:
     gives. Raises ValueError for an unknown type, another dtype, or rows that are not whole blocks.
     """
     block = _checked(name, codes)
-    values = _DECODERS[name](codes.reshape(-1, block.nbytes))
+    values = _DECODERS[name](codes.reshape(-1, block.nbytes)).values()
     return values.view(*codes.shape[:-1], codes.shape[-1] // block.nbytes * block.elements)
+
+
+def block_parts(name: str, codes: Tensor) -> Parts:
+    """Codes, scales and minima of the same blocks, before they are multiplied. codes and errors as in `dequantize_blocks`."""
+    return _DECODERS[name](codes.reshape(-1, _checked(name, codes).nbytes))
 
 
 def byteswap_blocks(name: str, codes: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The K types: 256 elements per block, whose 8 or 16 runs have integer scales (and minima) under the block's float16.
 
 Layouts and formulas: ggml's src/ggml-common.h and src/ggml-quants.c. Each function takes uint8 [B, bytes per block] and
-returns float32 with a block's elements in order. Codes lie in bytes 32 (or 64) elements apart: all the low bits of a
+returns its parts, codes in the order of the elements. Codes lie in bytes 32 (or 64) elements apart: all the low bits of a
 stretch of bytes first, then the next bits of the same bytes.
 """
 
@@ -10,44 +10,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcore.blocks.unpack import half, planes, scaled
+from qcore.blocks.unpack import Parts, half, planes
 
 
-def q2_k(blocks: Tensor) -> Tensor:
+def q2_k(blocks: Tensor) -> Parts:
     """16 runs: d * s * q - dmin * m, s and m the low and high halves of the run's byte."""
     scales = blocks[:, :16]
     codes = planes(blocks[:, 16:80].view(-1, 2, 32), 2)
-    return scaled(codes, half(blocks, 80) * (scales & 15), half(blocks, 82) * (scales >> 4))
+    return Parts(codes, half(blocks, 80) * (scales & 15), half(blocks, 82) * (scales >> 4))
 
 
-def q3_k(blocks: Tensor) -> Tensor:
+def q3_k(blocks: Tensor) -> Parts:
     """16 runs: d * (s - 32) * (q - 4), q's third bit from the mask, bit i of its byte l for element 32 * i + l."""
     low = planes(blocks[:, 96:104], 4).flatten(1)
     scales = planes(blocks[:, 104:108], 2).flatten(1).mul_(16).add_(low).view(torch.int8).sub_(32)
     codes = planes(blocks[:, 32:96].view(-1, 2, 32), 2).flatten(1)
     codes.add_(planes(blocks[:, :32], 1).flatten(1), alpha=4)
-    return scaled(codes.view(torch.int8).sub_(4), half(blocks, 108) * scales)
+    return Parts(codes.view(torch.int8).sub_(4), half(blocks, 108) * scales)
 
 
-def q4_k(blocks: Tensor) -> Tensor:
+def q4_k(blocks: Tensor) -> Parts:
     """8 runs: d * s * q - dmin * m."""
     scales, minima = _scales_and_minima(blocks)
-    return scaled(planes(blocks[:, 16:].view(-1, 4, 32), 4), scales, minima)
+    return Parts(planes(blocks[:, 16:].view(-1, 4, 32), 4), scales, minima)
 
 
-def q5_k(blocks: Tensor) -> Tensor:
+def q5_k(blocks: Tensor) -> Parts:
     """8 runs: d * s * q - dmin * m, the fifth bit of element 32 * i + l at bit i of byte l."""
     scales, minima = _scales_and_minima(blocks)
     codes = planes(blocks[:, 48:].view(-1, 4, 32), 4).flatten(1)
     codes.add_(planes(blocks[:, 16:48], 1).flatten(1), alpha=16)
-    return scaled(codes, scales, minima)
+    return Parts(codes, scales, minima)
 
 
-def q6_k(blocks: Tensor) -> Tensor:
+def q6_k(blocks: Tensor) -> Parts:
     """16 runs: d * s * (q - 32), s a signed byte; four low bits and two high bits are stored apart."""
     codes = planes(blocks[:, :128].view(-1, 2, 64), 4).flatten(1)
     codes.add_(planes(blocks[:, 128:192].view(-1, 2, 32), 2).flatten(1), alpha=16)
-    return scaled(codes.view(torch.int8).sub_(32), half(blocks, 208) * blocks[:, 192:208].view(torch.int8))
+    return Parts(codes.view(torch.int8).sub_(32), half(blocks, 208) * blocks[:, 192:208].view(torch.int8))
 
 
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ Blocks come as uint8 [B, bytes per block]; B counts blocks.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -37,13 +39,19 @@ def _codes(packed: Tensor, bits: int) -> list[Tensor]:
     return [(packed >> shift) & mask for shift in range(0, 8, bits)]
 
 
-def scaled(codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> Tensor:
-    """codes * scale - minimum, each scale and minimum serving an equal run of the block's codes.
+class Parts(NamedTuple):
+    """What blocks hold: codes * scale - minimum, each scale and minimum serving an equal run of a block's codes.
 
-    codes: uint8 or int8, [B, ...] with all of a block's codes. scale, minimum: float32 [B, runs]. Returns float32
-    [B, runs, codes per run]. The products are exact in float32 in all types, so that only the subtraction rounds.
+    codes: uint8 or int8 [B, ...], all of a block's codes in the order of its elements. scale, minimum: float32 [B, runs].
     """
-    values = codes.flatten(1).float()
-    values = values.view(*scale.shape, values.shape[1] // scale.shape[1])
-    values.mul_(scale.unsqueeze(-1))
-    return values if minimum is None else values.sub_(minimum.unsqueeze(-1))
+
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor | None = None
+
+    def values(self) -> Tensor:
+        """float32 [B, runs, codes per run]. The products are exact in all types, so that only the subtraction rounds."""
+        values = self.codes.flatten(1).float()
+        values = values.view(*self.scale.shape, values.shape[1] // self.scale.shape[1])
+        values.mul_(self.scale.unsqueeze(-1))
+        return values if self.minimum is None else values.sub_(self.minimum.unsqueeze(-1))

@@ -37,6 +37,32 @@ _FUSED = {
 }
 
 
+_ROUTED = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+_SHARED = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_ATTENTION = {key: value for key, value in _COMMON.items() if key.startswith("attn") or key == "ffn_norm"}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What a mixture's config says of its experts. count, inner: transformers' keys of their number and of their width.
+    fixed: what llama.cpp assumes of all models of the architecture. shared: whether an expert runs for every token."""
+
+    count: str
+    inner: str
+    fixed: Mapping[str, object]
+    shared: bool = False
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One value of `general.architecture`, and what its files leave unsaid.
@@ -46,7 +72,7 @@ class Architecture:
     the converter added to norm weights (gemma's are stored as 1 + w). biases: the config's switches for them.
     global_period: every n-th layer attends globally, the others within a window. no_rope_period: every n-th layer has
     no rotary embedding. wide_depth: the number of layers of the one model size whose attention is scaled by
-    hidden_size / heads instead of head_dim.
+    hidden_size / heads instead of head_dim. experts: of a mixture, whose experts files hold stacked.
     """
 
     name: str
@@ -59,6 +85,7 @@ class Architecture:
     global_period: int = 0
     no_rope_period: int = 0
     wide_depth: int = 0
+    experts: Experts | None = None
 
 
 _ROWS = (
@@ -77,6 +104,27 @@ _ROWS = (
 )  # fmt: skip
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.name: row for row in _ROWS})
+
+_MIXTURES = (
+    Architecture("llama", "mixtral", "MixtralForCausalLM", _ATTENTION | _ROUTED, permuted=True,
+                 experts=Experts("num_local_experts", "intermediate_size", {"sliding_window": None})),
+    Architecture("qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM", _ATTENTION | _ROUTED | _SHARED,
+                 experts=Experts("num_experts", "moe_intermediate_size",
+                                 {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []}, shared=True)),
+    Architecture("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", _ATTENTION | _QK_NORMS | _ROUTED, biases=("attention_bias",),
+                 experts=Experts("num_experts", "moe_intermediate_size",
+                                 {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []})),
+    Architecture("gpt-oss", "gpt_oss", "GptOssForCausalLM",
+                 _ATTENTION | _ROUTED | {"attn_sinks": "self_attn.sinks", "ffn_gate_inp": "mlp.router",
+                                         "post_attention_norm": "post_attention_layernorm"},
+                 biases=("attention_bias",), experts=Experts("num_local_experts", "intermediate_size", {})),
+)  # fmt: skip
+
+MIXTURES: Mapping[str, Architecture] = MappingProxyType({row.name: row for row in _MIXTURES})
+"""Those of files with an `expert_count`: a llama with one is a Mixtral."""
+
+UNSUFFIXED = MappingProxyType({"attn_sinks": "self_attn.sinks"})
+"""Parameters whose names in transformers do not end in .weight."""
 
 BIAS_TENSORS = MappingProxyType({"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"})
 """The tensor of block 0 that shows whether a model has these biases."""

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from qcore.checkpoint.source import TensorInfo
-from qcore.gguf.architectures import BIAS_TENSORS
+from qcore.gguf.architectures import BIAS_TENSORS, Experts
 from qcore.gguf.fields import Fields
 from qcore.gguf.rope import Read, rope_config
 from qcore.refusal import bad_file
 
 _END_OF_TURN = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"})
 """Control tokens that end an answer. Files name one end-of-text id; chat models stop at these too (as in llama.cpp)."""
+_PLAIN_ROUTING = (("expert_weights_scale", 1.0), ("expert_gating_func", 1), ("expert_group_count", 1), ("expert_group_used_count", 1),
+                  ("leading_dense_block_count", 0), ("interleave_moe_layer_step", 1))  # fmt: skip
+"""Fields of other mixtures, and what they say where routing is plain: a softmax over all experts, in every layer."""
 _CONTROL = 3
 """The token type of control tokens."""
 
@@ -30,14 +33,13 @@ def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
         if needed not in tensors:
             raise bad_file("missing-tensor", f"a model of {layers} layers has this tensor", file=fields.file, tensor=needed,
                            fix="Download the file again, with all its shards.")  # fmt: skip
-    if fields.size("expert_count", 0, least=0):
-        raise fields.not_read("expert_count", "mixtures of experts are not read from GGUF yet",
-                              fields.get("expert_count"), "a dense model")  # fmt: skip
     config: dict[str, Any] = {
         "model_type": architecture.model_type,
         "architectures": [architecture.model_class],
         "vocab_size": _vocabulary_size(fields, tensors["token_embd.weight"]),
-        "intermediate_size": fields.size("feed_forward_length"),
+        "intermediate_size": fields.size(
+            "feed_forward_length", 0 if architecture.experts else None, least=0 if architecture.experts else 1
+        ),
         "num_hidden_layers": layers,
         "max_position_embeddings": fields.size("context_length", most=1 << 30),
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
@@ -45,6 +47,8 @@ def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
         **_heads(fields),
         **{switch: f"blk.0.{BIAS_TENSORS[switch]}" in tensors for switch in architecture.biases},
     }
+    if architecture.experts is not None:
+        config |= _experts(fields, architecture.experts)
     config |= _token_ids(fields, config["vocab_size"])
     config |= _attention(fields, config)
     return config | rope_config(fields, config, tensors, read)
@@ -69,6 +73,25 @@ def _heads(fields: Fields) -> dict[str, Any]:
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
     }
+
+
+def _experts(fields: Fields, row: Experts) -> dict[str, Any]:
+    """Numbers and widths of experts. Raises Refused (unknown-variant) where a file says other than what llama.cpp assumes."""
+    for key, plain in _PLAIN_ROUTING:
+        if fields.get(key, plain) not in (plain, None):
+            raise fields.not_read(key, "this way of choosing experts is not read", fields.get(key), str(plain))
+    normed = row.fixed.get("norm_topk_prob", True)
+    if bool(fields.get("expert_weights_norm", normed)) is not normed:
+        raise fields.not_read("expert_weights_norm", "this way of weighing experts is not read",
+                              fields.get("expert_weights_norm"), str(normed))  # fmt: skip
+    count = fields.size("expert_count", most=1 << 14)
+    used = fields.size("expert_used_count", most=count)
+    whole = fields.get("feed_forward_length")
+    config = {row.count: count, "num_experts_per_tok": used, **row.fixed}
+    config[row.inner] = fields.size("expert_feed_forward_length", whole if type(whole) is int else None)
+    if row.shared:
+        config["shared_expert_intermediate_size"] = fields.size("expert_shared_feed_forward_length")
+    return config
 
 
 def _vocabulary_size(fields: Fields, embedding: TensorInfo) -> int:
@@ -110,6 +133,9 @@ def _attention(fields: Fields, config: Mapping[str, Any]) -> dict[str, Any]:
     if fields.has("attention.temperature_scale"):
         raise fields.not_read("attention.temperature_scale", "a scale that grows with the position is not read",
                               fields.get("attention.temperature_scale"), "none")  # fmt: skip
+    if row.model_type == "gpt_oss":
+        extras["sliding_window"] = fields.size("attention.sliding_window", most=1 << 30)
+        extras["layer_types"] = [f"{'full' if i % 2 else 'sliding'}_attention" for i in range(layers)]
     if row.model_type in ("mistral", "phi3", "gemma2", "gemma3_text"):
         window = fields.size("attention.sliding_window", 0, least=0, most=1 << 30)
         if window or not row.global_period:

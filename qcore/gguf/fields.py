@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qcore.checkpoint.source import TensorInfo
-from qcore.gguf.architectures import ARCHITECTURES, Architecture
+from qcore.gguf.architectures import ARCHITECTURES, MIXTURES, Architecture
 from qcore.refusal import Refusal, Refused, bad_file
 
 
@@ -24,13 +24,18 @@ class Fields:
         self.metadata = metadata
         self.file: Path = next(iter(tensors.values())).file
         name = metadata.get("general.architecture")
-        if not isinstance(name, str) or name not in ARCHITECTURES:
+        mixed = isinstance(name, str) and bool(metadata.get(f"{name}.expert_count"))
+        rows = MIXTURES if mixed else ARCHITECTURES
+        if not isinstance(name, str) or name not in rows:
+            if mixed and name in ARCHITECTURES:
+                raise bad_file("bad-field", "the architecture has no experts", file=self.file, field=f"{name}.expert_count",
+                               found=metadata[f"{name}.expert_count"], expected="0")  # fmt: skip
             raise Refused(
                 Refusal("unknown-architecture", "notimpl", str(self.file), "this architecture is not read from GGUF yet",
-                        f"found {name!r:.200}, expected one of {', '.join(ARCHITECTURES)}",
+                        f"found {name!r:.200}, expected one of {', '.join({**ARCHITECTURES, **MIXTURES})}",
                         "Use the model's safetensors checkpoint.", str(self.file), field="general.architecture")
             )  # fmt: skip
-        self.architecture: Architecture = ARCHITECTURES[name]
+        self.architecture: Architecture = rows[name]
 
     def size(self, key: str, default: int | None = None, *, most: int = 1 << 24, least: int = 1) -> int:
         """A whole number of the architecture's. Raises Refused (bad-field) where it is absent without a default."""

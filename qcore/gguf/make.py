@@ -46,6 +46,10 @@ def save_gguf(
     recipe = recipe_of(type)
     patterns = _patterns(overrides or {})
     contents = contents_of(source)
+    stacked = next((name for name, shape in contents.shapes.items() if len(shape) > 2), None)
+    if stacked is not None:
+        raise Refused(Refusal("not-representable", "notimpl", contents.original(stacked), "mixtures of experts are not quantized to GGUF yet",
+                              f"found {list(contents.shapes[stacked])}", "Quantize it with llama.cpp."))  # fmt: skip
     weights = read_imatrix(importance) if importance is not None else {}
     types = _types(contents, recipe, patterns, guided=importance is not None)
     _check_importance(contents, types, weights, importance)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qcore.checkpoint.source import TensorInfo
-from qcore.gguf.architectures import OUTER, ROPE_TENSORS, Architecture
+from qcore.gguf.architectures import OUTER, ROPE_TENSORS, UNSUFFIXED, Architecture
 from qcore.gguf.fields import Fields
 from qcore.refusal import bad_file
 
@@ -21,11 +21,12 @@ _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z0-9_]+)\.(weight|bias)")
 @dataclass(frozen=True)
 class GgufParameter:
     """Where a parameter comes from. heads: its rows are permuted within this many heads (see `row_permutation`).
-    add: what is added to its values."""
+    add: what is added to its values. row: it is a matrix of one row, which files may hold as a vector."""
 
     tensor: str
     heads: int | None = None
     add: float = 0.0
+    row: bool = False
 
 
 def parameter_names(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, GgufParameter]:
@@ -54,7 +55,8 @@ def parameter_names(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInf
             raise bad_file("bad-shape", "rows do not divide into heads", file=info.file, tensor=tensor, field="shape",
                            found=list(info.shape), expected=f"a multiple of {2 * permuted[part]} rows")  # fmt: skip
         offset = -architecture.norm_offset if part.endswith("norm") else 0.0
-        names[name] = GgufParameter(tensor, permuted.get(part), offset)
+        row = part == "ffn_gate_inp_shexp"
+        names[name] = GgufParameter(tensor, permuted.get(part), offset, row)
     return names
 
 
@@ -77,6 +79,7 @@ def _place(tensor: str, architecture: Architecture, layers: int) -> tuple[str, s
     block = _BLOCK.fullmatch(tensor)
     if block is None or int(block[1]) >= layers or block[2] not in architecture.layer:
         return None
-    if block[3] == "bias" and block[2].endswith("norm"):
+    if block[3] == "bias" and (block[2].endswith("norm") or block[2] in UNSUFFIXED):
         return None
-    return block[2], f"model.layers.{block[1]}.{architecture.layer[block[2]]}.{block[3]}"
+    suffix = "" if block[2] in UNSUFFIXED else f".{block[3]}"
+    return block[2], f"model.layers.{block[1]}.{architecture.layer[block[2]]}{suffix}"

@@ -119,6 +119,13 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType({row.name: row for row in _ROWS
 ALIASES: Mapping[str, str] = MappingProxyType({"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"})
 """llama.cpp's names of the middle mixtures."""
 
+
+def is_recipe(name: str) -> bool:
+    """Whether llama.cpp has a mixture of this name, in either case."""
+    key = name.lower().removeprefix("gguf:")
+    return key in RECIPES or key in ALIASES
+
+
 _NARROWER = {
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),
     **dict.fromkeys(("q2_0", "q2_k", "q3_k", "tq1_0", "tq2_0"), "q4_0"),

@@ -43,6 +43,8 @@ def rope_config(
     else:
         scaling = _scaling(fields)
     if scaling is not None:
+        if fields.architecture.name == "gpt-oss":
+            scaling["truncate"] = False  # its bounds between frequencies are no whole numbers
         rope["rope_scaling"] = scaling
     return rope
 

@@ -63,6 +63,7 @@ class CompressedTensors(Method):
     name = "compressed-tensors"
     quant_methods = ("compressed-tensors",)
     variants = _FORMATS
+    embeddings = True
     parts = frozenset(
         [
             "weight",

@@ -48,9 +48,10 @@ class Gguf(Method):
         for name, source in self._names(files).items():
             module, _, part = name.rpartition(".")
             info = files.source.tensors[source.tensor]
-            if part == "weight" and len(info.shape) == 2:
-                scheme = weight_only(Block(info.dtype.lower())) if info.dtype.lower() in BLOCK_TYPES else None
-                plan[module] = ModulePlan(scheme, f"{source.tensor} is {info.dtype}", (info.shape[0], info.shape[1]))
+            blocks = info.dtype.lower() in BLOCK_TYPES
+            if part == "weight" and (len(info.shape) == 2 or (len(info.shape) == 3 and blocks)):
+                scheme = weight_only(Block(info.dtype.lower())) if blocks else None
+                plan[module] = ModulePlan(scheme, f"{source.tensor} is {info.dtype}", info.shape)
         return plan
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
@@ -62,7 +63,7 @@ class Gguf(Method):
         codes = _in_order(files.source.read(source.tensor), source)
         scheme = weight_only(Block(info.dtype.lower()))
         bias = self.read_parameter(files, f"{module}.bias") if f"{module}.bias" in names else None
-        return LayerTensors(QuantizedTensor(scheme, info.shape, codes), bias)
+        return LayerTensors(QuantizedTensor(scheme, info.shape, codes.reshape(*info.shape[:-1], -1)), bias)
 
     def parameters(self, files: CheckpointFiles, plan: Mapping[str, ModulePlan]) -> dict[str, TensorInfo]:
         tensors = {name: files.source.tensors[source.tensor] for name, source in self._names(files).items()}
@@ -79,6 +80,8 @@ class Gguf(Method):
     def read_parameter(self, files: CheckpointFiles, name: str) -> torch.Tensor:
         source = self._names(files)[name]
         tensor = _in_order(files.source.read(source.tensor), source)
+        if source.row and tensor.dim() == 1:
+            tensor = tensor.unsqueeze(0)
         return tensor + source.add if source.add else tensor
 
     def _names(self, files: CheckpointFiles) -> dict[str, GgufParameter]:
