@@ -146,13 +146,14 @@ def _float8(scheme: Scheme, shape: Shape) -> Form | None:
     grid = PerToken() if grain["_type"] == "PerRow" else PerTensor()
     if given != TensorScheme(element, (Level(grid),), dynamic=True, bound=given.bound) or grain["_type"] == "PerGroup":
         return None
+    data["mm_config"] = _object("Float8MMConfig", emulate=False, use_fast_accum=True, pad_inner_dim=False)
     data["act_quant_kwargs"] = _object(
         "QuantizeTensorToFloat8Kwargs", float8_dtype=dtype, granularity=grain, mm_config=None, hp_value_lb=None,
         hp_value_ub=given.bound, kernel_preference=auto,
     )  # fmt: skip
     config = _config(
         "Float8DynamicActivationFloat8WeightConfig", activation_dtype=dtype, weight_dtype=dtype, granularity=[grain, grain],
-        packing_format=_named("Float8PackingFormat", "PLAIN"), mm_config=None, activation_value_lb=None,
+        packing_format=_named("Float8PackingFormat", "PLAIN"), mm_config=data["mm_config"], activation_value_lb=None,
         activation_value_ub=given.bound, kernel_preference=auto, set_inductor_config=True, alg_id=0,
     )  # fmt: skip
     return Form(data, ("qdata", "scale"), config)
@@ -330,8 +331,18 @@ def _pack_floats(module: str, weight: QuantizedTensor) -> dict[str, torch.Tensor
         scale = exactly(NAME, module, fine, torch.float32)
     parts = {"qdata": weight.codes, "scale": scale}
     if len(weight.scales) == 2:
-        parts["per_tensor_scale"] = exactly(NAME, module, weight.scales[1], torch.float32).reshape(())
+        parts["per_tensor_scale"] = _factor(module, fine, weight.scales[1]).reshape(())
     return parts
+
+
+def _factor(module: str, fine: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """The float32 factor that gives the same scales; `whole` is a float64 where the format that it comes from divides."""
+    import torch
+
+    factor = whole.to(torch.float32)
+    if not torch.equal((fine.float() * whole).float(), fine.float() * factor):
+        unholdable(NAME, module, "a scale of the whole that divides", "one that multiplies to the same numbers")
+    return factor
 
 
 def _pack_int4(module: str, weight: QuantizedTensor) -> dict[str, torch.Tensor]:

@@ -67,6 +67,7 @@ class Fp8(Method):
     quant_methods = ("fp8", "fbgemm_fp8")
     variants = ("tensor", "block", "channel")
     written = fp8.WRITTEN
+    stacked = True
     parts = frozenset({"weight", "bias", "input_scale_ub", *_SCALES, *_INPUTS})
 
     def format_version(self, files: CheckpointFiles) -> str:

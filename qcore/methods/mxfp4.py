@@ -48,6 +48,7 @@ class Mxfp4Config(Settings):
 class Mxfp4(Method):
     name = "mxfp4"
     quant_methods = ("mxfp4",)
+    stacked = True
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
         config = check(Mxfp4Config, files.quantization or {}, file=files.quantization_file)

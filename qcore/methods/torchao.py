@@ -78,6 +78,7 @@ class TorchAo(Method):
     quant_methods = ("torchao",)
     variants = _CLASSES
     written = torchao_writer.WRITTEN
+    embeddings = True
     pickles = (
         "Where the files are trusted, load them once with AutoModelForCausalLM.from_pretrained (transformers 5, torchao 0.15 "
         "or newer) and save them again with save_pretrained: TorchAO is written as safetensors since then."
