@@ -20,8 +20,9 @@ from makers import LLAMA, dense_llama, gptq_tensors
 from qcore.blocks.types import BLOCK_TYPES
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.convert import convert
+from qcore.gguf.contents import Contents, contents_of
 from qcore.gguf.encode_tokenizer import PROBES
-from qcore.gguf.make import save_gguf
+from qcore.gguf.make import recipe_of, save_gguf, types_of
 from qcore.gguf.recipes import RECIPES
 from qcore.model.load import model_class
 from qcore.refusal import Refused
@@ -320,16 +321,32 @@ def test_transformers_loads_the_file(tmp_path: Path, kind: str) -> None:
     assert tokenizer(text).input_ids == source.load_tokenizer()(text).input_ids
 
 
-MIXTURES = json.loads((GOLDEN / "llama-cpp-types.json").read_text())["types"]
+MIXTURES = json.loads((GOLDEN / "llama-cpp-types.json").read_text())
 
 
-@pytest.mark.parametrize("scheme", MIXTURES)
-def test_mixtures_are_llama_cpps(tmp_path: Path, scheme: str) -> None:
-    """Files that llama.cpp itself made of the same model tell which tensor gets which type."""
-    path = save_gguf(open_checkpoint(BASE), tmp_path / "model.gguf", scheme)
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Contents]:
+    """The models that llama.cpp was given: two layers with an output matrix, and sixteen without, four heads to a key."""
+    deep = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 16, "num_attention_heads": 8,
+            "num_key_value_heads": 2, "tie_word_embeddings": True, "head_dim": 32}  # fmt: skip
+    folder = folder_of(tmp_path_factory.mktemp("mixtures") / "deep", "llama", torch.bfloat16, **deep)
+    return {"base": contents_of(open_checkpoint(BASE)), "deep": contents_of(open_checkpoint(folder))}
+
+
+@pytest.mark.parametrize("case", MIXTURES["types"])
+def test_mixtures_are_llama_cpps(contents: dict[str, Contents], case: str) -> None:
+    """Which tensor gets which type, for every mixture that llama.cpp makes."""
+    model, scheme, guided = case.split()
+    types = types_of(contents[model], recipe_of(scheme), [], guided=guided == "guided")
+    expected = zip(MIXTURES["tensors"][model], MIXTURES["types"][case].split(), strict=True)
+    assert {tensor: kind.upper() for tensor, kind in types.items()} == dict(expected)
+
+
+def test_a_mixture_is_written_as_planned(tmp_path: Path) -> None:
+    path = save_gguf(open_checkpoint(BASE), tmp_path / "model.gguf", "q4_k_m")
     found = {name: info.dtype for name, info in open_checkpoint(path).files.source.tensors.items()}
-    assert found == MIXTURES[scheme]
-    assert open_checkpoint(path).files.source.metadata["general.file_type"] == RECIPES[scheme].number
+    assert found == dict(zip(MIXTURES["tensors"]["base"], MIXTURES["types"]["base q4_k_m plain"].split(), strict=True))
+    assert open_checkpoint(path).files.source.metadata["general.file_type"] == RECIPES["q4_k_m"].number
 
 
 def test_rows_that_are_no_whole_blocks_get_another_type(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

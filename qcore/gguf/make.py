@@ -51,7 +51,7 @@ def save_gguf(
         raise Refused(Refusal("not-representable", "notimpl", contents.original(stacked), "mixtures of experts are not quantized to GGUF yet",
                               f"found {list(contents.shapes[stacked])}", "Quantize it with llama.cpp."))  # fmt: skip
     weights = read_imatrix(importance) if importance is not None else {}
-    types = _types(contents, recipe, patterns, guided=importance is not None)
+    types = types_of(contents, recipe, patterns, guided=importance is not None)
     _check_importance(contents, types, weights, importance)
     metadata: dict[str, object] = {"general.file_type": recipe.number}
     if any(kind in BLOCK_TYPES for kind in types.values()):
@@ -90,7 +90,7 @@ def _patterns(overrides: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]
     return patterns
 
 
-def _types(
+def types_of(
     contents: Contents, recipe: Recipe, patterns: list[tuple[re.Pattern[str], str]], *, guided: bool
 ) -> dict[str, str]:
     """Each tensor's type; matrices whose rows are no whole blocks of the wanted one get another, which is logged."""

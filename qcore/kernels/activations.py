@@ -3,7 +3,7 @@
 The arithmetic is compressed-tensors' (quantization/utils/helpers.py, calculate_qparams), in float32: a symmetric scale
 is absmax / 127.5 for int8 and absmax / 448 for fp8; values are divided by it, clamped, and rounded half to even. Groups
 of small floats have MX's or NVFP4's scales (qcore/kernels/minifloat.py). Where a scheme keeps outliers apart it is
-LLM.int8's.
+LLM.int8's (qcore/kernels/llm_int8.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from qcore.elements import Float, Group, Int, PerToken
+from qcore.kernels.llm_int8 import rounded
 from qcore.kernels.minifloat import LARGEST, mx_scale, nv_scale, round_to
 from qcore.scheme import TensorScheme
 
@@ -26,7 +27,7 @@ def quantize_input(
         return x
     values = x.to(torch.float32)
     if scheme.outliers is not None:
-        return _around_outliers(values, scheme.outliers).to(x.dtype)
+        return rounded(x, scheme.outliers).to(x.dtype)
     granularity = scheme.granularity
     if isinstance(granularity, Group):
         size = min(granularity.size, values.shape[-1])  # a file may state groups that are far larger than the input
@@ -35,10 +36,10 @@ def quantize_input(
         reduced = values if isinstance(granularity, PerToken | Group) else values.reshape(1, -1)
         scale, zero = _range(reduced, scheme, scale)
     assert scale is not None, "a static scheme comes with its scale"
-    rounded = _round_trip(values, scheme, scale.to(torch.float32), zero)
+    stands_for = _round_trip(values, scheme, scale.to(torch.float32), zero)
     if isinstance(granularity, Group):
-        rounded = rounded.flatten(-2)[..., : x.shape[-1]]
-    return rounded.to(x.dtype)
+        stands_for = stands_for.flatten(-2)[..., : x.shape[-1]]
+    return stands_for.to(x.dtype)
 
 
 def dynamic_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,15 +53,6 @@ def static_int8(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, tor
     """Symmetric int8 codes under a stored scale [1]: int8 [..., K], and the scale in float32."""
     wide = scale.to(torch.float32)
     return (x.to(torch.float32) / wide).clamp_(-128, 127).round_().to(torch.int8), wide
-
-
-def _around_outliers(values: torch.Tensor, threshold: float) -> torch.Tensor:
-    """LLM.int8 (Dettmers et al. 2022): columns in which a value of the batch reaches the threshold stay as they are; the
-    rest of each row is rounded to int8 under absmax / 127."""
-    kept = (values.reshape(-1, values.shape[-1]).abs() >= threshold).any(0)
-    inside = values.masked_fill(kept, 0.0)
-    scale, _ = _symmetric(inside.abs().amax(-1, keepdim=True), 127.0)
-    return torch.where(kept, values, (inside / scale).round_() * scale)
 
 
 def _range(

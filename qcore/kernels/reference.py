@@ -6,6 +6,7 @@ import torch
 
 from qcore.elements import Tile
 from qcore.kernels.activations import quantize_input
+from qcore.kernels.llm_int8 import by_channel, product
 from qcore.tensor import LayerTensors, QuantizedTensor
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -51,7 +52,9 @@ class ReferenceLinear(PackedWeight):
         return cls(layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
+        weight, given = self.weight, self.scheme.input
+        if given is not None and given.outliers is not None and x.numel() and by_channel(weight):
+            return product(x, weight, given.outliers)
         if weight.scheme.input is not None:
             x = quantize_input(x, weight.scheme.input, self.input_scale, self.input_zero)
         rows, columns = weight.shape

@@ -32,6 +32,11 @@ class Capabilities:
         return True
 
     @property
+    def largest_codes(self) -> bool:
+        """Sums of the largest products do not overflow."""
+        return True
+
+    @property
     def leading_dimensions(self) -> bool:
         """Inputs may have any number of leading dimensions, none included."""
         return True

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from qcore.accuracy import error_bound, worst_error
-from qcore.elements import Group, Tile
+from qcore.elements import Group, Int, Tile
 from qcore.kernel import Kernel
 from qcore.kernels.activations import quantize_input
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
@@ -34,13 +34,15 @@ SIZES = ("tiny", "odd", "large")
 
 @dataclass(frozen=True)
 class Bench:
-    """A kernel with one layer to run: scheme, dtype of activations (a key of DTYPES), size of the weight (one of SIZES)."""
+    """A kernel with one layer to run: scheme, dtype of activations (a key of DTYPES), size of the weight (one of SIZES).
+    given: the layer, where it is not to be a random one."""
 
     kernel: Kernel
     scheme: Scheme
     dtype: str
     size: str
     device: Device
+    given: LayerTensors | None = None
 
     def __str__(self) -> str:
         return f"{self.kernel.name}, {self.scheme}, {self.dtype}, {self.size} {self.shape[0]} x {self.shape[1]}"
@@ -57,7 +59,7 @@ class Bench:
 
     @cached_property
     def layer(self) -> LayerTensors:
-        return random_layer(self.scheme, *self.shape)
+        return self.given or random_layer(self.scheme, *self.shape)
 
     @cached_property
     def packed(self) -> torch.nn.Module:
@@ -136,6 +138,21 @@ def numbers(bench: Bench) -> float:
     return max(errors)
 
 
+def largest_codes(bench: Bench) -> float:
+    """Weights and activations of the largest codes, all of one sign: pairs of 8-bit products do not fit into 16 bits."""
+    element = bench.scheme.weight.element
+    if bench.kernel.op == "embedding" or not isinstance(element, Int):
+        return 0.0
+    weight = bench.layer.weight
+    codes = weight.codes.clone()
+    signed = codes.dtype == torch.int8
+    codes[::2], codes[1::2] = (127, -128) if signed else (255, 0)
+    extreme = replace(bench, given=replace(bench.layer, weight=replace(weight, codes=codes)))
+    x = bench.input(4)
+    x[0], x[1] = 1.0, -1.0
+    return extreme.compare("largest codes", extreme.run(x), extreme.product(x))
+
+
 def leading_dimensions(bench: Bench) -> float:
     """A vector gives a vector, and a batch of sequences a batch of sequences."""
     if bench.kernel.op == "embedding":
@@ -192,6 +209,7 @@ def packed_size(bench: Bench) -> float:
 
 CHECKS: dict[str, Callable[[Bench], float]] = {
     "numbers": numbers,
+    "largest_codes": largest_codes,
     "leading_dimensions": leading_dimensions,
     "strided_input": strided_input,
     "empty_input": empty_input,
