@@ -77,7 +77,7 @@ def convert(
     expanded = [module for module, entry in plan.items() if entry.scheme is None and source.plan[module] is not None]
     kept = [name for name in source.parameters if cache is None or spelled(name) is None]
     with AtomicFolder(Path(out)) as target:
-        metadata = method.encode_metadata(plan, config) if config is not None else {}
+        metadata = method.encode_metadata(plan, config, source.own_dtype) if config is not None else {}
         writer = SafetensorsWriter(target.folder, metadata=metadata)
         modules = [module for module, scheme in source.plan.items() if scheme is not None]
         total = len(modules) + len(kept)

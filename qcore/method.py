@@ -186,8 +186,8 @@ class Method(ABC):
                     f"found {scheme}", "Choose compressed-tensors, or quantize the model again without it.")
         )  # fmt: skip
 
-    def encode_metadata(self, plan: Mapping[str, ModulePlan], config: Mapping[str, Any]) -> dict[str, str]:
-        """What the format keeps in the metadata of the safetensors files."""
+    def encode_metadata(self, plan: Mapping[str, ModulePlan], config: Mapping[str, Any], dtype: str) -> dict[str, str]:
+        """What the format keeps in the metadata of the safetensors files; dtype: the type that the model computes in."""
         return {}
 
     def parameters(self, files: CheckpointFiles, plan: Mapping[str, ModulePlan]) -> dict[str, TensorInfo]:

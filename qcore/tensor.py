@@ -6,6 +6,7 @@
     Float       w = q * s
     Codebook    w = table[q] * s           nested scales: s = scale_table[q_s] * s2 + offset
     levels      s = s0 * s1; a scale that divides in its file is kept as 1 / s1 in float64, and s is rounded once
+    float64     a single level that is no float32 number: the product is rounded once (LLM.int8's absmax / 127)
     Block       ggml's definition of the block type
 """
 
@@ -39,7 +40,7 @@ class QuantizedTensor:
     codes     Int and Codebook: a bit stream along K (qcore.bits), uint8 [N, ceil(K * bits / 8)]; signed codes below 8
               bits are held as q + 2^(bits-1), signed 8-bit ones as int8 [N, K]. Float: torch's dtype [N, K], or the bit
               stream where torch has none. Block: uint8 [N, blocks * bytes per block], as in the file.
-    scales    one tensor for each level, in the dtype of the file: Group [N, ceil(K / n)], PerChannel [N, 1],
+    scales    one tensor for each level, in the dtype of the file, or float64 where no float32 number is meant: Group [N, ceil(K / n)], PerChannel [N, 1],
               PerTensor [1, 1], Tile [ceil(N / rows), ceil(K / cols)], FlatGroup [1, ceil(N K / n)]; e8m0 as uint8.
     zeros     like scales[0]: uint8 or int8 codes for a stored zero point, else float.
     index     int32 [K], the group of each column, when the scheme is ordered.
@@ -177,7 +178,7 @@ class QuantizedTensor:
             scale, before, after = (None if t is None else t.unsqueeze(-1) for t in (scale, before, after))  # type: ignore[assignment]
         else:
             scale, before, after = (None if t is None else self._spread(t) for t in (scale, before, after))  # type: ignore[assignment]
-        values = (values if before is None else values - before) * scale
+        values = ((values if before is None else values - before) * scale).to(torch.float32)
         return (values if after is None else values + after).reshape(self.shape)
 
     def _spread(self, part: torch.Tensor) -> torch.Tensor:
@@ -228,7 +229,7 @@ def _widen(scale: torch.Tensor, level: Level, table: torch.Tensor | None) -> tor
     if level.type == "dynamic8":
         assert table is not None, "a nested codebook travels with its tensor"
         return table[scale.int()]
-    return scale.to(torch.float32)
+    return scale if scale.dtype == torch.float64 else scale.to(torch.float32)
 
 
 def _size(granularity: Granularity) -> int:

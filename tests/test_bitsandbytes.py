@@ -9,6 +9,7 @@ import torch
 
 import qcore
 from makers import dense_llama, write
+from qcore.convert import convert
 from qcore.kernels.activations import quantize_input
 from qcore.kernels.reference import ReferenceLinear
 from qcore.scheme import Scheme, TensorScheme
@@ -68,7 +69,7 @@ def test_four_bits_are_exact(tmp_path: Path, kind: str, blocksize: int, nested: 
     assert torch.equal(part.dequantize(), weight[5:17])
 
 
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_bytes_may_be_stored_as_another_type(tmp_path: Path, storage: torch.dtype) -> None:
     tensors, weight = four_bits(storage=storage)
     assert torch.equal(qcore.open_checkpoint(checkpoint(tmp_path, tensors)).dequantize(UP), weight)
@@ -77,9 +78,10 @@ def test_bytes_may_be_stored_as_another_type(tmp_path: Path, storage: torch.dtyp
 def int8() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     random = torch.Generator().manual_seed(3)
     codes = torch.randint(-127, 128, (ROWS, COLUMNS), generator=random, dtype=torch.int8)
-    absmax = torch.rand(ROWS, generator=random)
+    absmax = torch.rand(ROWS, generator=random).half().float()  # as bitsandbytes finds it
     parts = {"weight": codes, "SCB": absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    return {f"{UP}.{part}": tensor for part, tensor in parts.items()}, codes.float() * (absmax / 127)[:, None]
+    weight = codes * absmax[:, None] * 7.874015748031496e-3  # int8_vectorwise_dequant
+    return {f"{UP}.{part}": tensor for part, tensor in parts.items()}, weight
 
 
 def test_int8_is_exact_and_its_threshold_is_the_configs(tmp_path: Path) -> None:
@@ -188,9 +190,88 @@ def test_what_is_broken_is_refused(tmp_path: Path, tensors: dict[str, torch.Tens
 @pytest.mark.parametrize("columns", [6, 7])
 def test_rows_that_end_within_a_byte_are_packed_anew(columns: int) -> None:
     from qcore.bits import unpack
-    from qcore.methods.bitsandbytes import _rows_of_nibbles
+    from qcore.layouts.bitsandbytes import flat_nibbles, rows_of_nibbles
 
     codes = torch.randint(0, 16, (4, columns), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     flat = codes.flatten()
     stored = flat[0::2] << 4 | flat[1::2]
-    assert torch.equal(unpack(_rows_of_nibbles(stored, 4, columns), 4, columns), codes)
+    packed = rows_of_nibbles(stored, 4, columns)
+    assert torch.equal(unpack(packed, 4, columns), codes)
+    assert torch.equal(flat_nibbles(packed, columns).flatten(), stored)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "variant", "config"),
+    [
+        (four_bits()[0], "nf4", {}),
+        (four_bits("fp4", 128)[0], "fp4", {}),
+        (four_bits("fp4", 512, nested=True)[0], "fp4", {}),
+        (four_bits("nf4", 32, nested=True, storage=torch.float32)[0], "nf4", {}),
+        (int8()[0], "int8", {"load_in_8bit": True, "llm_int8_threshold": 4.5}),
+        (int8()[0], "int8", {"load_in_8bit": True, "llm_int8_threshold": 0.0}),
+    ],
+)
+def test_what_is_read_is_written(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], variant: str, config: dict[str, Any]
+) -> None:
+    first = qcore.open_checkpoint(checkpoint(tmp_path / "a", tensors, **config))
+    opened = qcore.open_checkpoint(convert(first.path, f"bitsandbytes:{variant}", tmp_path / "b"))
+    assert opened.plan == first.plan and torch.equal(opened.dequantize(UP), first.dequantize(UP))
+    for name, tensor in tensors.items():
+        again = opened.files.source.read(name)
+        if "quant_state" not in name:
+            assert torch.equal(
+                again, tensor.view(torch.uint8).reshape(again.shape) if again.dtype == torch.uint8 else tensor
+            ), name
+    written = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
+    assert "lm_head" in written["llm_int8_skip_modules"] and UP not in written["llm_int8_skip_modules"]
+    assert written["load_in_8bit"] == (variant == "int8") != written["load_in_4bit"]
+
+
+@pytest.mark.parametrize("how", ["nf4", "fp4", "nf4-double", "fp4-double", "int8"])
+def test_what_is_made_while_loading_is_written(tmp_path: Path, how: str) -> None:
+    path = write(tmp_path / "a", {**dense_llama(), "model.layers.0.self_attn.q_proj.bias": torch.ones(64)})
+    source = qcore.open_checkpoint(path).quantized(f"bitsandbytes:{how}")
+    opened = qcore.open_checkpoint(convert(source, "bitsandbytes", tmp_path / "b"))
+    assert opened.plan == source.plan
+    for module in source.plan:
+        assert torch.equal(opened.dequantize(module), source.dequantize(module)), module
+
+
+@pytest.mark.parametrize(
+    ("how", "format"),
+    [("W4A16-g32-sym", "bitsandbytes"), ("W8A8", "bitsandbytes"), ("W8A16", "bitsandbytes"),
+     ("bitsandbytes:nf4", "bitsandbytes:fp4"), ("bitsandbytes:int8", "bitsandbytes:nf4"), ("FP8_DYNAMIC", "bitsandbytes")],
+)  # fmt: skip
+def test_what_it_cannot_hold_is_refused(tmp_path: Path, how: str, format: str) -> None:
+    source = qcore.open_checkpoint(write(tmp_path / "a", dense_llama())).quantized(how)
+    with pytest.raises(qcore.Refused, match="not-representable") as caught:
+        convert(source, format, tmp_path / "b")
+    assert "proj" in caught.value.refusal.subject and not (tmp_path / "b").exists()
+
+
+def test_four_and_eight_bits_are_not_mixed(tmp_path: Path) -> None:
+    gate = {name.replace("up_proj", "gate_proj"): tensor for name, tensor in int8()[0].items()}
+    tensors = {**four_bits()[0], **gate}
+    path = checkpoint(tmp_path / "a", tensors)
+    with pytest.raises(qcore.Refused, match="4 or 8 bits in all layers"):
+        convert(path, "bitsandbytes", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("skip", "kept"),
+    [
+        (["layers.0.mlp"], False),  # neither the beginning of a name nor its end
+        (["up"], False),
+        (["up_proj"], True),
+        (["model.layers.0"], True),
+        (["model.layers.*.mlp"], True),
+        (["model.layers.0.mlp.up"], False),
+        ([], False),
+    ],
+)
+def test_layers_are_skipped_as_transformers_skips_them(tmp_path: Path, skip: list[str], kept: bool) -> None:
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": skip}
+    opened = qcore.open_checkpoint(write(tmp_path, dense_llama(), config))
+    assert (opened.plan[UP] is None) == kept
+    assert opened.plan["lm_head"] is not None and opened.plan["model.embed_tokens"] is None

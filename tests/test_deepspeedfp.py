@@ -12,6 +12,7 @@ import qcore
 from makers import dense_llama, write
 from qcore.algorithms.minifloat import RANGES, minifloat
 from qcore.bits import unpack
+from qcore.convert import convert
 from qcore.scheme import Scheme
 
 UP = "model.layers.0.mlp.up_proj"
@@ -125,3 +126,9 @@ def test_what_is_broken_is_refused(
     with pytest.raises(qcore.Refused) as caught:
         qcore.open_checkpoint(path).weight(UP)
     assert caught.value.refusal.code == code and caught.value.refusal.fix
+
+
+def test_it_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(qcore.Refused, match="format-not-written") as caught:
+        convert(checkpoint(tmp_path / "a"), "deepspeedfp", tmp_path / "b")
+    assert "whenever a checkpoint is loaded" in caught.value.refusal.reason and not (tmp_path / "b").exists()

@@ -8,7 +8,10 @@ import torch
 
 import qcore
 from makers import dense_llama, write
+from mixtures import EXPERTS, HIDDEN, INNER, Mixture, logits
+from qcore.convert import convert
 from qcore.scheme import Scheme
+from qcore.tensor import float_table
 
 UP = "model.layers.0.mlp.up_proj"
 ROWS, COLUMNS = 96, 64
@@ -71,11 +74,14 @@ def test_every_form_is_exact_and_runs(
     [
         ("tensor", {"activation_scheme": "abacus"}, {}, "bad-field"),
         ("tensor", {"fmt": "e5m2"}, {}, "unknown-variant"),
-        ("block", {"weight_block_size": [32, 48], "activation_scheme": "static"}, {}, "unknown-variant"),
+        ("block", {"weight_block_size": [32, 48], "activation_scheme": "static"}, {}, "missing-tensor"),
         ("block", {"weight_block_size": [0, 48]}, {}, "unknown-variant"),
         ("block", {"weight_block_size": [32]}, {}, "bad-field"),
         ("block", {"weight_block_size": [16, 48]}, {}, "bad-shape"),
-        ("block", {}, {}, "missing-tensor"),
+        ("block", {}, {}, "bad-shape"),
+        ("tensor", {}, {"weight_scale": None}, "missing-tensor"),
+        ("tensor", {}, {"weight_scale_inv": torch.ones(())}, "duplicate"),
+        ("tensor", {}, {"weight": torch.zeros(ROWS, COLUMNS, 1, dtype=torch.int8)}, "bad-shape"),
         (
             "block",
             {"weight_block_size": [32, 48]},
@@ -105,3 +111,109 @@ def test_scales_of_inputs_are_bounded_as_fbgemm_bounds_them() -> None:
     scheme = Scheme.parse("W8A8-fp8-channel/fp8-token-dyn-bound896.0").input
     assert scheme is not None
     assert quantize_input(x, scheme).tolist() == [[1.0, 896.0], [1.0, 448.0]]
+
+
+@pytest.mark.parametrize("scale", ["weight_scale_inv", "weight_scale", "scale", "qscale_weight"])
+@pytest.mark.parametrize("given", ["input_scale", "activation_scale", "qscale_act"])
+def test_scales_have_the_names_of_several_tools(tmp_path: Path, scale: str, given: str) -> None:
+    parts, weight = made("tensor")
+    renamed = {"weight": parts["weight"], scale: parts["weight_scale"], given: parts["input_scale"]}
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, renamed, activation_scheme="static"))
+    assert opened.plan[UP] == Scheme.parse("W8A8-fp8-static")
+    assert torch.equal(opened.dequantize(UP), weight)
+    assert opened.layer(UP).input_scale == parts["input_scale"]
+
+
+def test_blocks_of_one_row_are_groups(tmp_path: Path) -> None:
+    parts, weight = made("block", (1, 32))
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, weight_block_size=[1, 32]))
+    assert opened.plan[UP] == Scheme.parse("W8A8-fp8-g32/fp8-g32-dyn") and torch.equal(opened.dequantize(UP), weight)
+
+
+def test_fp4_weights_stand_beside_fp8_ones(tmp_path: Path) -> None:
+    """DeepSeek-V4's experts."""
+    random = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (ROWS, COLUMNS), generator=random, dtype=torch.uint8)
+    exponents = torch.randint(118, 123, (ROWS, COLUMNS // 32), generator=random, dtype=torch.uint8)
+    parts = {"weight": (codes[:, 0::2] | codes[:, 1::2] << 4).view(torch.int8), "scale": exponents}
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, weight_block_size=[128, 128], scale_fmt="ue8m0"))
+    weight = float_table("e2m1")[codes.int()] * torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
+    assert str(opened.plan[UP]) == "W4A8-e2m1-g32:e8m0/fp8-g128-dyn" and torch.equal(opened.dequantize(UP), weight)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_stacked_experts_are_exact_run_and_are_written(tmp_path: Path, static: bool) -> None:
+    mixture, prefix = Mixture("qwen3_moe"), "model.layers.1.mlp.experts"
+    gate, up, down = (
+        torch.stack([mixture.parts.pop(f"{prefix}.{expert}.{part}") for expert in range(EXPERTS)])
+        for part in mixture.spelled
+    )
+    tensors = dict(mixture.rest)
+    for name, values in ((f"{prefix}.gate_up_proj", torch.cat([gate, up], 1)), (f"{prefix}.down_proj", down)):
+        _, rows, columns = values.shape
+        codes, scale = (
+            (values * 50).to(torch.float8_e4m3fn),
+            torch.rand(EXPERTS, rows // 16, columns // 16) * 0.02 + 0.01,
+        )
+        tensors |= {name: codes, f"{name}_scale_inv": scale}
+        if static:
+            tensors[f"{name}_activation_scale"] = torch.rand(EXPERTS) * 0.01 + 0.01
+        mixture.rest[name] = codes.float() * scale.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    config = {
+        "quant_method": "fp8",
+        "weight_block_size": [16, 16],
+        "activation_scheme": "static" if static else "dynamic",
+    }
+    path = mixture.write(tmp_path / "a", tensors, config)
+    again = convert(path, "fp8", tmp_path / "b")
+    for opened in (qcore.open_checkpoint(path), qcore.open_checkpoint(again)):
+        stacks = [module for module, scheme in opened.plan.items() if scheme]
+        assert {opened.layers[module].shape for module in stacks} == {
+            (EXPERTS, 2 * INNER, HIDDEN),
+            (EXPERTS, HIDDEN, INNER),
+        }
+        for module in stacks:
+            assert torch.equal(opened.dequantize(module), mixture.rest[module])
+    if not static:
+        ours, expected = logits(qcore.load_model(path)), mixture.logits()
+        assert float((ours - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "config", "variant"),
+    [
+        ("tensor", "fp8", {"activation_scheme": "static"}, "tensor"),
+        ("tensor", "fp8", {"activation_scheme": "dynamic"}, "tensor"),
+        ("block", "fp8", {"weight_block_size": [32, 48]}, "block"),
+        ("e8m0", "fp8", {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"}, "block"),
+        ("channel", "fbgemm_fp8", {}, "channel"),
+        ("channel", "fbgemm_fp8", {"activation_scale_ub": 1200.0}, "channel"),
+    ],
+)
+def test_what_is_read_is_written(tmp_path: Path, kind: str, method: str, config: dict[str, Any], variant: str) -> None:
+    parts, weight = made(kind)
+    parts = {**parts, "bias": torch.ones(ROWS)}
+    if config.get("activation_scheme") != "static":
+        parts.pop("input_scale", None)
+    first = qcore.open_checkpoint(checkpoint(tmp_path / "a", parts, method, **config))
+    opened = qcore.open_checkpoint(convert(first.path, f"fp8:{variant}", tmp_path / "b"))
+    assert opened.plan == first.plan and opened.format_version == method
+    assert torch.equal(opened.dequantize(UP), weight)
+
+
+@pytest.mark.parametrize(
+    ("how", "format"),
+    [("W4A16-g32-sym", "fp8"), ("W8A16-fp8-channel", "fp8"), ("FP8_DYNAMIC", "fp8:block"), ("W8A8", "fp8"),
+     ("W8A8-fp8-channel/fp8-tensor-dyn", "fp8")],
+)  # fmt: skip
+def test_what_it_cannot_hold_is_refused(tmp_path: Path, how: str, format: str) -> None:
+    source = qcore.open_checkpoint(write(tmp_path / "a", dense_llama())).quantized(how)
+    with pytest.raises(qcore.Refused, match="not-representable"):
+        convert(source, format, tmp_path / "b")
+
+
+def test_layers_of_two_schemes_are_refused(tmp_path: Path) -> None:
+    tensors = checkpoint(tmp_path / "a", made("block", (1, 32))[0], weight_block_size=[1, 32])
+    opened = qcore.open_checkpoint(tensors).quantized("FP8_DYNAMIC")
+    with pytest.raises(qcore.Refused, match="one scheme for all layers"):
+        convert(opened, "fp8", tmp_path / "b")

@@ -9,8 +9,10 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qcore
+from makers import dense_llama, write
 from mixtures import EXPERTS, HIDDEN, INNER, TOKENS, Mixture, Tensors, logits
 from qcore.cli.inspect import describe
+from qcore.convert import convert
 from qcore.model.experts import QuantizedExperts
 from qcore.model.load import kernel_counts
 
@@ -138,3 +140,21 @@ def test_a_config_of_another_kind_is_refused(tmp_path: Path) -> None:
     del config["quantization_config"]
     (path / "config.json").write_text(json.dumps(config))
     assert refused(path).code == "unknown-method"
+
+
+def test_what_is_read_is_written(tmp_path: Path) -> None:
+    mixture = Mixture("gpt_oss")
+    tensors = quantized(mixture)
+    first = qcore.open_checkpoint(mixture.write(tmp_path / "a", tensors, CONFIG))
+    opened = qcore.open_checkpoint(convert(first.path, "mxfp4", tmp_path / "b"))
+    assert opened.plan == first.plan
+    for name, tensor in tensors.items():
+        assert torch.equal(opened.files.source.read(name), tensor), name
+    torch.testing.assert_close(logits(qcore.load_model(opened)), mixture.logits(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["W4A16-g32-sym", "FP8_DYNAMIC"])
+def test_what_it_cannot_hold_is_refused(tmp_path: Path, how: str) -> None:
+    source = qcore.open_checkpoint(write(tmp_path / "a", dense_llama())).quantized(how)
+    with pytest.raises(qcore.Refused, match="stacked experts"):
+        convert(source, "mxfp4", tmp_path / "b")

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import qcore
-from makers import LLAMA, dense_llama
+from makers import LLAMA, dense_llama, write
+from qcore.convert import convert
 from qcore.scheme import Scheme
 from qcore.tensor import float_table
 
@@ -114,7 +115,8 @@ def made(kind: str) -> Made:
     nibbles = ints(0, 16, ROWS, COLUMNS).to(torch.uint8)
     fine = torch.rand(ROWS, COLUMNS // 16, generator=RANDOM).to(torch.float8_e4m3fn)
     data = {"block_size": 16, "is_swizzled_scales": swizzled,
-            "act_quant_kwargs": kwargs("QuantizeTensorToNVFP4Kwargs", block_size=16) if swizzled else None}  # fmt: skip
+            "act_quant_kwargs": kwargs("QuantizeTensorToNVFP4Kwargs", block_size=16, use_dynamic_per_tensor_scale=True)
+            if swizzled else None}  # fmt: skip
     stored = swizzle(fine.view(torch.uint8)).view(torch.float8_e4m3fn) if swizzled else fine
     whole = torch.tensor(0.37)
     parts = {"qdata": nibbles[:, 0::2] | nibbles[:, 1::2] << 4, "scale": stored, "per_tensor_scale": whole}
@@ -138,6 +140,8 @@ KINDS = ("Int8Tensor", "Int8Tensor-dynamic", "Int8Tensor-scaled", *(f"IntxUnpack
          "IntxUnpackedToInt8Tensor-4a8", "Float8Tensor-row", "Float8Tensor-tensor", "Float8Tensor-block", "Int4Tensor",
          "Int4Tensor-fp8", "Int4PlainInt32Tensor", "Int4TilePackedTo4dTensor", "MXTensor", "MXTensor-inputs",
          "MXTensor-swizzled", "NVFP4Tensor", "NVFP4Tensor-swizzled")  # fmt: skip
+UNWRITTEN = ("Int8Tensor-scaled", "Float8Tensor-block", "Int4Tensor-fp8", "MXTensor")
+"""Inputs' scales that are stored, and what no config of torchao makes."""
 
 
 def checkpoint(
@@ -207,6 +211,10 @@ def test_every_class_is_exact_and_runs(tmp_path: Path, kind: str) -> None:
          "unknown-variant"),
         ("NVFP4Tensor-swizzled", {"scale": torch.zeros(ROWS, 4).to(torch.float8_e4m3fn)}, {}, "bad-shape"),
         ("NVFP4Tensor", {"per_tensor_scale": torch.zeros(3)}, {}, "bad-shape"),
+        ("Float8Tensor-row", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToFloat8Kwargs", ROW, hp_value_lb=1e-3)}, "unknown-variant"),
+        ("Float8Tensor-row", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToFloat8Kwargs", ROW, hp_value_ub="9")}, "unknown-variant"),
+        ("Int8Tensor-dynamic", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToInt8Kwargs", {"_type": "PerRow", "_data": {"dim": 0}})},
+         "unknown-variant"),
     ],
 )  # fmt: skip
 def test_what_is_broken_or_not_read_is_refused(
@@ -224,3 +232,127 @@ def test_pickled_checkpoints_are_refused_with_the_way_to_convert_them(tmp_path: 
     with pytest.raises(qcore.Refused, match="unsafe-container") as caught:
         qcore.open_checkpoint(path)
     assert "save_pretrained" in caught.value.refusal.fix and "torchao 0.15" in caught.value.refusal.fix
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "scheme"),
+    [
+        ("Float8Tensor-row", {"act_quant_kwargs": kwargs("x", ROW, hp_value_ub=1200.0)}, "W8A8-fp8-channel/fp8-token-dyn-bound1200.0"),
+        ("NVFP4Tensor", {"act_quant_kwargs": kwargs("x", use_dynamic_per_tensor_scale=False)},
+         "W4A4-e2m1-g16:e4m3fn+tensor/e2m1-g16:e4m3fn-dyn"),
+    ],
+)  # fmt: skip
+def test_inputs_are_bounded_and_scaled_as_they_say(
+    tmp_path: Path, kind: str, change: dict[str, Any], scheme: str
+) -> None:
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, kind, None, change)[0])
+    assert opened.plan[UP] == opened.weight(UP).scheme == Scheme.parse(scheme)
+
+
+def test_calibrated_inputs_of_nvfp4_have_their_scale(tmp_path: Path) -> None:
+    given = kwargs("x", use_dynamic_per_tensor_scale=False)
+    parts = ["qdata", "scale", "per_tensor_scale", "act_per_tensor_scale"]
+    opened = qcore.open_checkpoint(
+        checkpoint(tmp_path, "NVFP4Tensor", {"act_per_tensor_scale": torch.tensor(0.02)},
+                   {"act_quant_kwargs": given, "_tensor_data_names": parts})[0]
+    )  # fmt: skip
+    assert opened.plan[UP] == Scheme.parse("W4A4-nvfp4")
+    assert opened.layer(UP).input_scale == torch.tensor([0.02])
+
+
+ASYMMETRIC = {
+    "_type": "IntxWeightOnlyConfig",
+    "_data": {"mapping_type": {"_type": "MappingType", "_data": "ASYMMETRIC"}},
+}
+SYMMETRIC = {"_type": "IntxWeightOnlyConfig", "_data": {"mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"}}}
+
+
+@pytest.mark.parametrize("key", ["fqn_to_config", "module_fqn_to_config"])
+@pytest.mark.parametrize(
+    ("names", "symmetric"),
+    [
+        ({UP: ASYMMETRIC, "_default": SYMMETRIC}, False),
+        ({f"{UP}.weight": ASYMMETRIC, UP: SYMMETRIC}, False),
+        ({"re:.*up_proj": ASYMMETRIC, "_default": SYMMETRIC}, False),
+        ({"re:.*up": ASYMMETRIC, "_default": SYMMETRIC}, True),  # the whole name has to match
+        ({"re:.*up_proj": SYMMETRIC, UP: ASYMMETRIC}, False),
+        ({"_default": ASYMMETRIC}, False),
+        ({"re:.*down_proj": ASYMMETRIC}, True),
+    ],
+)
+def test_plans_know_which_layers_have_zero_points(
+    tmp_path: Path, key: str, names: dict[str, Any], symmetric: bool
+) -> None:
+    path, weight, _ = checkpoint(tmp_path, "IntxUnpackedToInt8Tensor-4")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["quant_type"]["default"] = {"_type": "FqnToConfig", "_data": {key: names}}
+    (path / "config.json").write_text(json.dumps(config))
+    opened = qcore.open_checkpoint(path)
+    assert str(opened.plan[UP]) == f"W4A16-g32-{'sym' if symmetric else 'asym'}"
+    assert torch.equal(opened.dequantize(UP), weight)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNWRITTEN])
+def test_what_is_read_is_written(tmp_path: Path, kind: str) -> None:
+    path, weight, _ = checkpoint(tmp_path / "a", kind)
+    first = qcore.open_checkpoint(path)
+    opened = qcore.open_checkpoint(convert(path, "torchao", tmp_path / "b"))
+    assert torch.equal(opened.dequantize(UP), weight)
+    assert opened.plan == first.plan and opened.weight(UP).scheme == first.weight(UP).scheme
+    written = opened.files.source.metadata
+    record = json.loads(written[f"{UP}.weight"])
+    parts = {
+        name.rpartition("_weight_")[2] for name in opened.files.source.tensors if name.startswith(f"{UP}._weight_")
+    }
+    assert parts == set(record["_tensor_data_names"])
+    names = json.loads(written["tensor_names"])
+    assert f"{UP}.weight" in names and all(json.loads(written[name])["_type"] for name in names)
+
+
+@pytest.mark.parametrize("kind", UNWRITTEN)
+def test_what_transformers_would_not_load_is_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(qcore.Refused, match="not-representable"):
+        convert(checkpoint(tmp_path / "a", kind)[0], "torchao", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("how", "variant"),
+    [("W4A16-g32-sym", "Int4Tensor"), ("W4A16-g32-asym", "Int4PlainInt32Tensor"), ("W4A16-g32-sym", "Int4PlainInt32Tensor"),
+     ("W8A16-g32-sym", "IntxUnpackedToInt8Tensor"), ("FP8_DYNAMIC", "Float8Tensor"), ("W8A8-fp8-tensor/fp8-tensor-dyn", "")],
+)  # fmt: skip
+def test_the_class_may_be_chosen(tmp_path: Path, how: str, variant: str) -> None:
+    source = qcore.open_checkpoint(write(tmp_path / "a", dense_llama())).quantized(how)
+    opened = qcore.open_checkpoint(convert(source, f"torchao:{variant}" if variant else "torchao", tmp_path / "b"))
+    assert opened.layers[UP].reason == (variant or "Float8Tensor")
+    for module in source.plan:
+        assert torch.equal(opened.dequantize(module), source.dequantize(module))
+
+
+def test_layers_that_differ_have_configs_of_their_own(tmp_path: Path) -> None:
+    path, weight, _ = checkpoint(tmp_path / "a", "NVFP4Tensor")
+    source = qcore.open_checkpoint(path).quantized("W3A16-g32-asym", ignore=("gate_proj",))
+    opened = qcore.open_checkpoint(convert(source, "torchao", tmp_path / "b"))
+    assert opened.plan == source.plan and torch.equal(opened.dequantize(UP), weight)
+    assert len({str(scheme) for scheme in opened.plan.values()}) == 3
+    config = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
+    default = config["quant_type"]["default"]
+    assert (
+        default["_type"] == "FqnToConfig" and default["_data"]["fqn_to_config"][UP]["_type"] == "NVFP4WeightOnlyConfig"
+    )
+    assert config["modules_to_not_convert"] == ["model.layers.0.mlp.gate_proj"]
+    assert config["include_input_output_embeddings"]  # lm_head is quantized
+
+
+@pytest.mark.parametrize(
+    ("how", "format"),
+    [("W4A16-g32-sym", "torchao:Int8Tensor"), ("bitsandbytes:nf4", "torchao"), ("W4A8", "torchao"),
+     ("W4A16-g32-asym", "torchao:Int4Tensor"), ("bitsandbytes:int8", "torchao")],
+)  # fmt: skip
+def test_what_it_cannot_hold_is_refused(tmp_path: Path, how: str, format: str) -> None:
+    tensors = dense_llama()
+    tensors["model.layers.0.mlp.down_proj.weight"] = torch.randn(64, 128)
+    tensors |= {f"model.layers.0.mlp.{part}_proj.weight": torch.randn(128, 64) for part in ("up", "gate")}
+    path = write(tmp_path / "a", tensors, intermediate_size=128)
+    how = how.replace("W4A8", "W4A8-int4-g64-sym/int8-token-sym-dyn")
+    with pytest.raises(qcore.Refused, match="not-representable"):
+        convert(qcore.open_checkpoint(path).quantized(how), format, tmp_path / "b")

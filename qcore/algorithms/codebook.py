@@ -54,12 +54,13 @@ def codebook(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
 
 
 def llm_int8(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
-    """weight: float [N, K] -> int8 [N, K] and f32 scales [N, 1] of absmax / 127."""
+    """weight: float [N, K] -> int8 [N, K] and scales [N, 1]: absmax times float32's 1 / 127, in float64 as it is exact."""
     largest = torch.finfo(torch.float16).max
     half = weight.clamp(-largest, largest).to(torch.float16)
     absmax = half.abs().amax(1, keepdim=True).to(torch.float32)
     codes = (half * (127.0 / absmax.masked_fill(absmax == 0, 1.0))).round_().to(torch.int8)
-    return QuantizedTensor(scheme, (weight.shape[0], weight.shape[1]), codes, (absmax / 127,))
+    scales = absmax.double() * torch.tensor(1 / 127, dtype=torch.float32).double()
+    return QuantizedTensor(scheme, (weight.shape[0], weight.shape[1]), codes, (scales,))
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +47,16 @@ def matches(pattern: str, name: str, *, file: Path, field: str, anywhere: bool =
         except ValueError as error:
             raise _endless(pattern, f"{error} beside several repeats", file, field) from error
     return (compiled.search(name) if anywhere else compiled.match(name)) is not None
+
+
+def skips(patterns: Sequence[str], name: str, *, file: Path, field: str) -> str | None:
+    """The first pattern by which transformers leaves a module alone (should_convert_module): a regular expression for the
+    beginning of its name, up to a dot, or the end of it. Raises Refused (bad-field, limit-exceeded)."""
+    for pattern in patterns:
+        bounded = rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"
+        if name.endswith(pattern) or matches(bounded, name, file=file, field=f"quantization_config.{field}"):
+            return pattern
+    return None
 
 
 def wildcard(pattern: str, name: str, *, file: Path, field: str) -> bool:

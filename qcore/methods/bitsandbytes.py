@@ -16,14 +16,16 @@ Read from bitsandbytes' QuantState, Linear4bit and Linear8bitLt.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from qcore.checkpoint.json_file import parse_json
+from qcore.checkpoint.patterns import skips
 from qcore.checkpoint.settings import Settings, check
 from qcore.checkpoint.source import TensorInfo
 from qcore.elements import Codebook, FlatGroup, Int, Level, PerChannel, PerToken, in_rows
+from qcore.layouts.bitsandbytes import WRITTEN, config_of, int8_scales, pack_layer, rows_of_nibbles
 from qcore.method import (
     CheckpointFiles,
     Method,
@@ -45,8 +47,8 @@ if TYPE_CHECKING:
 _STATE = ".weight.quant_state.bitsandbytes__"
 _SIDE = frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_map"})
 """What stands beside a 4-bit weight, besides its state."""
-_STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
-"""Types that the bytes of a 4-bit weight may be stored as (bnb_4bit_quant_storage), and their sizes."""
+_STORAGE = ("U8", "I8", "F16", "BF16", "F32", "F64")
+"""Types that the bytes of a 4-bit weight may be stored as (bnb_4bit_quant_storage)."""
 _LARGEST_STATE = 4096
 """Bytes of a quant_state; real ones have about 170."""
 
@@ -63,7 +65,7 @@ class BitsAndBytesConfig(Settings):
 
     @property
     def skipped(self) -> list[str]:
-        """Parts of the names of layers that are not quantized."""
+        """Names and patterns of layers that are not quantized."""
         return ["lm_head"] if self.llm_int8_skip_modules is None else self.llm_int8_skip_modules
 
     def request(self) -> tuple[str, Scheme]:
@@ -100,7 +102,8 @@ class QuantState(Settings):
 class BitsAndBytes(Method):
     name = "bitsandbytes"
     quant_methods = ("bitsandbytes",)
-    variants = ("nf4", "fp4", "int8")
+    variants = WRITTEN
+    written = WRITTEN
     parts = frozenset({"weight", "bias", "SCB", "weight_format"})
 
     def format_version(self, files: CheckpointFiles) -> str:
@@ -131,7 +134,7 @@ class BitsAndBytes(Method):
                         str(files.quantization_file), field="quantization_config")
             )  # fmt: skip
         for module, entry in dense_modules(files.source.tensors, "").items():
-            if any(part in module for part in config.skipped):
+            if skips(config.skipped, module, file=files.quantization_file, field="llm_int8_skip_modules"):
                 plan.setdefault(module, ModulePlan(None, "llm_int8_skip_modules", entry.shape))
             elif marked and not is_embedding(module):
                 algorithm, scheme = config.request()
@@ -150,7 +153,7 @@ class BitsAndBytes(Method):
             if bool((largest < 0).any()):
                 raise bad_file("bad-content", "SCB are magnitudes", file=files.source.tensors[f"{module}.SCB"].file,
                                tensor=f"{module}.SCB", field="values", found=float(largest.min()), expected="0 or more")  # fmt: skip
-            scales = largest.reshape(-1, 1) / 127
+            scales = int8_scales(largest.reshape(-1, 1))
             shape = _int8_shape(files, module)
             scheme = _int8_scheme(self._config(files))
             return LayerTensors(QuantizedTensor(scheme, shape, read(f"{module}.weight"), (scales,)), held)
@@ -164,13 +167,19 @@ class BitsAndBytes(Method):
         flat = isinstance(scheme.weight.granularity, FlatGroup)
         absmax = side("absmax").reshape((1, -1) if flat else (rows, -1))
         weight = QuantizedTensor(
-            scheme, state.shape, _rows_of_nibbles(read(f"{module}.weight"), rows, columns),
+            scheme, state.shape, rows_of_nibbles(read(f"{module}.weight"), rows, columns),
             (absmax, side("nested_absmax").reshape(1, -1)) if state.nested else (absmax,),
             table=side("quant_map").flatten(),
             scale_table=side("nested_quant_map").flatten() if state.nested else None,
             offset=_scalar(state.nested_offset) if state.nested else None,
         )  # fmt: skip
         return LayerTensors(weight, held)
+
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
+        return config_of(plan, variant)
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return pack_layer(module, layer)
 
     def parameters(self, files: CheckpointFiles, plan: Mapping[str, ModulePlan]) -> dict[str, TensorInfo]:
         found = super().parameters(files, plan)
@@ -211,7 +220,7 @@ class BitsAndBytes(Method):
         """Raises Refused where the parts do not fit the state, or a part is not known."""
         count = state.shape[0] * state.shape[1]
         blocks = -(-count // state.blocksize)
-        weight = require_tensor(files, f"{module}.weight", dtypes=list(_STORAGE))
+        weight = require_tensor(files, f"{module}.weight", dtypes=_STORAGE)
         if weight.nbytes != -(-count // 2):
             raise bad_file("bad-shape", "the packed weight is not of its state's size", file=weight.file,
                            tensor=weight.name, field="shape", found=f"{weight.nbytes} bytes",
@@ -254,19 +263,6 @@ def _int8_shape(files: CheckpointFiles, module: str) -> tuple[int, int]:
                        tensor=stored.name, field="values", found="another format", expected="0, row by row",
                        fix="Save the model again with a current bitsandbytes.")  # fmt: skip
     return weight.shape[0], weight.shape[1]
-
-
-def _rows_of_nibbles(stored: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The flattened codes, first one high, as rows with the first one low: uint8 [N, ceil(K / 2)]."""
-    import torch
-
-    from qcore.bits import pack
-
-    flat = stored.contiguous().view(torch.uint8).flatten()
-    if columns % 2 == 0:
-        return (flat << 4 | flat >> 4).view(rows, columns // 2)
-    codes = torch.stack([flat >> 4, flat & 15], -1).flatten()[: rows * columns]
-    return pack(codes.view(rows, columns), 4)
 
 
 def _scalar(value: float | None) -> torch.Tensor:

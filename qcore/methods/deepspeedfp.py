@@ -11,7 +11,8 @@ that is not whole has one of its own, where DeepSpeed drops it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -57,6 +58,13 @@ class DeepSpeedFp(Method):
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         raise LookupError(f"{module} is quantized while it is loaded")
+
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
+        raise Refused(
+            Refusal("format-not-written", "never", self.name, "DeepSpeedFP has no file of quantized weights: they are made "
+                    "from plain ones whenever a checkpoint is loaded", "found codes and scales, which it could not keep",
+                    "Write dense, which keeps the numbers, or compressed-tensors.")
+        )  # fmt: skip
 
     def _config(self, files: CheckpointFiles) -> DeepSpeedFpConfig:
         config = check(DeepSpeedFpConfig, files.quantization or {}, file=files.quantization_file)

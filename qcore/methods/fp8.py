@@ -1,29 +1,53 @@
 """`fp8` as DeepSeek and transformers write it, per tensor or in blocks, and FBGEMM's fp8 by channel.
 
-    fp8, per tensor   weight e4m3 [N, K], weight_scale f32; input_scale f32 where activation_scheme is static
+    fp8, per tensor   weight e4m3 [N, K], one scale f32; the input's scale f32 where activation_scheme is static
     fp8, in blocks    weight e4m3 [N, K], weight_scale_inv f32 or e8m0 [ceil(N / r), ceil(K / c)]: multiplied, despite
-                      its name; inputs by groups of c, scaled at run time
+                      its name; inputs by groups of c, scaled at run time, or static as above
+    fp8, fp4 experts  weight int8 [N, K / 2], e2m1, first code low; scale e8m0 or f32 [N, K / 32]
     fbgemm_fp8        weight e4m3 [N, K], weight_scale f32 [N, 1]; inputs by token, their scales those of magnitudes up to
                       activation_scale_ub
 
-w = q * scale. Sources: DeepSeek-V3's config and weight_dequant, transformers' FineGrainedFP8 and FbgemmFp8 quantizers.
+w = q * scale. The scale's name is the writer's choice: weight_scale_inv (transformers, DeepSeek-V3), weight_scale (AutoFP8,
+vLLM), scale (DeepSeek-V4), qscale_weight (Mistral); so is the input's. Experts may be stacked: <experts>.gate_up_proj
+[E, N, K] and <experts>.gate_up_proj_scale_inv. Sources: DeepSeek-V3's config and weight_dequant, transformers'
+FineGrainedFP8 and FbgemmFp8 quantizers.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from qcore.checkpoint.patterns import skips
 from qcore.checkpoint.settings import Settings, check
-from qcore.elements import Float, Granularity, Group, Level, PerChannel, PerTensor, PerToken, ScaleType, Tile
+from qcore.checkpoint.source import TensorInfo
+from qcore.elements import Float, Group, Level, PerChannel, PerTensor, PerToken, ScaleType, scale_shape
+from qcore.layouts import fp8
 from qcore.layouts.scaled import Names, read_layer, shape_of
-from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, stated_method
+from qcore.method import (
+    SCALE_DTYPES,
+    CheckpointFiles,
+    Method,
+    ModulePlan,
+    dense_modules,
+    is_embedding,
+    read_scale,
+    require_tensor,
+    stated_method,
+)
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
 
 if TYPE_CHECKING:
+    import torch
+
     from qcore.tensor import LayerTensors
+
+_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
+_INPUTS = ("input_scale", "activation_scale", "qscale_act")
+_E2M1_GROUP = 32
 
 
 class Fp8Config(Settings):
@@ -42,7 +66,9 @@ class Fp8(Method):
     name = "fp8"
     quant_methods = ("fp8", "fbgemm_fp8")
     variants = ("tensor", "block", "channel")
-    parts = frozenset({"weight", "weight_scale", "weight_scale_inv", "input_scale", "bias", "input_scale_ub"})
+    written = fp8.WRITTEN
+    stacked = True
+    parts = frozenset({"weight", "bias", "input_scale_ub", *_SCALES, *_INPUTS})
 
     def format_version(self, files: CheckpointFiles) -> str:
         return stated_method(files.quantization)
@@ -51,24 +77,48 @@ class Fp8(Method):
         config, plan = self._config(files), {}
         for name, info in files.source.tensors.items():
             module, _, part = name.rpartition(".")
-            if part == "weight" and info.dtype == "F8_E4M3":
+            if part == "weight" and info.dtype in ("F8_E4M3", "I8"):
                 scheme = self._scheme(files, module)
-                shape = shape_of(files, module, scheme, self._names(files))
+                shape = shape_of(files, module, scheme, self._names(files, module), shape=self._halved(files, info))
                 plan[module] = ModulePlan(scheme, "quantization_config", shape)
+            elif info.dtype == "F8_E4M3" and fp8.stacked_scale(name) in files.source.tensors:
+                scheme = self._stacked_scheme(files, name)
+                plan[name] = ModulePlan(scheme, "quantization_config", info.shape)
         if not plan:
             raise bad_file("missing-tensor", "the config says fp8, but no weight is stored in fp8", file=files.path,
                            field="quantization_config.quant_method",
                            fix="An unquantized model that is only marked is not read; quantize it first.")  # fmt: skip
         skipped = [*(config.ignored_layers or ()), *(config.modules_to_not_convert or ())]
         for module, entry in dense_modules(files.source.tensors, "").items():
-            named = next((skip for skip in skipped if skip in module), None)
+            named = skips(skipped, module, file=files.quantization_file, field="modules_to_not_convert")
             plan.setdefault(
                 module, ModulePlan(None, f"the config skips {named!r}" if named else "stored unquantized", entry.shape)
             )
         return plan
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
-        return read_layer(files, module, self._scheme(files, module), self._names(files))
+        if module in files.source.tensors:
+            return self._read_stacked(files, module)
+        import torch
+
+        info = files.source.tensors[f"{module}.weight"]
+        packed = files.source.read(info.name).view(torch.uint8) if info.dtype == "I8" else None
+        return read_layer(
+            files, module, self._scheme(files, module), self._names(files, module),
+            shape=self._halved(files, info), codes=packed,
+        )  # fmt: skip
+
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
+        return fp8.config_of(plan, variant)
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return fp8.pack_layer(module, layer, config)
+
+    def parameters(self, files: CheckpointFiles, plan: Mapping[str, ModulePlan]) -> dict[str, TensorInfo]:
+        found = super().parameters(files, plan)
+        stacks = [module for module, entry in plan.items() if entry.scheme is not None and module in found]
+        decoded = {name for stack in stacks for name in (stack, *fp8.stacked_parts(stack))}
+        return {name: info for name, info in found.items() if name not in decoded}
 
     def _config(self, files: CheckpointFiles) -> Fp8Config:
         return files.once("config", lambda: self._checked(files))
@@ -81,42 +131,99 @@ class Fp8(Method):
                 ("fmt", config.fmt, config.fmt in ("e4m3", "e4m3fn", "float8_e4m3fn")),
                 ("scale_fmt", config.scale_fmt, config.scale_fmt in (None, "float", "ue8m0")),
                 ("weight_block_size", config.weight_block_size, min(config.weight_block_size or (1,)) > 0),
-                (
-                    "activation_scheme",
-                    config.activation_scheme,
-                    not (config.weight_block_size and config.activation_scheme == "static"),
-                ),
             )
             if not known
         ]
         if found:
             raise Refused(
                 Refusal("unknown-variant", "notimpl", str(files.path), "this form of fp8 is not read yet",
-                        f"found {found[0]}, expected e4m3, float scales, inputs of blocks scaled at run time",
+                        f"found {found[0]}, expected e4m3, float or ue8m0 scales, blocks of some size",
                         "Export the model as fp8 e4m3.", str(files.quantization_file),
                         field=f"quantization_config.{found[0].split()[0]}")
             )  # fmt: skip
         return config
 
-    def _names(self, files: CheckpointFiles) -> Names:
-        return Names(scale="weight_scale_inv" if self._config(files).weight_block_size else "weight_scale")
+    def _names(self, files: CheckpointFiles, module: str) -> Names:
+        """What the module's scales are called. Raises Refused (duplicate)."""
+        inverse = self._config(files).weight_block_size is not None
+        return Names(
+            scale=_only(files, module, _SCALES, default=_SCALES[0 if inverse else 1]),
+            input=_only(files, module, _INPUTS, default=_INPUTS[0]),
+        )
+
+    def _halved(self, files: CheckpointFiles, info: TensorInfo) -> tuple[int, int] | None:
+        """[N, K] of a weight that is stored two codes a byte; None of others."""
+        if info.dtype != "I8":
+            return None
+        if len(info.shape) != 2:
+            raise bad_file("bad-shape", "the weight is a matrix", file=info.file, tensor=info.name, field="shape",
+                           found=list(info.shape), expected="two dimensions")  # fmt: skip
+        return info.shape[0], info.shape[1] * 2
 
     def _scheme(self, files: CheckpointFiles, module: str) -> Scheme:
         config, element = self._config(files), Float("e4m3fn")
-        scale = files.source.tensors.get(f"{module}.{self._names(files).scale}")
+        scale = files.source.tensors.get(f"{module}.{self._names(files, module).scale}")
         kind: ScaleType = "e8m0" if scale is not None and scale.dtype in ("U8", "F8_E8M0") else "float"
-
-        def both(weight: Granularity, given: Granularity, *, dynamic: bool) -> Scheme:
-            return Scheme(
-                TensorScheme(element, (Level(weight, kind),)), TensorScheme(element, (Level(given),), dynamic=dynamic)
-            )
-
+        if files.source.tensors[f"{module}.weight"].dtype == "I8":
+            return Scheme(TensorScheme(Float("e2m1"), (Level(Group(_E2M1_GROUP), kind),)), self._input(config))
         if stated_method(files.quantization) == "fbgemm_fp8":
-            given = TensorScheme(element, (Level(PerToken()),), dynamic=True, bound=config.activation_scale_ub)
+            # A bound that is float32's largest number bounds nothing.
+            bound = None if (config.activation_scale_ub or 0) >= fp8.LARGEST else config.activation_scale_ub
+            given = TensorScheme(element, (Level(PerToken()),), dynamic=True, bound=bound)
             return Scheme(TensorScheme(element, (Level(PerChannel(), kind),)), given)
-        if config.weight_block_size:
-            return both(Tile(*config.weight_block_size), Group(config.weight_block_size[1]), dynamic=True)
-        return both(PerTensor(), PerTensor(), dynamic=config.activation_scheme == "dynamic")
+        whole = is_embedding(module) and scale is not None and scale.nbytes == 4  # transformers' FP8Embedding
+        if config.weight_block_size and not whole:
+            weight = TensorScheme(element, (Level(fp8.grid_of(config.weight_block_size), kind),))
+        else:
+            weight = TensorScheme(element, (Level(PerTensor(), kind),))
+        return Scheme(weight, None if whole else self._input(config))
+
+    def _input(self, config: Fp8Config) -> TensorScheme:
+        element, dynamic = Float("e4m3fn"), config.activation_scheme == "dynamic"
+        by_group = dynamic and config.weight_block_size is not None
+        grid = Group(config.weight_block_size[1]) if by_group and config.weight_block_size else PerTensor()
+        return TensorScheme(element, (Level(grid),), dynamic=dynamic)
+
+    def _stacked_scheme(self, files: CheckpointFiles, name: str) -> Scheme:
+        """That of experts [E, N, K], once all headers agree. Raises Refused (bad-shape, bad-dtype, missing-tensor)."""
+        info, config = files.source.tensors[name], self._config(files)
+        if len(info.shape) != 3 or stated_method(files.quantization) != "fp8":
+            raise bad_file("bad-shape", "fp8 weights without a module of their own are stacked experts", file=info.file,
+                           tensor=name, field="shape", found=list(info.shape), expected="[experts, rows, columns]")  # fmt: skip
+        count, rows, columns = info.shape
+        scale = files.source.tensors[fp8.stacked_scale(name)]
+        kind: ScaleType = "e8m0" if scale.dtype in ("U8", "F8_E8M0") else "float"
+        grid = fp8.grid_of(config.weight_block_size) if config.weight_block_size else PerTensor()
+        wanted = (count, *scale_shape(grid, rows, columns))
+        if scale.shape != wanted and not (scale.shape == (count,) and isinstance(grid, PerTensor)):
+            require_tensor(files, scale.name, shape=wanted)
+        require_tensor(files, scale.name, dtypes=SCALE_DTYPES[kind])
+        given = self._input(config)
+        if not given.dynamic:
+            require_tensor(files, fp8.stacked_input(name), shape=(count,), dtypes=SCALE_DTYPES["float"])
+        return Scheme(TensorScheme(Float("e4m3fn"), (Level(grid, kind),)), given)
+
+    def _read_stacked(self, files: CheckpointFiles, name: str) -> LayerTensors:
+        from qcore.tensor import LayerTensors, QuantizedTensor
+
+        scheme, shape = self._stacked_scheme(files, name), files.source.tensors[name].shape
+        fine = scheme.weight.scales[0]
+        scales = read_scale(files, fp8.stacked_scale(name), fine.type)
+        scales = scales.reshape(shape[0], *scale_shape(fine.granularity, *shape[1:]))
+        assert scheme.input is not None
+        given = None if scheme.input.dynamic else read_scale(files, fp8.stacked_input(name)).reshape(-1, 1)
+        weight = QuantizedTensor(scheme, shape, files.source.read(name), (scales,))
+        return LayerTensors(weight, input_scale=given)
+
+
+def _only(files: CheckpointFiles, module: str, names: tuple[str, ...], *, default: str) -> str:
+    """The one of the names that is there, or the default. Raises Refused (duplicate) where there are several."""
+    found = [name for name in names if f"{module}.{name}" in files.source.tensors]
+    if len(found) > 1:
+        info = files.source.tensors[f"{module}.{found[1]}"]
+        raise bad_file("duplicate", "a scale stands there under two names", file=info.file, tensor=info.name,
+                       found=" and ".join(found), expected="one of them")  # fmt: skip
+    return found[0] if found else default
 
 
 METHOD = Fp8()

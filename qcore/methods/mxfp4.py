@@ -11,10 +11,12 @@ w = e2m1(q) * 2^(scale - 127). Source: transformers' integrations/mxfp4.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qcore.checkpoint.patterns import skips
 from qcore.checkpoint.settings import Settings, check
 from qcore.checkpoint.source import TensorInfo
+from qcore.layouts.affine import unholdable
 from qcore.method import (
     PLAIN_FLOATS,
     CheckpointFiles,
@@ -28,6 +30,8 @@ from qcore.refusal import bad_file
 from qcore.scheme import SHORTHANDS
 
 if TYPE_CHECKING:
+    import torch
+
     from qcore.tensor import LayerTensors
 
 _SCHEME = SHORTHANDS["W4A16-mxfp4"]
@@ -44,6 +48,7 @@ class Mxfp4Config(Settings):
 class Mxfp4(Method):
     name = "mxfp4"
     quant_methods = ("mxfp4",)
+    stacked = True
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
         config = check(Mxfp4Config, files.quantization or {}, file=files.quantization_file)
@@ -56,7 +61,8 @@ class Mxfp4(Method):
             raise bad_file("missing-tensor", "the config says mxfp4, but no tensor is named *_blocks", file=files.path,
                            fix="An unquantized model that is only marked is not read; quantize it first.")  # fmt: skip
         for module, entry in dense_modules(files.source.tensors, "").items():
-            named = next((skip for skip in config.modules_to_not_convert or () if skip in module), None)
+            skipped = config.modules_to_not_convert or ()
+            named = skips(skipped, module, file=files.quantization_file, field="modules_to_not_convert")
             reason = f"the config skips {named!r}" if named else "only experts are quantized"
             plan.setdefault(module, ModulePlan(None, reason, entry.shape))
         return plan
@@ -72,6 +78,21 @@ class Mxfp4(Method):
             QuantizedTensor(_SCHEME, shape, codes, (scales,)),
             files.source.read(bias) if bias in files.source.tensors else None,
         )
+
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
+        for module, entry in plan.items():
+            if entry.scheme is not None and (entry.scheme != _SCHEME or len(entry.shape) != 3):
+                found = f"{entry.scheme} of {list(entry.shape)}"
+                unholdable(self.name, module, found, f"stacked experts [E, N, K] in {_SCHEME}")
+        kept = [module for module, entry in plan.items() if entry.scheme is None]
+        return {"quant_method": self.name, "modules_to_not_convert": kept}
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        if layer.input_multiplier is not None:
+            unholdable(self.name, module, "a vector that multiplies the input", "none")
+        codes, (scales,) = layer.weight.codes, layer.weight.scales
+        tensors = {f"{module}_blocks": codes.unflatten(2, (-1, _BYTES)), f"{module}_scales": scales}
+        return tensors if layer.bias is None else {**tensors, f"{module}_bias": layer.bias}
 
     def parameters(self, files: CheckpointFiles, plan: Mapping[str, ModulePlan]) -> dict[str, TensorInfo]:
         decoded = {f"{module}_{part}" for module, entry in plan.items() if entry.scheme for part in _PARTS}

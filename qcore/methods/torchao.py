@@ -21,9 +21,11 @@ Sources: torchao's prototype/safetensors, quantization/quantize_/workflows and p
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from qcore.checkpoint.json_file import parse_json
+from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import check
 from qcore.elements import (
     Float,
@@ -39,12 +41,15 @@ from qcore.elements import (
     Tile,
     scale_shape,
 )
+from qcore.layouts import torchao_writer
 from qcore.layouts.torchao import INT4, Record, bare, int4_headers, out_of_range, read_int4, sizes, unswizzle_scales
 from qcore.method import SCALE_DTYPES, CheckpointFiles, Method, ModulePlan, dense_modules, read_scale, require_tensor
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme, Zero, integer_weight
 
 if TYPE_CHECKING:
+    import torch
+
     from qcore.tensor import LayerTensors, QuantizedTensor
 
 _FLOATS: dict[str, FloatFormat] = {
@@ -72,6 +77,8 @@ class TorchAo(Method):
     name = "torchao"
     quant_methods = ("torchao",)
     variants = _CLASSES
+    written = torchao_writer.WRITTEN
+    embeddings = True
     pickles = (
         "Where the files are trusted, load them once with AutoModelForCausalLM.from_pretrained (transformers 5, torchao 0.15 "
         "or newer) and save them again with save_pretrained: TorchAO is written as safetensors since then."
@@ -118,6 +125,15 @@ class TorchAo(Method):
             if "act_pre_scale" in optional
             else None,
         )
+
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
+        return torchao_writer.config_of(plan, variant)
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return torchao_writer.pack_layer(module, layer, config)
+
+    def encode_metadata(self, plan: Mapping[str, ModulePlan], config: Mapping[str, Any], dtype: str) -> dict[str, str]:
+        return torchao_writer.metadata_of(plan, config, dtype)
 
     def _records(self, files: CheckpointFiles) -> dict[str, Record]:
         return files.once("records", lambda: self._described(files))
@@ -212,7 +228,7 @@ def _affine_headers(files: CheckpointFiles, module: str, record: Record) -> tupl
         require_tensor(files, f"{prefix}act_quant_scale", dtypes=SCALE_DTYPES["float"])
     elif "act_quant_scale" in record.parts and given is not None:
         given = TensorScheme(given.element, (Level(PerTensor()),), given.zero)
-    symmetric = not _asymmetric(files)
+    symmetric = not _asymmetric(files, module)
     return Scheme(integer_weight(bits, granularity, symmetric=symmetric), given), shape
 
 
@@ -227,7 +243,7 @@ def _inputs(kwargs: object, default: str) -> TensorScheme | None:
     kind = grain.get("_type") if isinstance(grain, dict) else None
     inner = grain.get("_data") if isinstance(grain, dict) else None
     spread: Granularity
-    if kind in ("PerRow", "PerToken"):
+    if kind in ("PerRow", "PerToken") and (not isinstance(inner, dict) or inner.get("dim", -1) == -1):
         spread = PerToken()
     elif kind == "PerTensor":
         spread = PerTensor()
@@ -238,17 +254,42 @@ def _inputs(kwargs: object, default: str) -> TensorScheme | None:
     if default == "int8":
         zero: Zero | None = "stored" if bare(data.get("mapping_type")) == "ASYMMETRIC" else None
         return TensorScheme(Int(8, signed=True), (Level(spread),), zero, dynamic=True)
-    return TensorScheme(Float(default), (Level(spread),), dynamic=True)  # type: ignore[arg-type]
+    bound = data.get("hp_value_ub")
+    if data.get("hp_value_lb") is not None or not isinstance(bound, float | int | None):
+        raise ValueError(f"activations scaled within {data.get('hp_value_lb')!r:.20} and {bound!r:.20}")
+    return TensorScheme(Float(default), (Level(spread),), dynamic=True, bound=bound)  # type: ignore[arg-type]
 
 
-def _asymmetric(files: CheckpointFiles) -> bool:
-    """Whether the config says that weights have zero points."""
-    found: object = files.quantization
-    for key in ("quant_type", "default", "_data"):
-        found = found.get(key) if isinstance(found, dict) else None
-    data = found if isinstance(found, dict) else {}
-    mapping = data.get("weight_mapping_type", data.get("mapping_type"))
+def _asymmetric(files: CheckpointFiles, module: str) -> bool:
+    """Whether the config says that the module's weight has zero points."""
+    config = _own_config(files, module)
+    mapping = config.get("weight_mapping_type", config.get("mapping_type"))
     return isinstance(mapping, dict) and mapping.get("_data") == "ASYMMETRIC"
+
+
+def _own_config(files: CheckpointFiles, module: str) -> dict[str, Any]:
+    """The attributes of the config that a module was quantized with. FqnToConfig has one for the names of weights and
+    modules, for regular expressions that match the whole of either, and for all others, and so they are tried."""
+    stated = _data(_data(files.quantization, "quant_type"), "default")
+    names = stated.get("fqn_to_config") or stated.get("module_fqn_to_config")
+    if not isinstance(names, dict):
+        return stated
+    weight, field = f"{module}.weight", "quantization_config.quant_type"
+    patterns = [key for key in names if str(key).startswith("re:")]
+    found = next(
+        (key for key in patterns for name in (weight, module)
+         if matches(f"(?:{key[3:]})$", name, file=files.quantization_file, field=field)),
+        "_default",
+    )  # fmt: skip
+    key = next((key for key in (weight, module) if key in names), found)
+    return _data(names, key)
+
+
+def _data(found: object, key: str) -> dict[str, Any]:
+    """The attributes of the object under a key, or what stands there; empty where nothing does."""
+    inner = found.get(key) if isinstance(found, Mapping) else None
+    data = inner.get("_data", inner) if isinstance(inner, dict) else None
+    return data if isinstance(data, dict) else {}
 
 
 def _read_int8(
@@ -306,17 +347,24 @@ def _block_float_headers(files: CheckpointFiles, module: str, record: Record) ->
     if count != wanted[0] * wanted[1]:
         raise bad_file("bad-shape", "the scales do not fit the weight", file=info.file, tensor=info.name, field="shape",
                        found=list(info.shape), expected=list(wanted))  # fmt: skip
-    given = record.data.get("act_quant_kwargs")
-    return Scheme(TensorScheme(element, levels), _block_inputs(given, nv=nv) if given else None), (rows, columns)
+    given, static = record.data.get("act_quant_kwargs"), "act_per_tensor_scale" in record.parts
+    if static:
+        require_tensor(files, f"{prefix}act_per_tensor_scale", dtypes=SCALE_DTYPES["float"])
+    inputs = _block_inputs(given, nv=nv, static=static) if given else None
+    return Scheme(TensorScheme(element, levels), inputs), (rows, columns)
 
 
-def _block_inputs(kwargs: object, *, nv: bool) -> TensorScheme:
-    """Inputs in blocks, their scales found at run time. Raises ValueError."""
+def _block_inputs(kwargs: object, *, nv: bool, static: bool) -> TensorScheme:
+    """Inputs in blocks, their scales found at run time; NVFP4's scale of the whole may be `static`, or left out.
+
+    Raises ValueError.
+    """
     data = kwargs.get("_data") if isinstance(kwargs, dict) else None
     if not isinstance(data, dict):
         raise ValueError("act_quant_kwargs")
     if nv:
-        return TensorScheme(Float("e2m1"), (Level(Group(16), "e4m3fn"), Level(PerTensor())), dynamic=True)
+        whole = (Level(PerTensor()),) if static or data.get("use_dynamic_per_tensor_scale") else ()
+        return TensorScheme(Float("e2m1"), (Level(Group(16), "e4m3fn"), *whole), dynamic=True)
     name, mode = bare(data.get("elem_dtype")), bare(data.get("scaling_mode"))
     if mode not in _ROUNDINGS or name not in _FLOATS or data.get("block_size", 32) != 32:
         raise ValueError(f"activations {name} scaled by {mode}")
