@@ -86,6 +86,8 @@ def convert(
                 progress(name, done, total)
         writer.close()
         _write_configs(source, target.folder, config)
+        for name, content in method.encode_files(config).items() if config is not None else ():
+            write_json(target.folder / name, content)
         if verify:
             _compare(source, open_checkpoint(target.folder), method, kept)
     return target.out

@@ -182,6 +182,10 @@ class Method(ABC):
                     f"found {scheme}", "Choose compressed-tensors, or quantize the model again without it.")
         )  # fmt: skip
 
+    def encode_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The JSON files that the format has beside config.json, by name, under what `encode_config` and `encode_kv_cache` gave."""
+        return {}
+
     def encode_metadata(self, plan: Mapping[str, ModulePlan], config: Mapping[str, Any]) -> dict[str, str]:
         """What the format keeps in the metadata of the safetensors files."""
         return {}
