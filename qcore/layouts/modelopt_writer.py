@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qcore.elements import Granularity, Group, PerChannel, PerTensor, Tile
-from qcore.layouts.affine import exactly, unholdable
+from qcore.layouts.affine import exactly, multiplier_of, unholdable
 from qcore.method import WRITER, ModulePlan
 from qcore.scheme import Scheme, TensorScheme
 
@@ -120,7 +120,7 @@ def pack_layer(module: str, layer: LayerTensors, config: Mapping[str, Any]) -> d
     if row.weight.startswith("int4"):
         parts["weight"] = _by_rows(weight.codes)
     if len(weight.scales) == 2:
-        parts["weight_scale_2"] = _multiplier(module, fine, weight.scales[1]).reshape(())
+        parts["weight_scale_2"] = multiplier_of(NAME, module, fine, weight.scales[1]).reshape(())
     elif row.word == "W4A8_AWQ":  # the range of the fp8 copy that a kernel makes of the weight
         parts["weight_scale_2"] = weight.dequantize().abs().amax() / 448
     if layer.input_scale is not None:
@@ -201,17 +201,6 @@ def _shaped(scale: torch.Tensor, row: Row) -> torch.Tensor:
     if "channel" in row.weight:
         return scale.reshape(-1)
     return scale.reshape(scale.shape[0], 1, scale.shape[1], 1) if "block" in row.weight else scale
-
-
-def _multiplier(module: str, fine: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """The scale of the whole tensor in float32, if every scale under it stays the same number."""
-    import torch
-
-    narrow = whole.to(torch.float32)
-    wide = whole if whole.dtype == torch.float64 else narrow
-    if not torch.equal(fine.float() * narrow, (fine.float() * wide).float()):
-        unholdable(NAME, module, "a scale of the whole tensor that divides", "one that multiplies to the same numbers")
-    return narrow
 
 
 def _by_rows(codes: torch.Tensor) -> torch.Tensor:
