@@ -156,6 +156,8 @@ def _compare(source: Checkpoint, written: Checkpoint, method: Method, kept: list
                 ours is not None and not torch.equal(ours.float(), theirs.float())
             ):
                 _changed(method, module, f"its {part}")
+    if source.kv_cache is not None and source.kv_cache != written.kv_cache:
+        _changed(method, "the kv cache", f"its scheme {source.kv_cache}")
     for attention, own in source.kv_scales.items():
         again = written.kv_scales.get(attention)
         for side in ("k", "v"):

@@ -211,6 +211,13 @@ def is_embedding(module: str) -> bool:
     return re.search(r"(^|\.)(embed_\w+|\w*embeddings?|wte|wpe)$", module) is not None
 
 
+def left_whole(plan: Mapping[str, ModulePlan]) -> list[str]:
+    """The linear layers that a writer has to name as unquantized: those of the plan, and lm_head, which a plan does not have
+    where it is tied to the embedding."""
+    kept = [module for module, entry in plan.items() if entry.scheme is None and not is_embedding(module)]
+    return kept if any(module.endswith("lm_head") for module in plan) else [*kept, "lm_head"]
+
+
 def dense_modules(tensors: Mapping[str, TensorInfo], reason: str) -> dict[str, ModulePlan]:
     """Plans for the modules whose weight is a plain matrix."""
     plans = {}

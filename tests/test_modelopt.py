@@ -36,7 +36,11 @@ def made(algorithm: str, seed: int = 0) -> Made:
     if algorithm == "MXFP8":
         exponents = torch.randint(118, 123, (ROWS, COLUMNS // 32), generator=random, dtype=torch.uint8)
         scale = torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
-        return {"weight": eights, "weight_scale": exponents}, eights.float() * scale, "W8A8-mxfp8"
+        return (
+            {"weight": eights, "weight_scale": exponents},
+            eights.float() * scale,
+            "W8A8-fp8-g32:e8m0/fp8-g32:e8m0ceil-dyn",
+        )
     if "MXFP4" in algorithm:
         codes = torch.randint(0, 16, (ROWS, COLUMNS), generator=random, dtype=torch.uint8)
         exponents = torch.randint(118, 123, (ROWS, COLUMNS // 32), generator=random, dtype=torch.uint8)
@@ -44,7 +48,7 @@ def made(algorithm: str, seed: int = 0) -> Made:
         parts = {"weight": codes[:, 0::2] | codes[:, 1::2] << 4, "weight_scale": exponents}
         weight = float_table("e2m1")[codes.int()] * scale
         if algorithm == "MXFP4":
-            return parts, weight, "W4A4-mxfp4"
+            return parts, weight, "W4A4-e2m1-g32:e8m0/e2m1-g32:e8m0ceil-dyn"
         return {**parts, "input_scale": uniform(1)[0]}, weight, "W4A8-e2m1-g32:e8m0/fp8-tensor"
     if "NVFP4" in algorithm:
         codes = torch.randint(0, 16, (ROWS, COLUMNS), generator=random, dtype=torch.uint8)
@@ -193,7 +197,7 @@ def test_the_tools_own_int4_model_is_as_near_to_the_base_as_the_tool_says() -> N
         ("FP8", {"weight": torch.zeros(ROWS, COLUMNS, dtype=torch.int8)}, "bad-dtype"),
         ("FP8", {"mystery": torch.zeros(3)}, "unexpected-tensor"),
         ("FP8_PER_CHANNEL_PER_TOKEN", {"weight_scale": torch.zeros(COLUMNS)}, "bad-shape"),
-        ("FP8_PB_WO", {"weight_scale": torch.zeros(2, 1, 1, 1)}, "bad-shape"),
+        ("FP8_PB_WO", {"weight_scale": torch.zeros(5, 1, 1, 1)}, "bad-shape"),
         ("W4A16_NVFP4", {"weight_scale_2": None}, "missing-tensor"),
         ("W4A16_NVFP4", {"weight_scale": torch.zeros(ROWS, 4)}, "bad-dtype"),
         ("W4A16_AWQ", {"weight_scale": torch.zeros(ROWS, 3)}, "bad-shape"),

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qcore.elements import Granularity, Group, PerChannel, PerTensor, Tile
+from qcore.elements import Granularity, Group, PerChannel, Tile
 from qcore.layouts.affine import exactly, multiplier_of, unholdable
-from qcore.method import WRITER, ModulePlan
+from qcore.method import WRITER, ModulePlan, is_embedding, left_whole
 from qcore.scheme import Scheme, TensorScheme
 
 if TYPE_CHECKING:
@@ -67,11 +67,13 @@ def config_of(plan: Mapping[str, ModulePlan], word: str = "") -> dict[str, Any]:
     config: dict[str, Any] = {
         "quant_method": NAME,
         "producer": {**_PRODUCER, "writer": WRITER},
-        "ignore": [module for module, entry in plan.items() if entry.scheme is None],
+        "ignore": left_whole(plan) + [m for m, entry in plan.items() if entry.scheme is None and is_embedding(m)],
         "config_groups": {
             f"group_{i}": {
                 **_group(dict(layer)),
-                "targets": ["Linear"] if len(different) == 1 else [m for m in layers if tuple(layers[m].items()) == layer],
+                "targets": ["Linear"]
+                if len(different) == 1
+                else [m for m in layers if tuple(layers[m].items()) == layer],
             }
             for i, layer in enumerate(different)
         },

@@ -10,7 +10,7 @@ from qcore.elements import Float, Granularity, Group, Int, PerChannel, PerTensor
 from qcore.layouts.affine import exactly, multiplier_of, unholdable
 from qcore.layouts.quark_config import KINDS, Spec, input_scheme, weight_scheme
 from qcore.layouts.quark_integers import pack_integers
-from qcore.method import WRITER, ModulePlan, is_embedding
+from qcore.method import WRITER, ModulePlan, is_embedding, left_whole
 from qcore.scheme import Scheme, TensorScheme
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def config_of(plan: Mapping[str, ModulePlan]) -> dict[str, Any]:
         "kv_cache_post_rope": False,
         "softmax_quant_spec": None,
         "algo_config": None,
-        "exclude": [m for m, entry in plan.items() if entry.scheme is None and not is_embedding(m)],
+        "exclude": left_whole(plan),
         "export": _EXPORT,
     }
 
@@ -66,7 +66,10 @@ def kv_cache_of(scheme: TensorScheme, scales: Mapping[str, KvScales]) -> tuple[d
             tensors[f"{attention}.{part}_proj.output_scale"] = side.scale.reshape(())
     groups = [f"*{part}_proj" for part in "kv"]
     output = {**_layer(None), "output_tensors": _specs(scheme, inputs=True)}
-    return {"export": {**_EXPORT, "kv_cache_group": groups}, "kv_cache_quant_config": dict.fromkeys(groups, output)}, tensors
+    return {
+        "export": {**_EXPORT, "kv_cache_group": groups},
+        "kv_cache_quant_config": dict.fromkeys(groups, output),
+    }, tensors
 
 
 def pack_layer(module: str, layer: LayerTensors) -> dict[str, torch.Tensor]:

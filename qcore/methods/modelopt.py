@@ -2,7 +2,7 @@
 
     FP8                        weight e4m3 [N, K], weight_scale and input_scale f32 scalars
     FP8_PER_CHANNEL_PER_TOKEN  weight_scale f32 [N]; inputs by token, or by input_scale where it stands
-    FP8_PB_WO, FP8_PB_REAL     weight_scale f32 [N / b, 1, K / b, 1], b = 128 as a rule; inputs as they are
+    FP8_PB_WO, FP8_PB_REAL     weight_scale f32 [N / b, 1, K / b, 1] or [N / b, K / b], b = 128 as a rule; inputs as they are
     NVFP4, W4A16_NVFP4         weight uint8 [N, K / 2], first code low; weight_scale e4m3 [N, K / 16], weight_scale_2 f32
     MXFP8, MXFP4               weight e4m3 [N, K] or uint8 [N, K / 2], weight_scale uint8 [N, K / 32] (e8m0)
     W4A16_AWQ                  weight uint8 [N / 2, K]: rows 2 j in the low nibble, 2 j + 1 in the high one, two's
@@ -187,8 +187,8 @@ class ModelOpt(Method):
         grid: Granularity | None = None
         if codes is None or scales is None or len(codes.shape) != 2:
             return scheme  # refused where shapes are checked
-        if isinstance(fine.granularity, Tile) and len(scales.shape) == 4:
-            grid = _block(codes.shape, (scales.shape[0], scales.shape[2]))
+        if isinstance(fine.granularity, Tile) and len(scales.shape) in (2, 4):
+            grid = _block(codes.shape, (scales.shape[0], scales.shape[len(scales.shape) // 2]))
         elif whole and len(scales.shape) == 2 and scales.shape[1] and not codes.shape[1] * 2 % scales.shape[1]:
             grid = Group(codes.shape[1] * 2 // scales.shape[1])
         if grid is None or grid == fine.granularity:

@@ -127,8 +127,8 @@ class Quark(Method):
         for pattern, spec in (config.layer_quant_config or {}).items():
             if wildcard(pattern, module, **where):
                 return spec, f"layer_quant_config {pattern!r}"
-        if spec := (config.layer_type_quant_config or {}).get("Linear"):
-            return spec, "layer_type_quant_config 'Linear'"
+        if typed := (config.layer_type_quant_config or {}).get("Linear"):
+            return typed, "layer_type_quant_config 'Linear'"
         return config.global_quant_config, "global_quant_config"
 
     def _scheme(self, files: CheckpointFiles, module: str) -> tuple[Scheme, str]:

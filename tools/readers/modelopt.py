@@ -22,8 +22,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 CASES = (
-    ("W8A8-fp8-static", "modelopt"),
     ("W8A16-fp8-tensor", "modelopt"),
+    ("FP8_DYNAMIC", "modelopt"),
+    ("W4A16-g128-sym", "modelopt"),
+    ("W4A16-g32-sym", "modelopt"),
+    ("W8A16-channel-sym", "modelopt"),
+    ("modelopt-fp8-kvfp8", "modelopt"),
+    ("modelopt-int4-awq", "modelopt"),
+    ("quark-fp8", "modelopt"),
+    ("llmcompressor-nvfp4a16", "modelopt"),
 )
 
 Parts = Mapping[str, torch.Tensor]
@@ -33,7 +40,7 @@ def main(checkpoint: Path, out: Path) -> None:
     """Writes <module>.weight float32 [N, K] of every quantized layer."""
     config = json.loads((checkpoint / "config.json").read_text()).get("quantization_config")
     config = config or json.loads((checkpoint / "hf_quant_config.json").read_text())["quantization"]
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in checkpoint.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -41,7 +48,7 @@ def main(checkpoint: Path, out: Path) -> None:
     for module in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")):
         layer = config.get("quantized_layers", {}).get(module, config)
         parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{module}.")}
-        weights[f"{module}.weight"] = dequantized(layer["quant_algo"].upper(), parts).contiguous()
+        weights[f"{module}.weight"] = dequantized(layer["quant_algo"].upper(), parts)
     save_file(weights, out, {"tool": f"nvidia-modelopt {version('nvidia-modelopt')}"})
 
 
@@ -51,28 +58,30 @@ def dequantized(algorithm: str, parts: Parts) -> torch.Tensor:
     rows, columns = weight.shape
     if algorithm in ("W4A16_AWQ", "W4A8_AWQ"):
         return _int4(weight, scale.float())
-    if weight.dtype == torch.int8:
-        return INT8QTensor(weight.shape, torch.float32, weight).dequantize(scale=scale.reshape(-1, 1))
-    if weight.dtype == torch.float8_e4m3fn and scale.dtype == torch.uint8:
-        return MXFP8QTensor(weight.shape, torch.float32, weight).dequantize(scale=scale)
-    if weight.dtype == torch.float8_e4m3fn:
-        return _fp8(weight, scale)
-    shape = torch.Size((rows, 2 * columns))
-    sizes = {-1: 2 * columns // scale.shape[-1]}
-    if scale.dtype == torch.uint8:
-        return MXFP4QTensor(shape, torch.float32, weight).dequantize(scale=scale, block_sizes=sizes)
-    made = NVFP4QTensor(shape, torch.float32, weight)
-    return made.dequantize(scale=scale, double_scale=parts["weight_scale_2"], block_sizes=sizes)
+    made: Any
+    options: dict[str, Any]
+    if weight.dtype != torch.uint8:
+        floats = MXFP8QTensor if scale.dtype == torch.uint8 else FP8QTensor
+        kind = INT8QTensor if weight.dtype == torch.int8 else floats
+        made = kind(weight.shape, torch.float32, weight)
+        options = _spread(weight, scale) if scale.dtype == torch.float32 else {"scale": scale}
+    else:
+        shape = torch.Size((rows, 2 * columns))
+        made = (MXFP4QTensor if scale.dtype == torch.uint8 else NVFP4QTensor)(shape, torch.float32, weight)
+        options = {"scale": scale, "double_scale": parts.get("weight_scale_2")}
+        options["block_sizes"] = {-1: 2 * columns // scale.shape[-1]}
+    whole: torch.Tensor = made.dequantize(**options)
+    return whole.contiguous()
 
 
-def _fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    made: Any = FP8QTensor(weight.shape, torch.float32, weight)
-    if scale.dim() == 4:
-        grid = scale.reshape(scale.shape[0], scale.shape[2])
-        sides = (1 << power for power in (7, *range(4, 13)))
-        side = next(s for s in sides if all(-(-weight.shape[d] // s) == grid.shape[d] for d in (0, 1)))
-        return made.dequantize(scale=grid, block_sizes={-1: side, -2: side})
-    return made.dequantize(scale=scale.reshape(-1, 1) if scale.numel() > 1 else scale)
+def _spread(weight: torch.Tensor, scale: torch.Tensor) -> dict[str, Any]:
+    """One scale, one a row [N], or one a square block [N / b, 1, K / b, 1] or [N / b, K / b]."""
+    if scale.dim() < 2:
+        return {"scale": scale.reshape(-1, 1) if scale.numel() > 1 else scale}
+    grid = scale.reshape(scale.shape[0], -1)
+    sides = (1 << power for power in (7, *range(4, 13)))
+    side = next(s for s in sides if all(-(-weight.shape[d] // s) == grid.shape[d] for d in (0, 1)))
+    return {"scale": grid, "block_sizes": {-1: side, -2: side}}
 
 
 def _int4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

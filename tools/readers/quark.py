@@ -14,9 +14,7 @@ from quark.torch import import_model_from_safetensors
 from quark.torch.export.nn.modules.qparamslinear import QParamsLinear
 from safetensors.torch import save_file
 
-CASES = (
-    ("W8A8-fp8-static", "quark"),
-)
+CASES = (("W8A8-fp8-static", "quark"),)
 
 
 def main(checkpoint: Path, out: Path) -> None:
