@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 NAME = "modelopt"
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 """What readers ask for: the format's name, and the version whose rules for `exclude_modules` are meant."""
+SIDES = (128, 16, 32, 64, 256)
+"""Of square blocks; no file states them, but the shape of the scales tells. Of several that fit the first is the usual one."""
 _STATIC = "fp8-tensor"
 _NVFP4, _MXFP4 = "e2m1-g16:e4m3fn+tensor", "e2m1-g32:e8m0"
 
@@ -154,8 +156,8 @@ def _layer(module: str, entry: ModulePlan, scheme: Scheme, word: str) -> dict[st
     row, grid = rows_of[0], scheme.weight.granularity
     if isinstance(grid, Group) and columns % grid.size:
         unholdable(NAME, module, f"groups of {grid.size} in {columns} columns", "groups that divide them")
-    if isinstance(grid, Tile) and (grid.rows & (grid.rows - 1) or not 16 <= grid.rows <= 4096):
-        unholdable(NAME, module, scheme, "blocks whose side is a power of two from 16 to 4096")
+    if isinstance(grid, Tile) and grid.rows not in SIDES:
+        unholdable(NAME, module, scheme, f"blocks whose side is one of {', '.join(map(str, SIDES))}")
     if row.weight.startswith("int4") and rows % 2:
         unholdable(NAME, module, f"{rows} rows", "an even number")
     layer: dict[str, Any] = {"quant_algo": row.word}

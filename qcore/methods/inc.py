@@ -154,13 +154,18 @@ class Inc(Method):
         return TensorScheme(self._element(files), (Level(PerTensor()),)) if cached else None
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
-        plan, form = {}, _form(files)
+        plan: dict[str, ModulePlan] = {}
+        form = _form(files)
         for name, info in files.source.tensors.items():
             if re.search(r"\.(weight|scale_\w+)_\d+_\d+$", name):
                 raise self._variant(files, "world_size", f"the part {name} of one of several ranks")
             module, _, part = name.rpartition(".")
-            if form and part == "weight" and info.dtype in ("F8_E4M3", "F8_E5M2"):
-                plan[module] = self._saved_entry(files, module, form)
+            if form and name.endswith(f".{FORMS[form][0]}"):
+                module = name.removesuffix(f".{FORMS[form][0]}")
+            elif part != "weight" or info.dtype not in ("F8_E4M3", "F8_E5M2"):
+                continue
+            if form:
+                plan.setdefault(module, self._saved_entry(files, module, form))
         saved = bool(form)
         for module, entry in dense_modules(files.source.tensors, "stored unquantized").items():
             why = "" if saved or is_embedding(module) else self._kept(files, module)

@@ -217,8 +217,8 @@ class ModelOpt(Method):
 
 
 def _block(shape: tuple[int, ...], grid: tuple[int, int]) -> Tile | None:
-    """The square blocks, whose side is a power of two, that a weight of this shape has so many of."""
-    for side in (128, *(1 << power for power in range(4, 13))):
+    """The square blocks that a weight of this shape has so many of."""
+    for side in modelopt_writer.SIDES:
         if (-(-shape[0] // side), -(-shape[1] // side)) == grid:
             return Tile(side, side)
     return None

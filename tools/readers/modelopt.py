@@ -30,7 +30,6 @@ CASES = (
     ("modelopt-fp8-kvfp8", "modelopt"),
     ("modelopt-int4-awq", "modelopt"),
     ("quark-fp8", "modelopt"),
-    ("llmcompressor-nvfp4a16", "modelopt"),
 )
 
 Parts = Mapping[str, torch.Tensor]
@@ -79,7 +78,7 @@ def _spread(weight: torch.Tensor, scale: torch.Tensor) -> dict[str, Any]:
     if scale.dim() < 2:
         return {"scale": scale.reshape(-1, 1) if scale.numel() > 1 else scale}
     grid = scale.reshape(scale.shape[0], -1)
-    sides = (1 << power for power in (7, *range(4, 13)))
+    sides = (128, 16, 32, 64, 256)
     side = next(s for s in sides if all(-(-weight.shape[d] // s) == grid.shape[d] for d in (0, 1)))
     return {"scale": grid, "block_sizes": {-1: side, -2: side}}
 

@@ -14,7 +14,23 @@ from quark.torch import import_model_from_safetensors
 from quark.torch.export.nn.modules.qparamslinear import QParamsLinear
 from safetensors.torch import save_file
 
-CASES = (("W8A8-fp8-static", "quark"),)
+CASES = (
+    ("FP8_DYNAMIC", "quark"),
+    ("W8A16-fp8-tensor", "quark"),
+    ("W4A16-g128-asym", "quark"),
+    ("W4A16-g32-sym", "quark"),
+    ("W4A16-channel-sym", "quark"),
+    ("W8A16-g64-asym", "quark"),
+    ("W8A16-channel-sym", "quark"),
+    ("INT8", "quark"),
+    ("quark-fp8", "quark"),
+    ("quark-int8", "quark"),
+    ("quark-mxfp4", "quark"),
+    ("quark-uint4_wo_128", "quark"),
+    ("modelopt-fp8-kvfp8", "quark"),
+    ("llmcompressor-mxfp4a16", "quark"),
+    ("llmcompressor-w4a16-awq-asym", "quark"),
+)
 
 
 def main(checkpoint: Path, out: Path) -> None:
