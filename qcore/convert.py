@@ -97,6 +97,8 @@ def convert(
                 progress(name, done, total)
         writer.close()
         _write_configs(source, target.folder, config)
+        for name, content in method.encode_files(config).items() if config is not None else ():
+            write_json(target.folder / name, content)
         if verify:
             _compare(source, open_checkpoint(target.folder), method, kept)
     return target.out
@@ -197,6 +199,8 @@ def _compare(source: Checkpoint, written: Checkpoint, method: Method, kept: list
                 ours is not None and not torch.equal(ours.float(), theirs.float())
             ):
                 _changed(method, module, f"its {part}")
+    if source.kv_cache is not None and source.kv_cache != written.kv_cache:
+        _changed(method, "the kv cache", f"its scheme {source.kv_cache}")
     for attention, own in source.kv_scales.items():
         again = written.kv_scales.get(attention)
         for side in ("k", "v"):

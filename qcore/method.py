@@ -186,6 +186,10 @@ class Method(ABC):
                     f"found {scheme}", "Choose compressed-tensors, or quantize the model again without it.")
         )  # fmt: skip
 
+    def encode_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The JSON files that the format has beside config.json, by name, under what `encode_config` and `encode_kv_cache` gave."""
+        return {}
+
     def encode_metadata(self, plan: Mapping[str, ModulePlan], config: Mapping[str, Any], dtype: str) -> dict[str, str]:
         """What the format keeps in the metadata of the safetensors files; dtype: the type that the model computes in."""
         return {}
@@ -209,6 +213,13 @@ def stated_method(config: Mapping[str, Any] | None) -> str:
 def is_embedding(module: str) -> bool:
     """Headers do not name classes; by name, transformers' embeddings are the only matrices that are no linear layers."""
     return re.search(r"(^|\.)(embed_\w+|\w*embeddings?|wte|wpe)$", module) is not None
+
+
+def left_whole(plan: Mapping[str, ModulePlan]) -> list[str]:
+    """The linear layers that a writer has to name as unquantized: those of the plan, and lm_head, which a plan does not have
+    where it is tied to the embedding."""
+    kept = [module for module, entry in plan.items() if entry.scheme is None and not is_embedding(module)]
+    return kept if any(module.endswith("lm_head") for module in plan) else [*kept, "lm_head"]
 
 
 def dense_modules(tensors: Mapping[str, TensorInfo], reason: str) -> dict[str, ModulePlan]:

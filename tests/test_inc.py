@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qcore
 import test_auto_round
 from makers import LINEARS, dense_llama, write
+from qcore.convert import convert
 from qcore.scheme import Scheme
 
 UP, QUERY = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"
@@ -88,6 +90,51 @@ def test_a_saved_model_is_exact_and_runs(tmp_path: Path, channels: bool) -> None
     plain = dense_llama() | {f"{m}.weight": opened.dequantize(m) for m in (UP, QUERY)}
     whole = qcore.load_model(write(tmp_path / "plain", plain), dtype="float32")(torch.tensor([[1, 5, 9]])).logits
     assert float((logits - whole).norm() / whole.norm()) < 0.05
+
+
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("form", ["saved", "qdq"])
+def test_a_saved_model_is_written(tmp_path: Path, channels: bool, form: str) -> None:
+    """As a Gaudi saves it, and as a CPU does: the same scales under other names."""
+    first = qcore.open_checkpoint(saved(tmp_path / "a", channels=channels))
+    opened = qcore.open_checkpoint(convert(first.path, f"inc:{form}", tmp_path / "b"))
+    assert (
+        opened.plan == first.plan
+        and opened.kv_cache == first.kv_cache
+        and opened.kv_scales.keys() == first.kv_scales.keys()
+    )
+    assert opened.format_version.startswith(f"{form} ")
+    names = {"saved": ("scale_weight", "scale_input"), "qdq": ("dequant_weights.scale", "quant_input.scale")}
+    read, before = opened.files.source.read, first.files.source.read
+    for module in (UP, QUERY):
+        for ours, theirs in zip(names[form], names["saved"], strict=True):
+            assert torch.equal(read(f"{module}.{ours}").float(), before(f"{module}.{theirs}").float())
+        assert torch.equal(read(f"{module}.weight").float(), before(f"{module}.weight").float())
+        assert read(f"{module}.quant_input.scale_inv") == 4
+    stated = json.loads((opened.path / "quantization_config.json").read_text())
+    assert stated["mode"] == "LOAD" and "lm_head" in stated["blocklist"]["names"]
+    logits = [qcore.load_model(c, dtype="float32")(torch.tensor([[1, 5, 9]])).logits for c in (first, opened)]
+    assert torch.equal(*logits)
+
+
+def test_weights_in_fp8_without_a_scale_are_refused(tmp_path: Path) -> None:
+    path = convert(saved(tmp_path / "a"), "inc:qdq", tmp_path / "b")
+    tensors = load_file(path / "model.safetensors")
+    tensors[f"{UP}.dequant_weights.zero_point"] = torch.tensor(1.0)
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(qcore.Refused, match="bad-content"):
+        qcore.open_checkpoint(path)
+    del tensors[f"{UP}.dequant_weights.zero_point"], tensors[f"{UP}.dequant_weights.scale"]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(qcore.Refused, match="missing-tensor"):
+        qcore.open_checkpoint(path)
+
+
+@pytest.mark.parametrize("how", ["FP8_DYNAMIC", "W4A16-g32-sym", "W8A16-fp8-tensor"])
+def test_what_inc_does_not_save_is_refused(tmp_path: Path, how: str) -> None:
+    source = qcore.open_checkpoint(write(tmp_path / "a", dense_llama())).quantized(how)
+    with pytest.raises(qcore.Refused, match="not-representable"):
+        convert(source, "inc", tmp_path / "b")
 
 
 def test_a_saved_models_config_may_stand_beside_it(tmp_path: Path) -> None:

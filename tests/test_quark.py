@@ -8,6 +8,7 @@ import torch
 
 import qcore
 from makers import dense_llama, words, write
+from qcore.convert import convert
 from qcore.scheme import Scheme
 from qcore.tensor import float_table
 from test_awq import gemm_words
@@ -141,9 +142,87 @@ def test_every_scheme_is_exact(tmp_path: Path, weight: Any, inputs: Any, scheme:
     assert opened.plan[UP] == opened.weight(UP).scheme == Scheme.parse(scheme)
     model = qcore.load_model(opened, dtype="float32")
     assert bool(model(torch.tensor([[1, 5, 9]])).logits.isfinite().all())
+    again = qcore.open_checkpoint(convert(opened.path, "quark", tmp_path / "again"))
+    assert again.plan == opened.plan and torch.equal(again.dequantize(UP), expected)
+    for part, tensor in parts.items():
+        if inputs is None and part.startswith("input"):
+            continue  # of no use where inputs stay whole
+        kept = again.files.source.read(f"{UP}.{part}")
+        assert kept.dtype == tensor.dtype and torch.equal(kept.float(), tensor.float()), part
     reasons = {module: entry.reason for module, entry in opened.layers.items()}
     assert "lm_head" in reasons["lm_head"] and "re:" in reasons["model.layers.0.self_attn.q_proj"]
     assert reasons["model.layers.0.mlp.gate_proj"] == "stored unquantized"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int4"])
+@pytest.mark.parametrize("qscheme", ["per_group", "per_channel", "per_tensor"])
+def test_asymmetric_integers_are_exact(tmp_path: Path, dtype: str, qscheme: str) -> None:
+    """Codes and zero points of int4 and int8 are two's complement; groups are transposed."""
+    bits, signed = int(dtype[-1]), dtype[0] == "i"
+    low = -(1 << (bits - 1)) if signed else 0
+    codes, zeros = (torch.randint(low, low + (1 << bits), shape) for shape in ((ROWS, COLUMNS), (ROWS, 2)))
+    scale = torch.rand(ROWS, 2) * 0.01 + 0.001
+    if qscheme != "per_group":
+        zeros, scale = zeros[:, :1], scale[:, :1]
+    if qscheme == "per_tensor":
+        zeros, scale = zeros[:1], scale[:1]
+    turned = (lambda t: t.t().contiguous()) if qscheme == "per_group" else (lambda t: t)
+
+    def stored(part: torch.Tensor) -> torch.Tensor:
+        if bits == 8:
+            return part.to(torch.int8 if signed else torch.uint8)
+        return gemm_words(part & 15) if part.shape[1] % 8 == 0 else (part & 15).int()
+
+    kept = stored(turned(zeros) if qscheme == "per_group" else zeros.t())
+    shapes = {"per_group": kept.shape, "per_channel": (-1,), "per_tensor": ()}
+    parts = {"weight": stored(turned(codes)), "weight_zero_point": kept.reshape(shapes[qscheme]),
+             "weight_scale": turned(scale) if qscheme == "per_group" else scale.reshape(shapes[qscheme])}  # fmt: skip
+    size = {"group_size": COLUMNS // 2} if qscheme == "per_group" else {}
+    path = checkpoint(tmp_path / "a", parts, spec(dtype, qscheme, **size) | {"symmetric": False})
+    spread = COLUMNS // zeros.shape[1]
+    expected = (codes - zeros.repeat_interleave(spread, 1)).float() * scale.repeat_interleave(spread, 1)
+    first, opened = (qcore.open_checkpoint(p) for p in (path, convert(path, "quark", tmp_path / "b")))
+    grid = {"per_group": f"g{COLUMNS // 2}", "per_channel": "channel", "per_tensor": "tensor"}[qscheme]
+    assert str(first.plan[UP]) == f"W{bits}A16-{grid}-asym" == str(opened.plan[UP])
+    assert torch.equal(first.dequantize(UP), expected) and torch.equal(opened.dequantize(UP), expected)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("uint8", 200), ("int8", 72)])
+def test_asymmetric_inputs_are_signed(tmp_path: Path, dtype: str, stored: int) -> None:
+    parts, _ = made("int8", "per_channel")
+    zero = torch.tensor(stored, dtype=torch.uint8 if dtype == "uint8" else torch.int8)
+    parts |= {"input_scale": torch.tensor(0.03), "input_zero_point": zero}
+    given = spec(dtype) | {"symmetric": False}
+    path = checkpoint(tmp_path / "a", parts, spec("int8", "per_channel"), given)
+    for opened in map(qcore.open_checkpoint, (path, convert(path, "quark", tmp_path / "b"))):
+        assert str(opened.plan[UP]) == "W8A8-int8-channel-sym/int8-tensor-asym"
+        assert opened.layer(UP).input_zero == torch.tensor([72], dtype=torch.int8)
+
+
+@pytest.mark.parametrize(("mode", "word"), [("even", "e8m0"), ("floor", "e8m0floor"), ("ceil", "e8m0ceil")])
+def test_how_the_exponents_of_inputs_are_found_follows_the_config(tmp_path: Path, mode: str, word: str) -> None:
+    parts, _ = made("fp4", "per_group")
+    mx = spec("fp4", "per_group", group_size=32, scale_format="e8m0", scale_calculation_mode=mode)
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, mx, mx | {"is_dynamic": True}))
+    assert opened.plan[UP] == Scheme.parse(f"W4A4-e2m1-g32:e8m0/e2m1-g32:{word}-dyn")
+
+
+def test_linear_layers_may_have_a_scheme_by_their_type(tmp_path: Path) -> None:
+    parts, expected = made("int8", "per_channel")
+    own = {"weight": spec("int8", "per_channel")}
+    path = checkpoint(tmp_path / "a", parts, spec("fp8_e4m3"), layer_type_quant_config={"Linear": own})
+    assert torch.equal(qcore.open_checkpoint(path).dequantize(UP), expected)
+    with pytest.raises(qcore.Refused, match="layer_type_quant_config"):
+        qcore.open_checkpoint(
+            checkpoint(tmp_path / "b", parts, spec("fp8_e4m3"), layer_type_quant_config={"Conv2d": own})
+        )
+
+
+def test_weights_that_only_look_quantized_are_refused_by_name(tmp_path: Path) -> None:
+    parts = {"weight": torch.zeros(ROWS, COLUMNS), "weight_scale": torch.tensor(1.0)}
+    path = checkpoint(tmp_path, parts, spec("fp8_e4m3"), export={"weight_format": "fake_quantized"})
+    with pytest.raises(qcore.Refused, match="fake_quantized"):
+        qcore.open_checkpoint(path)
 
 
 def test_nibbles_may_be_in_order(tmp_path: Path) -> None:
@@ -176,7 +255,9 @@ def test_a_quantized_kv_cache_is_told(tmp_path: Path) -> None:
         ([spec("fp4", "per_group", group_size=16), spec("fp8_e4m3")], None, {}, "unknown-variant"),
         (None, None, {}, "unknown-variant"),
         (spec("fp8_e4m3", "per_group", group_size=32), None, {}, "unknown-variant"),
-        (spec("int8", symmetric=False), None, {}, "unknown-variant"),
+        (spec("int8", symmetric=False), None, {}, "bad-dtype"),
+        (spec("fp8_e4m3", "per_channel", ch_axis=1), None, {}, "unknown-variant"),
+        (spec("fp4", "per_group", group_size=16, scale_format="e5m3"), None, {}, "unknown-variant"),
         (spec("fp4", "per_group", group_size=32), None, {}, "unknown-variant"),
         (spec("fp8_e4m3"), spec("uint4", "per_tensor"), {}, "unknown-variant"),
         (spec("fp8_e4m3"), spec("fp8_e4m3"), {}, "missing-tensor"),
@@ -210,3 +291,28 @@ def test_a_config_without_quantized_tensors_is_refused(tmp_path: Path) -> None:
     settings = {"quant_method": "quark", "global_quant_config": {"weight": spec("fp8_e4m3")}}
     with pytest.raises(qcore.Refused, match="missing-tensor"):
         qcore.open_checkpoint(write(tmp_path, dense_llama(), settings))
+
+
+def test_mixed_layers_a_tied_head_and_a_kv_cache_are_written(tmp_path: Path) -> None:
+    down, attention = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn"
+    tensors = dense_llama(tie_word_embeddings=True)
+    del tensors[f"{UP}.weight"], tensors[f"{down}.weight"]
+    tensors |= {f"{UP}.{part}": tensor for part, tensor in made("uint4", "per_group")[0].items()}
+    tensors |= {f"{down}.weight": torch.ones(64, 96).to(torch.float8_e4m3fn), f"{down}.weight_scale": torch.tensor(0.5)}
+    tensors |= {f"{attention}.{p}_proj.output_scale": torch.tensor(0.25) for p in "kv"}
+    config = {"quant_method": "quark", "global_quant_config": {"weight": spec("uint4", "per_group", group_size=32)},
+              "layer_quant_config": {"*down_proj": {"weight": spec("fp8_e4m3")}},
+              "export": {"kv_cache_group": ["*k_proj", "*v_proj"]}}  # fmt: skip
+    first = qcore.open_checkpoint(write(tmp_path / "a", tensors, config, tie_word_embeddings=True))
+    opened = qcore.open_checkpoint(convert(first.path, "quark", tmp_path / "b"))
+    assert opened.plan == first.plan and all(torch.equal(opened.dequantize(m), first.dequantize(m)) for m in (UP, down))
+    assert str(opened.kv_cache) == "fp8-tensor" and opened.kv_scales[attention].v.scale.tolist() == [0.25]
+    stated = opened.files.quantization
+    assert stated and "lm_head" in stated["exclude"] and len(stated["layer_quant_config"]) == 1
+
+
+@pytest.mark.parametrize("how", ["W3A16-g32-sym", "bitsandbytes:nf4"])
+def test_what_quark_cannot_hold_is_refused(tmp_path: Path, how: str) -> None:
+    source = qcore.open_checkpoint(write(tmp_path / "a", dense_llama()))
+    with pytest.raises(qcore.Refused, match="not-representable"):
+        convert(source.quantized(how), "quark", tmp_path / "b")

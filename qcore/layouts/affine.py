@@ -79,6 +79,17 @@ def exactly(name: str, module: str, values: torch.Tensor, *dtypes: torch.dtype) 
     unholdable(name, module, f"scales in {str(values.dtype).removeprefix('torch.')}", f"scales that {short} holds")
 
 
+def multiplier_of(name: str, module: str, fine: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """The coarser scale in float32, if its products with all of the finer ones stay the same numbers, else a Refusal."""
+    import torch
+
+    narrow = whole.to(torch.float32)
+    wide = whole if whole.dtype == torch.float64 else narrow
+    if not torch.equal(fine.float() * narrow, (fine.float() * wide).float()):
+        unholdable(name, module, "a scale of the whole tensor that divides", "one that multiplies to the same numbers")
+    return narrow
+
+
 def words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 [A, n] -> int32 [A, ceil(n bits / 32)], a little-endian bit stream."""
     from qcore.bits import pack

@@ -2,6 +2,8 @@
 
     saved      weight e4m3 or e5m2 [K, N], transposed; scale_weight [] | [N], scale_input []; quant_input.scale_inv is the
                reciprocal of scale_input; k_cache and v_cache have scales of their own
+    qdq        the same, saved where inputs are quantized and dequantized again (`use_qdq`, as on a CPU): dequant_weights.scale
+               and quant_input.scale
     measured   plain weights, a QUANT_CONFIG file (quant_config.json or quantization_config.json in the folder) and INC's
                measurement or scale files (qcore/checkpoint/inc_measurements.py); quantized while they are loaded
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -25,6 +27,8 @@ from qcore.checkpoint.patterns import check_count, matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.checkpoint.source import TensorInfo
 from qcore.elements import Float, Granularity, Level, PerChannel, PerTensor
+from qcore.layouts import inc_writer
+from qcore.layouts.inc_writer import FORMS
 from qcore.method import (
     CheckpointFiles,
     Method,
@@ -42,6 +46,7 @@ from qcore.scheme import Scheme, TensorScheme
 if TYPE_CHECKING:
     import torch
 
+    from qcore.checkpoint.kv_scales import KvScales
     from qcore.tensor import LayerTensors
 
 Rounding = Literal["one", "single", "hw", "pow2", "none"]
@@ -92,7 +97,7 @@ _BACKOFF = {"weight": 0.5, "input": 0.25}
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
 """Layers that vLLM, for which most models are measured, has in one."""
 _SIDE = re.compile(
-    r"\.(quant_input(_\d)?|dequant_output)\.scale(_inv)?$"
+    r"\.(quant_input(_\d)?|dequant_(output|weights))\.(scale(_inv)?|zero_point)$"
     r"|\.([kv]_cache|matmul_(qk|av)|softmax|fused_scaled_dot_product_attention)\.(\w+\.)?\w*scale\w*$"
 )
 """Reciprocals, scales of caches, which are read elsewhere, and of attention's own products, which stay in 16 bits here."""
@@ -132,30 +137,36 @@ class IncConfig(Settings):
 class Inc(Method):
     name = "inc"
     quant_methods = ("inc",)
-    variants = ("saved", "measured")
+    variants = (*FORMS, "measured")
+    written = tuple(FORMS)
     side_files = ("quant_config.json", "quantization_config.json")
-    parts = frozenset({"weight", "bias", "scale_weight", "scale_input"})
+    parts = frozenset({"weight", "bias", *FORMS["saved"]})
 
     def recognizes(self, files: CheckpointFiles) -> bool:
         config, stated = files.quantization or {}, stated_method(files.quantization)
         return stated in ("", "hooks", "inc") and "bits" not in config and any(key in config for key in _KEYS)
 
     def format_version(self, files: CheckpointFiles) -> str:
-        return f"{'saved' if _saved(files) else 'measured'} {self._config(files).scale_method}"
+        return f"{_form(files) or 'measured'} {self._config(files).scale_method}"
 
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
         cached = any(re.search(r"\.[kv]_cache\.", name) for name in files.source.tensors)
         return TensorScheme(self._element(files), (Level(PerTensor()),)) if cached else None
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
-        plan = {}
-        for name in files.source.tensors:
+        plan: dict[str, ModulePlan] = {}
+        form = _form(files)
+        for name, info in files.source.tensors.items():
             if re.search(r"\.(weight|scale_\w+)_\d+_\d+$", name):
                 raise self._variant(files, "world_size", f"the part {name} of one of several ranks")
             module, _, part = name.rpartition(".")
-            if part == "scale_weight":
-                plan[module] = self._saved_entry(files, module)
-        saved = bool(plan)
+            if form and name.endswith(f".{FORMS[form][0]}"):
+                module = name.removesuffix(f".{FORMS[form][0]}")
+            elif part != "weight" or info.dtype not in ("F8_E4M3", "F8_E5M2"):
+                continue
+            if form:
+                plan.setdefault(module, self._saved_entry(files, module, form))
+        saved = bool(form)
         for module, entry in dense_modules(files.source.tensors, "stored unquantized").items():
             why = "" if saved or is_embedding(module) else self._kept(files, module)
             if saved or why or is_embedding(module):
@@ -171,10 +182,10 @@ class Inc(Method):
         read, tensors = files.source.read, files.source.tensors
         bias = read(f"{module}.bias") if f"{module}.bias" in tensors else None
         weight = read(f"{module}.weight")
-        if f"{module}.scale_weight" in tensors:
-            entry = self._saved_entry(files, module)
+        if form := _form(files):
+            entry = self._saved_entry(files, module, form)
             assert entry.scheme is not None
-            scale, given = (finite(files, n, read(n)) for n in (f"{module}.scale_weight", f"{module}.scale_input"))
+            scale, given = (finite(files, n, read(n)) for n in (f"{module}.{part}" for part in FORMS[form]))
             made = QuantizedTensor(entry.scheme, entry.shape, weight.t().contiguous(), (scale.reshape(-1, 1),))
             return LayerTensors(made, bias, input_scale=given.reshape(1))
         weight = quantizable(weight, tensors[f"{module}.weight"]).to(_torch(self._config(files).hp_dtype))
@@ -184,6 +195,21 @@ class Inc(Method):
         scheme = self._scheme(files, PerChannel() if self._channels(files) else PerTensor())
         made = QuantizedTensor(scheme, (weight.shape[0], weight.shape[1]), codes, (scale.float(),))
         return LayerTensors(made, bias, input_scale=given.float().reshape(1))
+
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
+        """A saved model, as a Gaudi's or, with the variant qdq, as a CPU's."""
+        return inc_writer.config_of(plan, variant or "saved")
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return inc_writer.pack_layer(module, layer, config)
+
+    def encode_kv_cache(
+        self, scheme: TensorScheme, scales: Mapping[str, KvScales]
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return {}, inc_writer.kv_cache_of(scheme, scales)
+
+    def encode_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {"quantization_config.json": dict(config)}
 
     def parameters(self, files: CheckpointFiles, plan: Mapping[str, ModulePlan]) -> dict[str, TensorInfo]:
         return {name: info for name, info in super().parameters(files, plan).items() if not _SIDE.search(name)}
@@ -205,7 +231,7 @@ class Inc(Method):
         for field, value, known in (
             ("mode", config.mode, config.mode in ("QUANTIZE", "LOAD", "AUTO")),
             ("observer", config.observer, config.observer in ("maxabs", "maxabs_per_channel")),
-            ("scale_method", config.scale_method, _saved(files) or config.scale_method in METHODS),
+            ("scale_method", config.scale_method, bool(_form(files)) or config.scale_method in METHODS),
             ("device_for_scales", config.device_for_scales, config.device_for_scales in RANGES),
             ("dynamic_quantization", "true", not config.dynamic_quantization),
         ):
@@ -237,15 +263,19 @@ class Inc(Method):
 
     # --- Saved models ---
 
-    def _saved_entry(self, files: CheckpointFiles, module: str) -> ModulePlan:
+    def _saved_entry(self, files: CheckpointFiles, module: str, form: str) -> ModulePlan:
         """[N, K] of a saved layer, once all headers agree. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
         weight = require_tensor(files, f"{module}.weight", dtypes=[_FP8[self._config(files).fp8_config][0]])
         if len(weight.shape) != 2:
             raise bad_file("bad-shape", "the weight is a matrix", file=weight.file, tensor=weight.name, field="shape",
                            found=list(weight.shape), expected="two dimensions")  # fmt: skip
         columns, rows = weight.shape
-        scale = require_tensor(files, f"{module}.scale_weight", dtypes=_FLOATS)
-        given = require_tensor(files, f"{module}.scale_input", dtypes=_FLOATS)
+        scale, given = (require_tensor(files, f"{module}.{part}", dtypes=_FLOATS) for part in FORMS[form])
+        for part in ("dequant_weights", "quant_input"):
+            zero = f"{module}.{part}.zero_point"
+            if zero in files.source.tensors and bool(files.source.read(zero).any()):
+                raise bad_file("bad-content", "fp8 has no zero points", file=files.source.tensors[zero].file, tensor=zero,
+                               field="values", found="other than 0", expected="0")  # fmt: skip
         for info, shapes in ((scale, [(), (1,), (1, 1), (rows,), (rows, 1)]), (given, [(), (1,), (1, 1)])):
             if info.shape not in shapes:
                 raise bad_file("bad-shape", "the scales do not fit the weight", file=info.file, tensor=info.name,
@@ -344,8 +374,10 @@ class Inc(Method):
         return power.exp2()
 
 
-def _saved(files: CheckpointFiles) -> bool:
-    return any(name.endswith(".scale_weight") for name in files.source.tensors)
+def _form(files: CheckpointFiles) -> str:
+    """Which of FORMS a saved model is in; empty where the model is measured."""
+    tensors = files.source.tensors
+    return next((form for form, (part, _) in FORMS.items() if any(n.endswith(f".{part}") for n in tensors)), "")
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:

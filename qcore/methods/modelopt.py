@@ -1,8 +1,8 @@
 """NVIDIA ModelOpt's unified checkpoints: fp8, NVFP4 and MX formats, int4 AWQ and int8 SmoothQuant.
 
     FP8                        weight e4m3 [N, K], weight_scale and input_scale f32 scalars
-    FP8_PER_CHANNEL_PER_TOKEN  weight_scale f32 [N]; inputs by token
-    FP8_PB_WO                  weight_scale f32 [N / 128, 1, K / 128, 1]; inputs as they are
+    FP8_PER_CHANNEL_PER_TOKEN  weight_scale f32 [N]; inputs by token, or by input_scale where it stands
+    FP8_PB_WO, FP8_PB_REAL     weight_scale f32 [N / b, 1, K / b, 1] or [N / b, K / b], b = 128 as a rule; inputs as they are
     NVFP4, W4A16_NVFP4         weight uint8 [N, K / 2], first code low; weight_scale e4m3 [N, K / 16], weight_scale_2 f32
     MXFP8, MXFP4               weight e4m3 [N, K] or uint8 [N, K / 2], weight_scale uint8 [N, K / 32] (e8m0)
     W4A16_AWQ                  weight uint8 [N / 2, K]: rows 2 j in the low nibble, 2 j + 1 in the high one, two's
@@ -26,7 +26,8 @@ from pydantic import AliasChoices, Field
 from qcore.checkpoint.kv_scales import declared_algorithm
 from qcore.checkpoint.patterns import check_count, wildcard
 from qcore.checkpoint.settings import Settings, check
-from qcore.elements import Group
+from qcore.elements import Granularity, Group, Tile
+from qcore.layouts import modelopt_writer
 from qcore.layouts.scaled import Names, read_layer, shape_of
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, finite, require_tensor
 from qcore.refusal import Refusal, Refused, bad_file
@@ -35,6 +36,7 @@ from qcore.scheme import Scheme, TensorScheme, integer_weight
 if TYPE_CHECKING:
     import torch
 
+    from qcore.checkpoint.kv_scales import KvScales
     from qcore.tensor import LayerTensors
 
 _TENSOR_FP8 = TensorScheme.parse("fp8-tensor")
@@ -42,17 +44,18 @@ _SCHEMES: Mapping[str, str] = {
     "FP8": "W8A8-fp8-static",
     "FP8_PER_CHANNEL_PER_TOKEN": "W8A8-fp8-dyn",
     "FP8_PB_WO": "W8A16-fp8-block128",
+    "FP8_PB_REAL": "W8A16-fp8-block128",
     "NVFP4": "W4A4-nvfp4",
     "NVFP4_AWQ": "W4A4-nvfp4",
     "W4A16_NVFP4": "W4A16-nvfp4",
     "W4A8_NVFP4_FP8": "W4A8-e2m1-g16:e4m3fn+tensor/fp8-tensor",
-    "MXFP4": "W4A4-mxfp4",
+    "MXFP4": "W4A4-e2m1-g32:e8m0/e2m1-g32:e8m0ceil-dyn",
     "W4A8_MXFP4_FP8": "W4A8-e2m1-g32:e8m0/fp8-tensor",
-    "MXFP8": "W8A8-mxfp8",
+    "MXFP8": "W8A8-fp8-g32:e8m0/fp8-g32:e8m0ceil-dyn",
     "W8A16": "W8A16-channel-sym",
     "W8A8_SQ_PER_CHANNEL": "W8A8-int8-static",
 }
-"""Schemes by quant_algo; the group size of the int4 ones stands in their shapes."""
+"""Schemes by quant_algo, in the usual sizes of groups and blocks; those that differ stand in the shapes, as the int4 ones do."""
 _INT4: Mapping[str, TensorScheme | None] = {"W4A16_AWQ": None, "W4A8_AWQ": _TENSOR_FP8}
 """Inputs of the algorithms with int4 weights."""
 _ALGORITHMS = (*_SCHEMES, *_INT4)
@@ -73,6 +76,7 @@ class ModelOpt(Method):
     name = "modelopt"
     quant_methods = ("modelopt", "modelopt_fp4", "modelopt_mixed")
     variants = _ALGORITHMS
+    written = tuple(row.word.upper() for row in modelopt_writer.ROWS)
     side_files = ("hf_quant_config.json",)
     parts = frozenset(
         {"weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "bias", "k_scale", "v_scale"}
@@ -112,6 +116,21 @@ class ModelOpt(Method):
         if multiplier not in files.source.tensors:
             return layer
         return replace(layer, input_multiplier=finite(files, multiplier, files.source.read(multiplier)))
+
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
+        """variant: the algorithm of every layer; without it each has the usual one of its scheme."""
+        return modelopt_writer.config_of(plan, variant)
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return modelopt_writer.pack_layer(module, layer, config)
+
+    def encode_kv_cache(
+        self, scheme: TensorScheme, scales: Mapping[str, KvScales]
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return modelopt_writer.kv_cache_of(scheme, scales)
+
+    def encode_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {"hf_quant_config.json": modelopt_writer.side_file(config)}
 
     def _config(self, files: CheckpointFiles) -> ModelOptConfig:
         return files.once("config", lambda: self._checked(files))
@@ -153,25 +172,32 @@ class ModelOpt(Method):
                                field="shape", found=list(scale.shape),
                                expected=f"[{rows}, G], where G divides {columns}")  # fmt: skip
             return Scheme(integer_weight(4, Group(columns // groups), symmetric=True), _INT4[algorithm])
-        scheme = Scheme.parse(_SCHEMES[algorithm])
-        if "NVFP4" in algorithm:
-            scheme = self._in_groups(files, module, scheme)
-        static = scheme.input is not None and not scheme.input.dynamic
-        if static and f"{module}.input_scale" not in files.source.tensors:
+        scheme = self._sized(files, module, Scheme.parse(_SCHEMES[algorithm]))
+        given = f"{module}.input_scale" in files.source.tensors
+        if algorithm == "FP8_PER_CHANNEL_PER_TOKEN" and given:
+            return Scheme(scheme.weight, _TENSOR_FP8)
+        if scheme.input is not None and not scheme.input.dynamic and not given:
             # ModelOpt finds the range of MXFP4's fp8 inputs at run time; of the others it has it, or leaves them whole.
             return Scheme(scheme.weight, TensorScheme.parse("fp8-tensor-dyn") if "MXFP4" in algorithm else None)
         return scheme
 
-    def _in_groups(self, files: CheckpointFiles, module: str, scheme: Scheme) -> Scheme:
-        """NVFP4 in the groups that the scales' shape tells: 16 as a rule, 32 in some recipes."""
+    def _sized(self, files: CheckpointFiles, module: str, scheme: Scheme) -> Scheme:
+        """The scheme with the groups or blocks that the shape of the scales tells."""
         codes, scales = (files.source.tensors.get(f"{module}.{part}") for part in ("weight", "weight_scale"))
-        if codes is None or scales is None or len(codes.shape) != 2 or len(scales.shape) != 2 or not scales.shape[1]:
+        fine, *whole = scheme.weight.scales
+        grid: Granularity | None = None
+        if codes is None or scales is None or len(codes.shape) != 2:
             return scheme  # refused where shapes are checked
-        columns, groups = codes.shape[1] * 2, scales.shape[1]
-        fine, whole = scheme.weight.scales
-        if columns != 32 * groups:
+        if isinstance(fine.granularity, Tile) and len(scales.shape) in (2, 4):
+            grid = _block(codes.shape, (scales.shape[0], scales.shape[len(scales.shape) // 2]))
+        elif whole and len(scales.shape) == 2 and scales.shape[1] and not codes.shape[1] * 2 % scales.shape[1]:
+            grid = Group(codes.shape[1] * 2 // scales.shape[1])
+        if grid is None or grid == fine.granularity:
             return scheme
-        return Scheme(replace(scheme.weight, scales=(replace(fine, granularity=Group(32)), whole)), scheme.input)
+        given = scheme.input
+        if given is not None and given.granularity == fine.granularity:  # the config states one size for both
+            given = replace(given, scales=(replace(given.scales[0], granularity=grid), *given.scales[1:]))
+        return Scheme(replace(scheme.weight, scales=(replace(fine, granularity=grid), *whole)), given)
 
     def _shape(self, files: CheckpointFiles, module: str, algorithm: str) -> tuple[int, int]:
         """[N, K], once all headers agree. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
@@ -189,6 +215,14 @@ class ModelOpt(Method):
             raise bad_file("bad-shape", "the weight is a matrix", file=weight.file, tensor=weight.name, field="shape",
                            found=list(weight.shape), expected="two dimensions")  # fmt: skip
         return 2 * weight.shape[0], weight.shape[1]
+
+
+def _block(shape: tuple[int, ...], grid: tuple[int, int]) -> Tile | None:
+    """The square blocks that a weight of this shape has so many of."""
+    for side in modelopt_writer.SIDES:
+        if (-(-shape[0] // side), -(-shape[1] // side)) == grid:
+            return Tile(side, side)
+    return None
 
 
 def _by_rows(stored: torch.Tensor) -> torch.Tensor:
