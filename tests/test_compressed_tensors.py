@@ -134,6 +134,38 @@ def test_zero_points_that_are_not_packed(tmp_path: Path, layout: str, strategy: 
     assert torch.equal(opened.dequantize(MODULE), expected)
 
 
+def test_an_order_that_nobody_calibrated_was_left_out(tmp_path: Path) -> None:
+    codes, scale = torch.randint(-8, 8, (ROWS, COLUMNS)), scales_for("group")
+    parts = {"weight_packed": words(codes + 8, 4), "weight_scale": scale, "weight_shape": torch.tensor([ROWS, COLUMNS])}
+    given = arguments(actorder="group")
+    opened = qcore.open_checkpoint(checkpoint(tmp_path / "a", parts, given, version="0.11.0"))
+    assert torch.equal(opened.dequantize(MODULE), codes * scale.float().repeat_interleave(32, 1))
+    assert str(opened.plan[MODULE]) == "W4A16-g32-sym"
+    for version in ("0.12.2", ""):
+        path = checkpoint(tmp_path / f"v{version}", parts, given, version=version)
+        with pytest.raises(qcore.Refused, match="missing-tensor"):
+            qcore.open_checkpoint(path).weight(MODULE)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_the_older_packing_of_odd_zero_points(tmp_path: Path, bits: int) -> None:
+    """Along the rows, no code crossed a word either."""
+    offset, per_word = 1 << (bits - 1), 32 // bits
+    codes, scale = torch.randint(-offset, offset, (ROWS, COLUMNS)), scales_for("group")
+    zeros = torch.randint(-offset, offset, scale.shape)
+
+    def old(values: torch.Tensor) -> torch.Tensor:
+        padded = torch.nn.functional.pad(values + offset, (0, -values.shape[1] % per_word))
+        shifted = padded.view(len(values), -1, per_word) << (torch.arange(per_word) * bits)
+        return shifted.sum(-1).to(torch.int32)
+
+    parts = {"weight_packed": old(codes), "weight_scale": scale, "weight_shape": torch.tensor([ROWS, COLUMNS]),
+             "weight_zero_point": old(zeros.t()).t()}  # fmt: skip
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, arguments(num_bits=bits, symmetric=False)))
+    shift = zeros.repeat_interleave(32, 1)
+    assert torch.equal(opened.dequantize(MODULE), (codes - shift) * scale.float().repeat_interleave(32, 1))
+
+
 def test_overlapping_targets_are_tried_in_the_librarys_order(tmp_path: Path) -> None:
     """Names, then regular expressions by the alphabet, then classes, wherever their groups stand in the config."""
     codes, scale = torch.randint(-8, 8, (ROWS, COLUMNS)), scales_for("group")

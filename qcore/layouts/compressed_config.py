@@ -166,6 +166,11 @@ class CompressedConfig(Settings):
     moe_sparsity_config: dict[str, Any] | None = None
     version: str = ""
 
+    @property
+    def omits_order(self) -> bool:
+        """Whether the writer left out a weight_g_idx that nobody calibrated; of those that state a version, up to 0.11."""
+        return re.match(r"0\.([0-9]|1[01])\b", self.version) is not None
+
     @cached_property
     def groups(self) -> dict[str, Scope | Preset]:
         """config_groups by name."""

@@ -125,7 +125,7 @@ class CompressedTensors(Method):
                 why = reason if group is None else f"stored unquantized although {reason} targets it"
                 plan[module] = ModulePlan(None, why, (info.shape[0], info.shape[1]))
                 continue
-            scheme = self._scheme(files, group, reason)
+            scheme = self._scheme(files, group, reason, module)
             plan[module] = ModulePlan(scheme, reason, self._check(files, module, scheme))
         return plan
 
@@ -135,7 +135,7 @@ class CompressedTensors(Method):
         config = self._config(files)
         group, reason = self._scope(files, config, module)
         assert group is not None, f"{module} is not quantized"
-        scheme = self._scheme(files, group, reason)
+        scheme = self._scheme(files, group, reason, module)
         shape = self._check(files, module, scheme)
         rows, columns = self._true_shape(files, module, scheme.weight) or shape
         scales = self._scales(files, module, scheme.weight)
@@ -211,14 +211,18 @@ class CompressedTensors(Method):
 
         return config.scope(module, regex)
 
-    def _scheme(self, files: CheckpointFiles, group: Scope | Preset, name: str) -> Scheme:
-        layout = group.format or self._config(files).format
+    def _scheme(self, files: CheckpointFiles, group: Scope | Preset, name: str, module: str) -> Scheme:
+        config = self._config(files)
+        layout = group.format or config.format
         if layout not in _FORMATS:
             raise self._variant(files, f"config_groups ({name}).format", layout)
         try:
-            return group.scheme()
+            scheme = group.scheme()
         except ValueError as error:
             raise self._variant(files, f"config_groups ({name})", error) from error
+        if scheme.weight.ordered and config.omits_order and f"{module}.weight_g_idx" not in files.source.tensors:
+            return replace(scheme, weight=replace(scheme.weight, ordered=False))
+        return scheme
 
     def _check(self, files: CheckpointFiles, module: str, scheme: Scheme) -> tuple[int, int]:
         """[N, K], once all headers agree. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
@@ -234,7 +238,9 @@ class CompressedTensors(Method):
         if weight.zero:
             zeros = require_tensor(files, f"{module}.weight_zero_point", dtypes=["I8", "I32"])
             if self._packed_zeros(files, module, weight):
-                require_tensor(files, zeros.name, shape=(-(-rows * weight.bits // 32), expected[1]))
+                counts = _word_counts(rows, weight.bits)
+                if zeros.shape != (counts[1], expected[1]):
+                    require_tensor(files, zeros.name, shape=(counts[0], expected[1]))
             elif not (isinstance(fine.granularity, PerTensor) and zeros.shape in ((), (1,))):
                 require_tensor(files, zeros.name, shape=expected)
         if weight.ordered:
@@ -342,8 +348,10 @@ class CompressedTensors(Method):
 
         stored = files.source.read(f"{module}.weight_zero_point")
         if self._packed_zeros(files, module, weight):
-            columns = stored.t().flatten().view(torch.uint8).reshape(stored.shape[1], -1)
-            return unpack(columns, weight.bits, rows).t().contiguous()
+            stream = stored.t().flatten().view(torch.uint8).reshape(stored.shape[1], -1)
+            dense = stored.shape[0] == _word_counts(rows, weight.bits)[0]
+            codes = unpack(stream, weight.bits, rows) if dense else _unpack_words(stream, weight.bits)[:, :rows]
+            return codes.t().contiguous()
         shifted = stored.to(torch.int64) + (1 << (weight.bits - 1))
         if bool(((shifted < 0) | (shifted > 255)).any()):
             raise bad_file("bad-content", "a zero point is out of range", file=files.path,
