@@ -194,21 +194,30 @@ def _compare(source: Checkpoint, written: Checkpoint, method: Method, kept: list
         if before.weight.scheme.input != after.weight.scheme.input:
             _changed(method, module, f"its inputs' scheme {before.weight.scheme.input}")
         for part in ("bias", "input_scale", "input_zero", "input_multiplier"):
-            ours, theirs = getattr(before, part), getattr(after, part)
-            if (ours is None) != (theirs is None) or (
-                ours is not None and not torch.equal(ours.float(), theirs.float())
-            ):
+            if not _same(getattr(before, part), getattr(after, part)):
                 _changed(method, module, f"its {part}")
     if source.kv_cache is not None and source.kv_cache != written.kv_cache:
         _changed(method, "the kv cache", f"its scheme {source.kv_cache}")
     for attention, own in source.kv_scales.items():
         again = written.kv_scales.get(attention)
         for side in ("k", "v"):
-            if again is None or not torch.equal(getattr(own, side).scale, getattr(again, side).scale):
+            if again is None:
                 _changed(method, attention, f"its {side} cache's scale")
+            cache, copy = getattr(own, side), getattr(again, side)
+            if not _same(cache.scale, copy.scale) or not _same(cache.zero, copy.zero):
+                _changed(method, attention, f"its {side} cache's scale or zero point")
     for name in kept:
         if name not in written.parameters or not torch.equal(source.parameter(name), written.parameter(name)):
             _changed(method, name, "its values")
+
+
+def _same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
+    """Whether both hold the same numbers, or neither does."""
+    import torch
+
+    if ours is None or theirs is None:
+        return ours is theirs
+    return torch.equal(ours.float(), theirs.float())
 
 
 def _changed(method: Method, subject: str, what: str) -> None:

@@ -91,7 +91,7 @@ TABLE: dict[str, str] = {
         "weight_shape: all ones=bad-shape; weight_packed: longer typed; weight_zero_point: all; weight_scale: all nan"
     ),
     "compressed-tensors-order": (
-        "weight_shape: all ones=bad-shape; weight_scale: all nan; weight_g_idx: all ones; weight_packed: longer typed"
+        "weight_shape: all ones=bad-shape; weight_scale: all nan; weight_g_idx: all; weight_packed: longer typed"
     ),
     "compressed-tensors-int": "weight_scale: all nan; weight: longer typed",
     "compressed-tensors-float": "weight_scale: all nan; weight: longer typed",

@@ -13,6 +13,7 @@ from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales
 import qcore
 from makers import dense_llama, words, write
 from qcore.kernels.activations import quantize_input
+from qcore.layouts.compressed_config import CompressedConfig
 from qcore.scheme import TensorScheme
 
 MODULE = "model.layers.0.mlp.down_proj"
@@ -105,9 +106,85 @@ def test_act_order(tmp_path: Path) -> None:
     }
     opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, arguments(actorder="group")))
     assert torch.equal(opened.dequantize(MODULE), codes * scale.float()[:, index])
-    parts["weight_g_idx"] = torch.full_like(index, -1)
+    parts["weight_g_idx"] = torch.full_like(index, -1)  # as the library leaves it where nothing was calibrated
+    opened = qcore.open_checkpoint(checkpoint(tmp_path / "b", parts, arguments(actorder="group")))
+    assert torch.equal(opened.dequantize(MODULE), codes * scale.float().repeat_interleave(32, 1))
+    assert not opened.weight(MODULE).scheme.weight.ordered
+    parts["weight_g_idx"][0] = 3
     with pytest.raises(qcore.Refused, match="bad-content"):
-        qcore.open_checkpoint(checkpoint(tmp_path / "b", parts, arguments(actorder="group"))).weight(MODULE)
+        qcore.open_checkpoint(checkpoint(tmp_path / "c", parts, arguments(actorder="group"))).weight(MODULE)
+    with pytest.raises(qcore.Refused, match="unexpected-tensor"):
+        qcore.open_checkpoint(checkpoint(tmp_path / "d", parts, arguments())).weight(MODULE)
+
+
+@pytest.mark.parametrize("layout", ["pack-quantized", "int-quantized"])
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group", "block"])
+def test_zero_points_that_are_not_packed(tmp_path: Path, layout: str, strategy: str) -> None:
+    """Zero points of tensors and blocks are never packed, those of channels and groups were not at first."""
+    codes, scale = torch.randint(-8, 8, (ROWS, COLUMNS), dtype=torch.int8), scales_for(strategy)
+    zeros = torch.randint(-8, 8, scale.shape, dtype=torch.int8)
+    packed = {"weight_packed": words(codes.long() + 8, 4), "weight_shape": torch.tensor([ROWS, COLUMNS])}
+    parts = packed if layout == "pack-quantized" else {"weight": codes}
+    parts |= {"weight_scale": scale, "weight_zero_point": zeros}
+    given = arguments(strategy=strategy, symmetric=False, group_size=32 if strategy == "group" else None)
+    if strategy == "block":
+        given["block_structure"] = [32, 32]
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, given, layout=layout))
+    expected = dequantize(codes, scale.float(), zeros, QuantizationArgs(**given))
+    assert torch.equal(opened.dequantize(MODULE), expected)
+
+
+def test_an_order_that_nobody_calibrated_was_left_out(tmp_path: Path) -> None:
+    codes, scale = torch.randint(-8, 8, (ROWS, COLUMNS)), scales_for("group")
+    parts = {"weight_packed": words(codes + 8, 4), "weight_scale": scale, "weight_shape": torch.tensor([ROWS, COLUMNS])}
+    given = arguments(actorder="group")
+    opened = qcore.open_checkpoint(checkpoint(tmp_path / "a", parts, given, version="0.11.0"))
+    assert torch.equal(opened.dequantize(MODULE), codes * scale.float().repeat_interleave(32, 1))
+    assert str(opened.plan[MODULE]) == "W4A16-g32-sym"
+    for version in ("0.12.2", ""):
+        path = checkpoint(tmp_path / f"v{version}", parts, given, version=version)
+        with pytest.raises(qcore.Refused, match="missing-tensor"):
+            qcore.open_checkpoint(path).weight(MODULE)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_the_older_packing_of_odd_zero_points(tmp_path: Path, bits: int) -> None:
+    """Along the rows, no code crossed a word either."""
+    offset, per_word = 1 << (bits - 1), 32 // bits
+    codes, scale = torch.randint(-offset, offset, (ROWS, COLUMNS)), scales_for("group")
+    zeros = torch.randint(-offset, offset, scale.shape)
+
+    def old(values: torch.Tensor) -> torch.Tensor:
+        padded = torch.nn.functional.pad(values + offset, (0, -values.shape[1] % per_word))
+        shifted = padded.view(len(values), -1, per_word) << (torch.arange(per_word) * bits)
+        return shifted.sum(-1).to(torch.int32)
+
+    parts = {"weight_packed": old(codes), "weight_scale": scale, "weight_shape": torch.tensor([ROWS, COLUMNS]),
+             "weight_zero_point": old(zeros.t()).t()}  # fmt: skip
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, arguments(num_bits=bits, symmetric=False)))
+    shift = zeros.repeat_interleave(32, 1)
+    assert torch.equal(opened.dequantize(MODULE), (codes - shift) * scale.float().repeat_interleave(32, 1))
+
+
+def test_overlapping_targets_are_tried_in_the_librarys_order(tmp_path: Path) -> None:
+    """Names, then regular expressions by the alphabet, then classes, wherever their groups stand in the config."""
+    codes, scale = torch.randint(-8, 8, (ROWS, COLUMNS)), scales_for("group")
+    parts = {"weight_packed": words(codes + 8, 4), "weight_scale": scale, "weight_shape": torch.tensor([ROWS, COLUMNS])}
+    others = {
+        "whole": {"targets": ["Linear"], "weights": arguments(strategy="channel", group_size=None)},
+        "later": {"targets": ["re:.*proj"], "weights": arguments(num_bits=8)},
+    }
+    groups = {**others, "own": {"targets": ["re:.*down_proj"], "weights": arguments()}}
+    ignored = [f"re:(?!{MODULE}$).*"]
+    path = checkpoint(tmp_path / "a", parts, {}, config_groups=groups, ignore=ignored)
+    assert torch.equal(qcore.open_checkpoint(path).dequantize(MODULE), codes * scale.float().repeat_interleave(32, 1))
+    groups["named"] = {"targets": [MODULE], "weights": arguments(group_size=96)}
+    parts["weight_scale"] = scales_for("channel")
+    path = checkpoint(tmp_path / "b", parts, {}, config_groups=groups, ignore=ignored)
+    assert str(qcore.open_checkpoint(path).plan[MODULE]) == "W4A16-g96-sym"
+    path = checkpoint(tmp_path / "c", parts, {}, config_groups=groups, ignore=["Linear"])
+    with pytest.raises(qcore.Refused, match="does not cover it"):
+        qcore.open_checkpoint(path).plan  # noqa: B018
 
 
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "group", "block"])
@@ -231,6 +308,38 @@ PACKED = {
 }
 
 
+STATIC = {"num_bits": 8, "strategy": "tensor"}
+
+
+def rotated(*locations: str) -> dict[str, Any]:
+    return {
+        "config_groups": {
+            "R1": {"type": "hadamard", "apply": [{"location": at, "targets": ["Linear"]} for at in locations]}
+        }
+    }
+
+
+def test_rotations_of_weights_are_in_them_already(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, PACKED, arguments(), transform_config=rotated("weight_input", "weight_output"))
+    assert torch.equal(qcore.open_checkpoint(path).dequantize(MODULE), torch.full((ROWS, COLUMNS), -8.0))
+
+
+@pytest.mark.parametrize("preset", ["W2A16", "W7A8", "W4A4", "MXFP4XFP8", "W9A16", "W8A4"])
+def test_presets(preset: str) -> None:
+    """The short names of the library, beyond those that qcore quantizes to."""
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    given = {"config_groups": {preset: ["Linear"]}}
+    try:
+        theirs = preset_name_to_scheme(preset, ["Linear"]).model_dump(mode="json")
+    except KeyError:
+        with pytest.raises(ValueError, match=preset):
+            CompressedConfig.model_validate(given).groups[preset].scheme()
+        return
+    ours = CompressedConfig.model_validate(given).groups[preset].scheme()
+    assert ours == CompressedConfig.model_validate({"config_groups": {"g": theirs}}).groups["g"].scheme()
+
+
 @pytest.mark.parametrize(
     ("code", "parts", "config"),
     [
@@ -256,8 +365,31 @@ PACKED = {
         ("unknown-variant", {}, {"layout": "marlin-24"}),
         ("unknown-variant", {}, {"layout": "sparse-bitmask"}),
         ("unknown-variant", {}, {"sparsity_config": {"format": "sparse-24-bitmask"}}),
-        ("unknown-variant", {}, {"transform_config": {"config_groups": {"R1": {}}}}),
-        ("unknown-variant", {}, {"weights": arguments(type="float", num_bits=4)}),
+        ("unknown-variant", {}, {"transform_config": rotated("weight_input", "input")}),
+        ("bad-field", {}, {"transform_config": {"config_groups": {"R1": {"apply": [{}]}}}}),
+        ("unexpected-tensor", {"weight_g_idx": torch.zeros(COLUMNS, dtype=torch.int32)}, {}),
+        ("bad-content", {"weight_zero_point": torch.ones(ROWS, 3, dtype=torch.int8)}, {}),
+        (
+            "missing-tensor",
+            {"input_scale": torch.ones(1)},
+            {"group": {"input_activations": STATIC | {"symmetric": False}}},
+        ),
+        (
+            "bad-content",
+            {"input_scale": torch.ones(1), "input_zero_point": torch.ones(1, dtype=torch.int8)},
+            {"group": {"input_activations": STATIC}},
+        ),
+        ("bad-shape", {"input_scale": torch.ones(3)}, {"group": {"input_activations": STATIC}}),
+        ("unknown-variant", {}, {"group": {"input_activations": STATIC | {"strategy": "group", "group_size": 32}}}),
+        ("unknown-variant", {}, {"group": {"weights": None, "input_activations": STATIC}}),
+        (
+            "unknown-variant",
+            {"weight": torch.ones(ROWS, COLUMNS), "weight_packed": None},
+            {"quantization_status": "frozen"},
+        ),
+        ("unknown-variant", {}, {"moe_sparsity_config": {"method": "prune", "num_experts": [3]}}),
+        ("unknown-variant", {}, {"group": {"format": "nvfp4-pack-quantized"}}),
+        ("unknown-variant", {}, {"weights": arguments(type="float", num_bits=4, group_size=64)}),
         ("unknown-variant", {}, {"weights": arguments(strategy="group", group_size=None)}),
         ("unknown-variant", {}, {"group": {"output_activations": {"num_bits": 8}}}),
     ],

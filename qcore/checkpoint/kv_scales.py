@@ -236,7 +236,17 @@ def chosen_scheme(choice: str | None, checkpoint: Checkpoint) -> TensorScheme | 
             return _FP8
         return declared
     wanted = CHOICES[choice]
-    return declared if wanted and declared and wanted.element == declared.element else wanted
+    if wanted and declared and wanted.element == declared.element:
+        return declared
+    if (
+        wanted
+        and not wanted.dynamic
+        and any(side.zero is not None for own in scales.values() for side in (own.k, own.v))
+    ):
+        raise Refused(Refusal("bad-argument", "never", "kv_cache", "the checkpoint's kv scales are for integers with zero "
+                              f"points, which a {choice} cache has not", f"found {declared}, expected a kv cache of that kind",
+                              "Use auto, int8 or none."))  # fmt: skip
+    return wanted
 
 
 def checked_choice(choice: str | None, subject: str = "kv_cache") -> str | None:

@@ -217,7 +217,7 @@ def _check_parts(checkpoint: Checkpoint, method: Method) -> None:
                            field="name", found=part, expected=", ".join(sorted(method.parts)),
                            fix="Check which tool wrote the checkpoint; its variant of the format is not read yet.")  # fmt: skip
     for name, info in checkpoint.parameters.items():
-        if len(info.shape) == 3 and info.dtype not in PLAIN_FLOATS:
+        if len(info.shape) == 3 and info.dtype not in PLAIN_FLOATS and not spelled(name):
             raise Refused(
                 Refusal("unknown-variant", "notimpl", str(checkpoint.path),
                         f"{method.name} is not read where it stacks experts in one tensor",

@@ -5,7 +5,10 @@ Source: the compressed-tensors library (quantization/quant_config.py, quant_args
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -13,10 +16,17 @@ from pydantic import Field, field_validator
 from qcore.checkpoint.settings import Settings
 from qcore.elements import Float, FloatFormat, Granularity, Group, Int, Level, PerChannel, PerTensor, PerToken, Tile
 from qcore.method import is_embedding
-from qcore.scheme import PRESETS, Scheme, TensorScheme
+from qcore.scheme import PRESETS, Scheme, TensorScheme, integer_weight
 
 _FLOATS: dict[int, FloatFormat] = {4: "e2m1", 6: "e2m3", 8: "e4m3fn"}
 _PLAIN_SCALES = (None, "torch.float16", "torch.bfloat16", "torch.float32")
+_LAYOUTS: dict[str, tuple[type, int, str]] = {
+    "nvfp4-pack-quantized": (Float, 4, "e4m3fn"),
+    "mxfp4-pack-quantized": (Float, 4, "e8m0"),
+    "mxfp6-pack-quantized": (Float, 6, "e8m0"),
+    "mxfp8-quantized": (Float, 8, "e8m0"),
+}
+"""Layouts that go with one kind of scales: the weight's element, its bits, and the type of its scales."""
 
 
 class Arguments(Settings):
@@ -56,7 +66,9 @@ class Arguments(Settings):
             if self.scale_dtype not in (None, "torch.float8_e4m3fn"):
                 raise unsaid
             return Level(Group(size), "e4m3fn"), Level(PerTensor())
-        if strategy == "group" and size == 32 and self.type == "float" and self.scale_dtype == "torch.uint8":
+        # Before scale_dtype was a field, groups of 32 small floats were MX.
+        mx_scales = ("torch.uint8", None) if floats else ("torch.uint8",)
+        if strategy == "group" and size == 32 and self.type == "float" and self.scale_dtype in mx_scales:
             return (Level(Group(32), "e8m0"),)
         granularities: dict[str, Granularity | None] = {
             "tensor": PerTensor(),
@@ -84,8 +96,16 @@ class Scope(Settings):
         """Raises ValueError where no scheme's words describe it."""
         if self.output_activations is not None or self.weights is None:
             raise ValueError("output_activations" if self.weights else "no weights")
-        given = self.input_activations
-        return Scheme(self.weights.tensor_scheme(weight=True), given.tensor_scheme(weight=False) if given else None)
+        weight, given = self.weights.tensor_scheme(weight=True), self.input_activations
+        fits = _LAYOUTS.get(self.format or "")
+        if fits and fits != (type(weight.element), weight.bits, weight.scales[0].type):
+            raise ValueError(f"format {self.format} for {weight}")
+        if given is None:
+            return Scheme(weight)
+        inputs = given.tensor_scheme(weight=False)
+        if not inputs.dynamic and inputs.granularity != PerTensor():
+            raise ValueError(f"input_activations with stored scales, strategy {given.strategy}")
+        return Scheme(weight, inputs)
 
 
 class Preset(Settings):
@@ -97,20 +117,72 @@ class Preset(Settings):
 
     def scheme(self) -> Scheme:
         """Raises ValueError where there is no such preset."""
-        if self.name.upper() not in PRESETS:
+        name = self.name.upper()
+        if name in PRESETS:
+            return PRESETS[name]
+        if name == "MXFP4XFP8":
+            return replace(PRESETS["MXFP4"], input=PRESETS["FP8_BLOCK"].input)
+        bits = re.fullmatch(r"W([2-8])A(4|8|16)", name)
+        if bits is None or int(bits[1]) > int(bits[2]):
             raise ValueError(f"preset {self.name}")
-        return PRESETS[self.name.upper()]
+        weight = integer_weight(int(bits[1]), Group(128), symmetric=True)
+        if bits[2] == "16":
+            return Scheme(weight)
+        return Scheme(weight, TensorScheme(Int(int(bits[2]), signed=True), (Level(PerToken()),), dynamic=True))
+
+
+class Application(Settings):
+    """Where a rotation stands."""
+
+    location: str
+
+
+class Rotation(Settings):
+    """TransformScheme: one rotation, wherever it is applied."""
+
+    apply: list[Application] = Field(default_factory=list)
+
+
+class Rotations(Settings):
+    """TransformConfig."""
+
+    config_groups: dict[str, Rotation] = Field(default_factory=dict)
+
+    @property
+    def online(self) -> list[str]:
+        """The rotations of activations. Those of weights are in the numbers that are stored."""
+        return [f"{name} of {use.location}" for name, group in self.config_groups.items() for use in group.apply
+                if use.location not in ("weight_input", "weight_output")]  # fmt: skip
 
 
 class CompressedConfig(Settings):
     config_groups: dict[str, Scope | list[str]] = Field(default_factory=dict)
     format: str = "dense"
     quantization_status: str = "compressed"
-    ignore: list[str] = Field(default_factory=list)
+    ignore: list[str] | None = None
     kv_cache_scheme: Arguments | None = None
     sparsity_config: dict[str, Any] | None = None
-    transform_config: dict[str, Any] | None = None
+    transform_config: Rotations | None = None
+    moe_sparsity_config: dict[str, Any] | None = None
     version: str = ""
+
+    @property
+    def omits_order(self) -> bool:
+        """Whether the writer left out a weight_g_idx that nobody calibrated; of those that state a version, up to 0.11."""
+        return re.match(r"0\.([0-9]|1[01])\b", self.version) is not None
+
+    @cached_property
+    def groups(self) -> dict[str, Scope | Preset]:
+        """config_groups by name."""
+        return {name: entry if isinstance(entry, Scope) else Preset(name=name, targets=entry)
+                for name, entry in self.config_groups.items()}  # fmt: skip
+
+    @cached_property
+    def _targets(self) -> list[tuple[str, str]]:
+        """Targets and the groups that they are of, in the order in which the library tries them, which is not that of the
+        config: names, then regular expressions, each by the alphabet. Of two groups with one target the last has it."""
+        last = {target: name for name, group in self.groups.items() for target in group.targets}
+        return sorted(last.items(), key=lambda item: ("re:" in item[0], item[0]))
 
     def scope(self, module: str, matches: Callable[[str, str], bool]) -> tuple[Scope | Preset | None, str]:
         """The module's group and its name; or None and why. `ignore` wins, then names, then the module's class.
@@ -121,17 +193,16 @@ class CompressedConfig(Settings):
         def hit(pattern: str) -> bool:
             return matches(pattern[3:], module) if pattern.startswith("re:") else pattern == module
 
-        for pattern in self.ignore:
-            if hit(pattern):
+        own_class = _class_of(module)
+        for pattern in self.ignore or ():
+            if pattern == own_class or hit(pattern):
                 return None, f"in the ignore list as {pattern!r}"
-        groups = {name: entry if isinstance(entry, Scope) else Preset(name=name, targets=entry)
-                  for name, entry in self.config_groups.items()}  # fmt: skip
-        for by_class in (False, True):
-            for name, group in groups.items():
-                for target in group.targets:
-                    if target == _class_of(module) if by_class else hit(target):
-                        return group, f"config group {name!r}"
-        return None, "no config group targets it"
+        by_name = (name for target, name in self._targets if hit(target))
+        by_class = (name for target, name in self._targets if target == own_class)
+        found = next(by_name, None) or next(by_class, None)
+        return (
+            (None, "no config group targets it") if found is None else (self.groups[found], f"config group {found!r}")
+        )
 
 
 def _class_of(module: str) -> str:

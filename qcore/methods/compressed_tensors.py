@@ -17,12 +17,13 @@ w = (q - z) * s. Source: the compressed-tensors library (quantization/quant_args
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qcore.checkpoint.kv_scales import declared_scheme, unknown_kv_cache
 from qcore.checkpoint.patterns import check_count, matches
 from qcore.checkpoint.settings import check
-from qcore.elements import Float, Group, PerTensor, scale_shape
+from qcore.elements import Float, Group, PerChannel, PerTensor, scale_shape
 from qcore.layouts import compressed_writer
 from qcore.layouts.compressed_config import CompressedConfig, Preset, Scope
 from qcore.method import (
@@ -64,6 +65,7 @@ class CompressedTensors(Method):
     name = "compressed-tensors"
     quant_methods = ("compressed-tensors",)
     variants = _FORMATS
+    written = compressed_writer.LAYOUTS
     embeddings = True
     parts = frozenset(
         [
@@ -91,7 +93,7 @@ class CompressedTensors(Method):
 
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
         config = self._config(files)
-        for name, group in config.config_groups.items():
+        for name, group in config.groups.items():
             if isinstance(group, Scope) and group.weights is None and group.input_activations:
                 # of attention: queries are quantized too
                 raise unknown_kv_cache(files, "config_groups", f"{name!r}, which quantizes attention")
@@ -108,15 +110,23 @@ class CompressedTensors(Method):
                 continue
             stored = part == "weight_packed" or info.dtype not in PLAIN_FLOATS
             group, reason = self._scope(files, config, module)
+            if isinstance(group, Scope) and group.weights is None:
+                if group.input_activations is not None or group.output_activations is not None:
+                    raise self._variant(files, f"config_groups ({reason})", "quantized activations of plain weights")
+                group = None
             if group is None and stored:
                 raise bad_file("bad-field", f"{module} is stored quantized, but the config does not cover it",
                                file=files.quantization_file, field="quantization_config.config_groups",
                                found=reason, expected=f"a target that matches {module}")  # fmt: skip
             if group is None or not stored:
+                if group is not None and f"{module}.weight_scale" in tensors:
+                    raise self._variant(
+                        files, "quantization_status", f"{config.quantization_status}, plain weights with scales"
+                    )
                 why = reason if group is None else f"stored unquantized although {reason} targets it"
                 plan[module] = ModulePlan(None, why, (info.shape[0], info.shape[1]))
                 continue
-            scheme = self._scheme(files, group, reason)
+            scheme = self._scheme(files, group, reason, module)
             plan[module] = ModulePlan(scheme, reason, self._check(files, module, scheme))
         return plan
 
@@ -126,12 +136,14 @@ class CompressedTensors(Method):
         config = self._config(files)
         group, reason = self._scope(files, config, module)
         assert group is not None, f"{module} is not quantized"
-        scheme = self._scheme(files, group, reason)
+        scheme = self._scheme(files, group, reason, module)
         shape = self._check(files, module, scheme)
         rows, columns = self._true_shape(files, module, scheme.weight) or shape
         scales = self._scales(files, module, scheme.weight)
         zeros = self._zeros(files, module, scheme.weight, rows) if scheme.weight.zero else None
         index = self._part(files, module, "weight_g_idx") if scheme.weight.ordered else None
+        if index is not None and bool((index == -1).all()):  # no calibration has put columns into another order
+            index, scheme = None, replace(scheme, weight=replace(scheme.weight, ordered=False))
         if index is not None:
             groups = scales[0].shape[1]
             if bool(((index < 0) | (index >= groups)).any()):
@@ -141,6 +153,11 @@ class CompressedTensors(Method):
             index = index.int()
         codes = self._codes(files, module, scheme.weight, columns)
         input_scale, input_zero = (self._part(files, module, part) for part in ("input_scale", "input_zero_point"))
+        if scheme.weight.zero is None:
+            self._no_zeros(files, f"{module}.weight_zero_point")
+        if scheme.input is not None and scheme.input.zero is None:
+            self._no_zeros(files, f"{module}.input_zero_point")
+            input_zero = None
         if scheme.input is not None and len(scheme.input.scales) > 1:
             input_scale = self._divisor(files, f"{module}.input_global_scale")
         return LayerTensors(
@@ -151,10 +168,10 @@ class CompressedTensors(Method):
         )
 
     def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
-        return compressed_writer.config_of(plan)
+        return compressed_writer.config_of(plan, variant)
 
     def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        return compressed_writer.pack_layer(module, layer)
+        return compressed_writer.pack_layer(module, layer, config)
 
     def encode_kv_cache(
         self, scheme: TensorScheme, scales: Mapping[str, KvScales]
@@ -173,7 +190,8 @@ class CompressedTensors(Method):
         for field, found in (
             ("format", config.format if config.format not in _FORMATS else None),
             ("sparsity_config.format", (config.sparsity_config or {}).get("format", "dense")),
-            ("transform_config", (config.transform_config or {}).get("config_groups")),
+            ("transform_config", config.transform_config and config.transform_config.online),
+            ("moe_sparsity_config", config.moe_sparsity_config),
         ):
             if found and found != "dense":
                 raise self._variant(files, field, found)
@@ -197,14 +215,18 @@ class CompressedTensors(Method):
 
         return config.scope(module, regex)
 
-    def _scheme(self, files: CheckpointFiles, group: Scope | Preset, name: str) -> Scheme:
-        layout = group.format or self._config(files).format
+    def _scheme(self, files: CheckpointFiles, group: Scope | Preset, name: str, module: str) -> Scheme:
+        config = self._config(files)
+        layout = group.format or config.format
         if layout not in _FORMATS:
             raise self._variant(files, f"config_groups ({name}).format", layout)
         try:
-            return group.scheme()
+            scheme = group.scheme()
         except ValueError as error:
             raise self._variant(files, f"config_groups ({name})", error) from error
+        if scheme.weight.ordered and config.omits_order and f"{module}.weight_g_idx" not in files.source.tensors:
+            return replace(scheme, weight=replace(scheme.weight, ordered=False))
+        return scheme
 
     def _check(self, files: CheckpointFiles, module: str, scheme: Scheme) -> tuple[int, int]:
         """[N, K], once all headers agree. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
@@ -218,16 +240,45 @@ class CompressedTensors(Method):
         if len(weight.scales) > 1:
             require_tensor(files, f"{module}.weight_global_scale", shape=(1,), dtypes=["F32"])
         if weight.zero:
-            packed = f"{module}.weight_packed" in tensors
-            grid = (-(-rows * weight.bits // 32), expected[1]) if packed else expected
-            require_tensor(files, f"{module}.weight_zero_point", shape=grid, dtypes=["I8", "I32"])
+            zeros = require_tensor(files, f"{module}.weight_zero_point", dtypes=["I8", "I32"])
+            if self._packed_zeros(files, module, weight):
+                counts = _word_counts(rows, weight.bits)
+                if zeros.shape != (counts[1], expected[1]):
+                    require_tensor(files, zeros.name, shape=(counts[0], expected[1]))
+            elif not (isinstance(fine.granularity, PerTensor) and zeros.shape in ((), (1,))):
+                require_tensor(files, zeros.name, shape=expected)
         if weight.ordered:
             require_tensor(files, f"{module}.weight_g_idx", shape=(columns,), dtypes=["I32", "I64"])
+        elif f"{module}.weight_g_idx" in tensors:
+            raise bad_file("unexpected-tensor", "an order of columns that the config does not declare", file=files.path,
+                           tensor=f"{module}.weight_g_idx", expected="actorder group in the config")  # fmt: skip
         if scheme.input and not scheme.input.dynamic:
-            require_tensor(files, f"{module}.input_scale", dtypes=_SCALE_DTYPES)
+            self._one_number(files, f"{module}.input_scale", _SCALE_DTYPES)
+            if scheme.input.zero:
+                self._one_number(files, f"{module}.input_zero_point", ("I8", "I32"))
         if scheme.input and len(scheme.input.scales) > 1:
             require_tensor(files, f"{module}.input_global_scale", shape=(1,), dtypes=["F32"])
         return rows, columns
+
+    def _one_number(self, files: CheckpointFiles, name: str, dtypes: tuple[str, ...]) -> None:
+        info = require_tensor(files, name, dtypes=dtypes)
+        if info.shape not in ((), (1,)):
+            require_tensor(files, name, shape=(1,))
+
+    def _packed_zeros(self, files: CheckpointFiles, module: str, weight: TensorScheme) -> bool:
+        """The library packs zero points of channels and groups; before it did, all stood as int8, as others still do."""
+        zeros = files.source.tensors[f"{module}.weight_zero_point"]
+        packs = isinstance(weight.scales[0].granularity, Group | PerChannel)
+        return packs and zeros.dtype == "I32" and f"{module}.weight_packed" in files.source.tensors
+
+    def _no_zeros(self, files: CheckpointFiles, name: str) -> None:
+        """Older writers store the zero points of symmetric codes, which are 0. Raises Refused (bad-content)."""
+        if name not in files.source.tensors:
+            return
+        zeros = files.source.read(name)
+        if bool(zeros.float().any()):
+            raise bad_file("bad-content", "a symmetric tensor has a zero point", file=files.path, tensor=name,
+                           field="values", found=zeros.float().flatten()[:4].tolist(), expected="0")  # fmt: skip
 
     def _stored_shape(self, files: CheckpointFiles, module: str, weight: TensorScheme) -> tuple[int, int]:
         """[N, K] of the codes. Raises Refused (missing-tensor, bad-shape, bad-dtype)."""
@@ -280,8 +331,7 @@ class CompressedTensors(Method):
             if isinstance(weight.element, Float) or (weight.bits == 8 and weight.zero is None):
                 return codes
             signed_codes(files, f"{module}.weight", codes, weight.bits)
-            stored = (codes.view(torch.uint8) + (1 << (weight.bits - 1))) & ((1 << weight.bits) - 1)
-            return pack(stored, weight.bits)
+            return pack((codes.to(torch.int16) + (1 << (weight.bits - 1))).to(torch.uint8), weight.bits)
         stream = files.source.read(f"{module}.weight_packed").view(torch.uint8)
         bits = weight.bits
         if stream.shape[1] == _word_counts(columns, bits)[0] * 4:
@@ -297,10 +347,14 @@ class CompressedTensors(Method):
         from qcore.bits import unpack
 
         stored = files.source.read(f"{module}.weight_zero_point")
-        if f"{module}.weight_packed" in files.source.tensors and stored.dtype == torch.int32:
-            return unpack(stored.t().contiguous().view(torch.uint8), weight.bits, rows).t().contiguous()
+        if self._packed_zeros(files, module, weight):
+            stream = stored.t().flatten().view(torch.uint8).reshape(stored.shape[1], -1)
+            dense = stored.shape[0] == _word_counts(rows, weight.bits)[0]
+            codes = unpack(stream, weight.bits, rows) if dense else _unpack_words(stream, weight.bits)[:, :rows]
+            return codes.t().contiguous()
         signed_codes(files, f"{module}.weight_zero_point", stored, weight.bits)
-        return (stored.to(torch.int16) + (1 << (weight.bits - 1))).to(torch.uint8)
+        shifted = (stored.to(torch.int16) + (1 << (weight.bits - 1))).to(torch.uint8)
+        return shifted.reshape(1, 1) if shifted.numel() == 1 else shifted
 
     def _scales(self, files: CheckpointFiles, module: str, weight: TensorScheme) -> tuple[torch.Tensor, ...]:
         fine = read_scale(files, f"{module}.weight_scale", weight.scales[0].type)
