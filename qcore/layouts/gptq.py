@@ -5,26 +5,28 @@
     scales   f16 or bf16 [G, N]
     g_idx    int32 [K], optional            the group of each input channel (act-order)
 
-w[n, k] = (q - z[g(k), n]) * s[g(k), n]. Read from AutoGPTQ's and GPTQModel's layers.
+w[n, k] = (q - z[g(k), n]) * s[g(k), n]. A quantized embedding is stored as a layer with the vocabulary for its inputs, so that
+its groups are rows of the table. Read from AutoGPTQ's and GPTQModel's layers.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from qcore.checkpoint.settings import Settings
-from qcore.elements import Granularity, Group, PerChannel
+from qcore.elements import Granularity, Group, PerChannel, Tile
 from qcore.layouts.planar import RUN, unpack_planes
 from qcore.method import CheckpointFiles, finite, require_tensor
-from qcore.refusal import bad_file
+from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, integer_weight
 
 if TYPE_CHECKING:
     import torch
 
-    from qcore.tensor import LayerTensors
+    from qcore.tensor import LayerTensors, QuantizedTensor
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 WORDS = {"int8": ("I8", 8), "int16": ("I16", 16), "int32": ("I32", 32), "int64": ("I64", 64)}
@@ -48,6 +50,11 @@ class GptqSettings(Settings):
         granularity: Granularity = Group(self.group_size) if self.group_size > 0 else PerChannel()
         ordered = self.desc_act and self.group_size > 0
         return Scheme(integer_weight(self.bits, granularity, symmetric=self.sym, ordered=ordered))
+
+    def table_scheme(self, rows: int) -> Scheme:
+        """That of an embedding with so many rows."""
+        tile = Tile(self.group_size if self.group_size > 0 else rows, 1)
+        return Scheme(integer_weight(self.bits, tile, symmetric=self.sym))
 
 
 def check_settings(files: CheckpointFiles, module: str, settings: GptqSettings) -> GptqSettings:
@@ -125,6 +132,42 @@ def read_layer(files: CheckpointFiles, module: str, settings: GptqSettings) -> L
     return LayerTensors(weight_tensor, read(bias) if bias in files.source.tensors else None)
 
 
+def read_table(files: CheckpointFiles, module: str, settings: GptqSettings) -> LayerTensors:
+    """The embedding. Raises Refused (unknown-variant, and all that `read_layer` gives)."""
+    layer = read_layer(files, module, settings.model_copy(update={"desc_act": False}))
+    if layer.weight.index is not None:
+        raise Refused(
+            Refusal("unknown-variant", "notimpl", str(files.path), "an embedding with act-order is not read",
+                    "found a g_idx that is not in order", "Quantize the embedding without desc_act.",
+                    str(files.source.tensors[f"{module}.g_idx"].file), f"{module}.g_idx")
+        )  # fmt: skip
+    return replace(layer, weight=turned(layer.weight))
+
+
+def turned(weight: QuantizedTensor) -> QuantizedTensor:
+    """The transpose of a weight in groups, or in tiles of one column, as one in the other."""
+    from qcore.bits import pack, unpack
+    from qcore.tensor import QuantizedTensor
+
+    rows, columns = weight.shape
+    scheme, bits = weight.scheme.weight, weight.scheme.weight.bits
+    codes = weight.codes.t() if bits == 8 else pack(unpack(weight.codes, bits, columns).t().contiguous(), bits)
+    return QuantizedTensor(
+        Scheme(integer_weight(bits, turned_grid(scheme.scales[0].granularity, rows, columns), symmetric=scheme.zero is None)),
+        (columns, rows),
+        codes.contiguous(),
+        (weight.scales[0].t().contiguous(),),
+        None if weight.zeros is None else weight.zeros.t().contiguous(),
+    )  # fmt: skip
+
+
+def turned_grid(grid: Granularity, rows: int, columns: int) -> Granularity:
+    """What shares a scale in the transpose of a weight [rows, columns]."""
+    if isinstance(grid, Tile):
+        return Group(grid.rows) if grid.rows < rows else PerChannel()
+    return Tile(grid.size if isinstance(grid, Group) else columns, 1)
+
+
 def _index(
     files: CheckpointFiles, module: str, settings: GptqSettings, columns: int, groups: int
 ) -> torch.Tensor | None:
@@ -148,10 +191,12 @@ def pack_layer(module: str, layer: LayerTensors, settings: GptqSettings, name: s
     """The module's tensors in this layout. Raises Refused (not-representable)."""
     import torch
 
-    from qcore.layouts.affine import affine_parts, exactly
+    from qcore.layouts.affine import affine_parts, exactly, unholdable
 
     codes, scales, zeros = affine_parts(layer.weight)
     bits = settings.bits
+    if settings.planar and (codes.shape[0] % RUN or codes.shape[1] % RUN):
+        unholdable(name, module, f"{list(codes.shape)}", "rows and columns that are multiples of 32, in planes")
     if zeros is None:
         zeros = torch.full(scales.shape, 1 << (bits - 1), dtype=torch.uint8)
     if settings.v1:

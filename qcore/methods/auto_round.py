@@ -129,8 +129,8 @@ class AutoRound(Method):
             return own, named
         values = own.model_dump(include={"bits", "group_size", "sym"})
         if "awq" in config.packing_format:
-            stated = check(awq.AwqSettings, {**values, "zero_point": not values["sym"]}, file=files.quantization_file)
-            return awq.check_settings(files, stated), named
+            values |= {"zero_point": not values["sym"], "woven": True}
+            return awq.check_settings(files, check(awq.AwqSettings, values, file=files.quantization_file)), named
         values["v1"] = "gptq" in config.packing_format and "gptqmodel" not in config.packing_format
         settings = check(gptq.GptqSettings, values, file=files.quantization_file)
         return gptq.check_settings(files, module, settings), named
