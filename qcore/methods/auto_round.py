@@ -16,6 +16,7 @@ Read from AutoRound's exporter and layers (export_to_autoround, qlinear_torch, q
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -23,12 +24,14 @@ from pydantic import Field
 from qcore.checkpoint.patterns import matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Float, Granularity, Group, Level, PerChannel, PerTensor, PerToken, ScaleType, Tile
-from qcore.layouts import awq, gptq, scaled
+from qcore.layouts import auto_round_writer, awq, gptq, scaled
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, stated_method
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
 
 if TYPE_CHECKING:
+    import torch
+
     from qcore.tensor import LayerTensors
 
 
@@ -57,6 +60,7 @@ class AutoRound(Method):
     name = "auto-round"
     quant_methods = ("auto-round", "auto_round", "intel/auto-round")
     variants = ("auto_round", "auto_round:auto_gptq", "auto_round:auto_awq", *_FLOATS)
+    written = variants
     side_files = ("quantization_config.json",)
     parts = (
         gptq.PARTS
@@ -116,6 +120,13 @@ class AutoRound(Method):
         if isinstance(settings, awq.AwqSettings):
             return awq.read_layer(files, module, settings)
         return gptq.read_layer(files, module, settings)
+
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
+        """Integers in the packing that the tool would choose, or in the variant's; floats as compressed-tensors stores them."""
+        return auto_round_writer.config_of(plan, variant)
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return auto_round_writer.pack_layer(module, layer, config)
 
     def _module(
         self, files: CheckpointFiles, module: str
