@@ -83,22 +83,20 @@ def added_zeros(name: str, module: str, weight: QuantizedTensor, dtype: torch.dt
 
     if weight.scheme.weight.zero == "float":
         assert weight.zeros is not None
-        return exactly(name, module, weight.zeros, dtype)
+        return exactly(name, module, weight.zeros, dtype, what="zero points")
     _, scales, zeros = affine_parts(weight)
     middle = 1 << (weight.scheme.weight.bits - 1)
     points = torch.full(scales.shape, float(middle)) if zeros is None else zeros.float()
-    return exactly(name, module, -(points.double() * scales.double()), dtype)
+    return exactly(name, module, -(points.double() * scales.double()), dtype, what="zero points times scales")
 
 
-def one_matrix(name: str, module: str, layer: LayerTensors) -> None:
-    """Raises Refused (not-representable) for what formats of integers alone have no place for."""
-    if len(layer.weight.shape) != 2:
-        unholdable(name, module, f"stacked experts {list(layer.weight.shape)}", "one matrix a layer")
+def plain_inputs(name: str, module: str, layer: LayerTensors) -> None:
+    """Raises Refused (not-representable) where a vector multiplies the input, for which formats of integers have no place."""
     if layer.input_multiplier is not None:
         unholdable(name, module, "a vector that multiplies the input", "none")
 
 
-def exactly(name: str, module: str, values: torch.Tensor, *dtypes: torch.dtype) -> torch.Tensor:
+def exactly(name: str, module: str, values: torch.Tensor, *dtypes: torch.dtype, what: str = "scales") -> torch.Tensor:
     """`values` in the first of the types that holds all of them, else a Refusal."""
     import torch
 
@@ -108,7 +106,7 @@ def exactly(name: str, module: str, values: torch.Tensor, *dtypes: torch.dtype) 
         if torch.equal(narrow.to(torch.float64), wide):
             return narrow
     short = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    unholdable(name, module, f"scales in {str(values.dtype).removeprefix('torch.')}", f"scales that {short} holds")
+    unholdable(name, module, f"{what} in {str(values.dtype).removeprefix('torch.')}", f"{what} that {short} holds")
 
 
 def words(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcore.elements import Float, Granularity, Group, Int, Level, PerChannel, PerTensor, PerToken, Tile
 from qcore.layouts import awq, gptq
-from qcore.layouts.affine import integer_of, one_matrix, unholdable
+from qcore.layouts.affine import integer_of, plain_inputs, unholdable
 from qcore.method import ModulePlan, is_embedding
 from qcore.scheme import Scheme, TensorScheme
 
@@ -51,7 +51,7 @@ def config_of(plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, An
 
 def pack_layer(module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The module's tensors under a config that `config_of` made. Raises Refused (not-representable)."""
-    one_matrix(NAME, module, layer)
+    plain_inputs(NAME, module, layer)
     if config["data_type"] != "int":
         return _floats(module, layer)
     own = {**config, **config.get("extra_config", {}).get(module, {})}
@@ -80,8 +80,6 @@ def _numbers(module: str, entry: ModulePlan, variant: str) -> dict[str, Any]:
     """One layer's numbers in AutoRound's words. Raises Refused (not-representable)."""
     scheme = entry.scheme
     assert scheme is not None
-    if is_embedding(module):
-        unholdable(NAME, module, "a quantized embedding", "linear layers")
     if isinstance(scheme.weight.element, Int):
         bits, size = integer_of(NAME, module, scheme, AWQ_BITS if "awq" in variant else gptq.BITS)
         own: dict[str, Any] = {"bits": bits, "group_size": size, "sym": scheme.weight.zero is None, "data_type": "int",
@@ -114,7 +112,7 @@ def _float_numbers(module: str, scheme: Scheme) -> dict[str, Any]:
         )  # fmt: skip
         if given is not None and fits and (given.dynamic or given.granularity == PerTensor()):
             width = _sizes(given.scales[0].granularity)
-            if not isinstance(width, list):
+            if isinstance(width, int):
                 return own | _inputs(8, "fp", width) | {"act_dynamic": given.dynamic}
     else:
         unholdable(NAME, module, scheme, "MX, NVFP4 or 8-bit floats under float scales")
@@ -127,9 +125,9 @@ def _inputs(bits: int, name: str, size: int) -> dict[str, Any]:
     return {"act_bits": bits, "act_data_type": name, "act_group_size": size, "act_sym": True, "act_dynamic": True}
 
 
-def _sizes(grid: Granularity) -> int | list[int]:
+def _sizes(grid: Granularity) -> int | tuple[int, int]:
     if isinstance(grid, Tile):
-        return [grid.rows, grid.cols]
+        return grid.rows, grid.cols
     return grid.size if isinstance(grid, Group) else {PerTensor: 0, PerChannel: -1, PerToken: -1}[type(grid)]
 
 

@@ -26,7 +26,7 @@ from qcore.scheme import Scheme, integer_weight
 if TYPE_CHECKING:
     import torch
 
-    from qcore.tensor import LayerTensors, QuantizedTensor
+    from qcore.tensor import LayerTensors
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 WORDS = {"int8": ("I8", 8), "int16": ("I16", 16), "int32": ("I32", 32), "int64": ("I64", 64)}
@@ -134,6 +134,9 @@ def read_layer(files: CheckpointFiles, module: str, settings: GptqSettings) -> L
 
 def read_table(files: CheckpointFiles, module: str, settings: GptqSettings) -> LayerTensors:
     """The embedding. Raises Refused (unknown-variant, and all that `read_layer` gives)."""
+    from qcore.bits import pack, unpack
+    from qcore.tensor import QuantizedTensor
+
     layer = read_layer(files, module, settings.model_copy(update={"desc_act": False}))
     if layer.weight.index is not None:
         raise Refused(
@@ -141,31 +144,17 @@ def read_table(files: CheckpointFiles, module: str, settings: GptqSettings) -> L
                     "found a g_idx that is not in order", "Quantize the embedding without desc_act.",
                     str(files.source.tensors[f"{module}.g_idx"].file), f"{module}.g_idx")
         )  # fmt: skip
-    return replace(layer, weight=turned(layer.weight))
-
-
-def turned(weight: QuantizedTensor) -> QuantizedTensor:
-    """The transpose of a weight in groups, or in tiles of one column, as one in the other."""
-    from qcore.bits import pack, unpack
-    from qcore.tensor import QuantizedTensor
-
-    rows, columns = weight.shape
-    scheme, bits = weight.scheme.weight, weight.scheme.weight.bits
-    codes = weight.codes.t() if bits == 8 else pack(unpack(weight.codes, bits, columns).t().contiguous(), bits)
-    return QuantizedTensor(
-        Scheme(integer_weight(bits, turned_grid(scheme.scales[0].granularity, rows, columns), symmetric=scheme.zero is None)),
-        (columns, rows),
-        codes.contiguous(),
+    weight, bits = layer.weight, settings.bits
+    columns, rows = weight.shape
+    codes = weight.codes if bits == 8 else unpack(weight.codes, bits, rows)
+    table = QuantizedTensor(
+        settings.model_copy(update={"sym": weight.zeros is None}).table_scheme(rows),
+        (rows, columns),
+        codes.t().contiguous() if bits == 8 else pack(codes.t().contiguous(), bits),
         (weight.scales[0].t().contiguous(),),
         None if weight.zeros is None else weight.zeros.t().contiguous(),
-    )  # fmt: skip
-
-
-def turned_grid(grid: Granularity, rows: int, columns: int) -> Granularity:
-    """What shares a scale in the transpose of a weight [rows, columns]."""
-    if isinstance(grid, Tile):
-        return Group(grid.rows) if grid.rows < rows else PerChannel()
-    return Tile(grid.size if isinstance(grid, Group) else columns, 1)
+    )
+    return replace(layer, weight=table)
 
 
 def _index(

@@ -6,14 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field, field_validator
 
 from qcore.checkpoint.settings import Settings, check
 from qcore.layouts import awq, awq_fast, gptqmodel, marlin
-from qcore.layouts.affine import integer_of, one_matrix, unholdable
+from qcore.layouts.affine import integer_of, plain_inputs, unholdable
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, is_embedding
 from qcore.refusal import Refusal, Refused, bad_file
 
@@ -92,12 +93,10 @@ class Awq(Method):
         for module, entry in plan.items():
             if entry.scheme is None:
                 continue
-            if is_embedding(module):
-                unholdable(self.name, module, "a quantized embedding", "linear layers")
             bits = awq.BITS if layout == "gemm" else (4,)
             own = integer_of(self.name, module, entry.scheme, bits, floating=layout == "gemv_fast")
-            if layout == "marlin" and entry.scheme.weight.zero is not None:
-                unholdable(self.name, module, entry.scheme, "symmetric codes in Marlin's layout")
+            if layout == "marlin" and (entry.scheme.weight.zero is not None or own[1] != 128):
+                unholdable(self.name, module, entry.scheme, "symmetric codes in groups of 128 in Marlin's layout")
             numbers[module] = dict(zip(_NUMBERS, own, strict=True))
         common, differing = gptqmodel.spread(plan, numbers)
         mixed = [pattern for pattern in differing if pattern.startswith("+:")]
@@ -105,13 +104,13 @@ class Awq(Method):
             unholdable(self.name, mixed[0][2:], differing[mixed[0]], f"{common} as in all layers of {layout}")
         if layout in ("gemv", "gemv_fast") and 0 < common["group_size"] < 128 and common["group_size"] not in (32, 64):
             unholdable(self.name, next(iter(numbers)), common, f"groups of 32, 64 or at least 128 in {layout}")
-        kept = [module for module, entry in plan.items() if entry.scheme is None and not is_embedding(module)]
+        kept = _kept(plan, numbers)
         config = {"quant_method": "awq", **common, "zero_point": layout != "marlin", "version": layout,
                   "lm_head": "lm_head" in numbers, "modules_to_not_convert": kept or None}  # fmt: skip
         return {**config, "dynamic": differing} if differing else config
 
     def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        one_matrix(self.name, module, layer)
+        plain_inputs(self.name, module, layer)
         own = {key: gptqmodel.stated(config, module)[key] for key in _NUMBERS}
         settings = awq.AwqSettings(**own, layout=config["version"])
         if settings.layout == "marlin":
@@ -153,6 +152,17 @@ class Awq(Method):
                         field="quantization_config.version")
             )  # fmt: skip
         return config
+
+
+def _kept(plan: Mapping[str, ModulePlan], quantized: Iterable[str]) -> list[str]:
+    """Parts of the names of the layers that are not quantized. Within a block, as AutoAWQ looks for them, where no quantized
+    layer has the same in its name."""
+    names = []
+    for module, entry in plan.items():
+        if entry.scheme is None and not is_embedding(module):
+            inner = re.split(r"\.\d+\.", module, maxsplit=1)[-1]
+            names.append(module if any(inner in other for other in quantized) else inner)
+    return list(dict.fromkeys(names))
 
 
 METHOD = Awq()

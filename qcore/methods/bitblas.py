@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import AliasChoices, Field
 
 from qcore.checkpoint.settings import check
-from qcore.layouts.affine import integer_of, one_matrix, unholdable
+from qcore.layouts.affine import integer_of, plain_inputs, unholdable
 from qcore.layouts.bitblas import PARTS, BitblasSettings, pack_layer, read_layer, shape_of
-from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, is_embedding
+from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules
 from qcore.refusal import bad_file
 
 if TYPE_CHECKING:
@@ -55,8 +55,6 @@ class Bitblas(Method):
         for module, entry in plan.items():
             if entry.scheme is None:
                 continue
-            if is_embedding(module):
-                unholdable(self.name, module, "a quantized embedding", "linear layers")
             found.setdefault(integer_of(self.name, module, entry.scheme, (2, 4, 8), floating=mode == "rescale"), module)
             symmetric = symmetric and entry.scheme.weight.zero is None
         if len(found) > 1:
@@ -66,7 +64,7 @@ class Bitblas(Method):
                 "zeros_mode": mode, "lm_head": bool(plan.get("lm_head") and plan["lm_head"].scheme)}  # fmt: skip
 
     def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        one_matrix(self.name, module, layer)
+        plain_inputs(self.name, module, layer)
         values = {key: config[key] for key in ("bits", "group_size", "sym", "zeros_mode")}
         return pack_layer(module, layer, BitblasSettings(**values), self.name)
 

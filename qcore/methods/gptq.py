@@ -7,15 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field
 
 from qcore.checkpoint.settings import Settings, check
-from qcore.elements import Level, Tile
 from qcore.layouts import awq, bitblas, gptq, gptqmodel, marlin
-from qcore.layouts.affine import integer_of, one_matrix, unholdable
+from qcore.layouts.affine import integer_of, plain_inputs, unholdable
 from qcore.layouts.gptq import WORDS, GptqSettings, check_settings
 from qcore.method import WRITER, CheckpointFiles, Method, ModulePlan, dense_modules, is_embedding
 from qcore.refusal import Refusal, Refused, bad_file
@@ -104,11 +102,8 @@ class Gptq(Method):
         for module, entry in plan.items():
             if entry.scheme is None:
                 continue
-            scheme = self._table(module, entry) if is_embedding(module) else entry.scheme
-            if is_embedding(module) and layout not in _ORDERED:
-                unholdable(self.name, module, "a quantized embedding", f"linear layers in {layout}")
-            weight = scheme.weight
-            own = integer_of(self.name, module, scheme, known, ordered=layout in _ORDERED)
+            weight = entry.scheme.weight
+            own = integer_of(self.name, module, entry.scheme, known, ordered=layout in _ORDERED)
             numbers[module] = dict(zip(_NUMBERS, (*own, weight.ordered, weight.zero is None), strict=True))
             layout = "gptq_p" if not variant and own[0] not in _FORMATS["gptq"] else layout
         if layout == "bitblas" and not all(own["sym"] for own in numbers.values()):
@@ -124,27 +119,15 @@ class Gptq(Method):
         return {**config, "dynamic": differing} if differing else config
 
     def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        one_matrix(self.name, module, layer)
+        plain_inputs(self.name, module, layer)
         layout, stated = config["checkpoint_format"], gptqmodel.stated(config, module)
         if layout == "marlin":
-            return marlin.pack_layer(module, layer, "B", "s", stated["group_size"], self.name)
+            return marlin.pack_layer(module, layer, "B", "s", stated["group_size"], self.name, rows_in=256)
         if layout == "bitblas":
             own = bitblas.BitblasSettings(bits=stated["bits"], group_size=stated["group_size"], sym=stated["sym"])
             return bitblas.pack_layer(module, layer, own, self.name)
         values = {key: stated[key] for key in _NUMBERS}
-        if is_embedding(module):
-            layer = replace(layer, weight=gptq.turned(layer.weight))
         return gptq.pack_layer(module, layer, GptqSettings(**values, v1=layout == "gptq", planar=layout == "gptq_p"))
-
-    def _table(self, module: str, entry: ModulePlan) -> Scheme:
-        """An embedding's scheme as that of the layer with the vocabulary for inputs. Raises Refused (not-representable)."""
-        scheme = entry.scheme
-        assert scheme is not None
-        grid = scheme.weight.granularity
-        if not (isinstance(grid, Tile) and grid.cols == 1):
-            unholdable(self.name, module, scheme, "an embedding whose groups are rows of the table")
-        level = Level(gptq.turned_grid(grid, *entry.matrix))
-        return replace(scheme, weight=replace(scheme.weight, scales=(level,)))
 
     def _shape(
         self, files: CheckpointFiles, config: GptqConfig, module: str, settings: GptqSettings, reason: str

@@ -1,6 +1,6 @@
-"""A GPTQ or AWQ checkpoint as GPTQModel reads it: python tools/readers/gptqmodel.py CHECKPOINT OUT.safetensors
+"""Reads a GPTQ or AWQ checkpoint with GPTQModel: python tools/readers/with_gptqmodel.py CHECKPOINT OUT.safetensors
 
-Run by a Python that has gptqmodel. The checkpoint is opened with its loader and dequantized with its code: for GPTQ the method
+The checkpoint is opened with its loader and dequantized with its code: for GPTQ the method
 of its layer, with scales in float32; for AWQ its dequantize_gemm.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
+REQUIRES = "gptqmodel==7.7.0 transformers==5.23.0 torch==2.13.0"
 CASES = (
     ("gptqmodel-gptq-4bit-sym", "gptq"),
     ("gptqmodel-gptq-4bit-asym-descact", "gptq:gptq_v2"),

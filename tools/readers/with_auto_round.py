@@ -1,6 +1,6 @@
-"""An AutoRound checkpoint as AutoRound reads it: python tools/readers/auto_round.py CHECKPOINT OUT.safetensors
+"""Reads an AutoRound checkpoint with AutoRound: python tools/readers/with_auto_round.py CHECKPOINT OUT.safetensors
 
-Run by a Python that has auto-round. Which layers are quantized, and how, is what its loader says; integers are dequantized by its
+Which layers are quantized, and how, is what its loader says; integers are dequantized by its
 own layers (their forward on an identity matrix) or its dequantize_gemm, floats by the layers that transformers loads with it.
 """
 
@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+REQUIRES = "auto-round==0.16.1 transformers==5.23.0 torch==2.13.0"
 CASES = (
     ("W4A16-g128-sym", "auto-round"),
     ("autoround-auto_round-w2-sym", "auto-round:auto_round"),
@@ -22,7 +23,6 @@ CASES = (
     ("gptqmodel-gptq-dynamic-mixed", "auto-round"),
     ("llmcompressor-w4a16-awq-asym", "auto-round"),
     ("llmcompressor-mxfp4a16", "auto-round:mx_fp"),
-    ("llmcompressor-nvfp4a16", "auto-round:nv_fp"),
     ("llmcompressor-fp8-static", "auto-round:fp"),
 )
 
