@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import qcore
-from makers import LINEARS, dense_llama, gptq_tensors, write
+from makers import LINEARS, dense_llama, gptq_tensors, words, write
 from qcore.scheme import Scheme
 from qcore.tensor import float_table
-from test_awq import gemm_words
+from test_awq import GEMM
 
 PREFIX = "model.layers.0."
 UP, DOWN, Q = f"{PREFIX}mlp.up_proj", f"{PREFIX}mlp.down_proj", f"{PREFIX}self_attn.q_proj"
@@ -28,7 +28,8 @@ def layer(
     zeros = torch.full_like(zeros, 1 << (bits - 1)) if sym else zeros
     scales = (torch.rand(rows, groups, generator=random) * 0.01 + 0.001).half()
     if "awq" in packing:
-        parts = {"qweight": gemm_words(codes.t()), "qzeros": gemm_words(zeros.t()), "scales": scales.t()}
+        woven = [words(part.t().unflatten(1, (-1, 8))[..., GEMM].flatten(1), bits) for part in (codes, zeros)]
+        parts = {"qweight": woven[0], "qzeros": woven[1], "scales": scales.t()}
     else:
         parts = gptq_tensors(codes, zeros, scales, bits, None, v1=packing == "auto_round:auto_gptq")
     weight = (codes - zeros.repeat_interleave(group_size, 1)).float() * scales.float().repeat_interleave(group_size, 1)
@@ -50,9 +51,9 @@ def checkpoint(folder: Path, layers: dict[str, dict[str, torch.Tensor]], **confi
 )
 @pytest.mark.parametrize("sym", [True, False])
 def test_every_packing_is_exact(tmp_path: Path, bits: int, packing: str, sym: bool) -> None:
-    if "awq" in packing and bits != 4:
+    if "awq" in packing and bits in (2, 3, 8):
         path = checkpoint(
-            tmp_path, {UP: layer(UP, 4, 32, packing, sym=sym)[0]}, packing_format=packing, bits=bits, sym=sym
+            tmp_path, {UP: layer(UP, bits, 32, packing, sym=sym)[0]}, packing_format=packing, bits=bits, sym=sym
         )
         with pytest.raises(qcore.Refused, match="bad-field"):
             qcore.open_checkpoint(path)

@@ -123,7 +123,38 @@ def test_dynamic_patterns_first_match_wins(tmp_path: Path) -> None:
     assert opened.layers["lm_head"].reason == "lm_head is false"
 
 
-GOOD = torch.zeros(1)
+@pytest.mark.parametrize(("group_size", "sym", "bits"), [(32, True, 4), (32, False, 8), (-1, True, 8), (-1, False, 3)])
+def test_an_embedding_is_stored_with_the_vocabulary_for_inputs(
+    tmp_path: Path, group_size: int, sym: bool, bits: int
+) -> None:
+    table, vocabulary, hidden = "model.embed_tokens", 128, 64
+    size = group_size if group_size > 0 else vocabulary
+    random = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, (hidden, vocabulary), generator=random)
+    zeros = torch.randint(0, 1 << bits, (hidden, vocabulary // size), generator=random)
+    zeros = torch.full_like(zeros, 1 << (bits - 1)) if sym else zeros
+    scales = (torch.rand(hidden, vocabulary // size, generator=random) * 0.01 + 0.001).half()
+    index = torch.arange(vocabulary) // size
+    tensors = dense_llama()
+    del tensors[f"{table}.weight"]
+    parts = gptq_tensors(codes, zeros, scales, bits, index, v1=True)
+    tensors |= {f"{table}.{part}": tensor for part, tensor in parts.items()}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True,
+              "dynamic": {table: {"bits": bits, "group_size": group_size, "sym": sym}}}  # fmt: skip
+    opened = qcore.open_checkpoint(write(tmp_path / "a", tensors, config))
+    weight = ((codes - zeros[:, index]).float() * scales.float()[:, index]).t()
+    assert torch.equal(opened.dequantize(table), weight)
+    assert opened.plan[table] == opened.weight(table).scheme == Scheme.parse(
+        f"W{bits}A16-tile{size}x1-{'sym' if sym else 'asym'}"
+    )  # fmt: skip
+    ids = torch.tensor([[1, 5, 9]])
+    plain = write(tmp_path / "plain", {**dense_llama(), f"{table}.weight": weight.contiguous()})
+    got = qcore.load_model(opened, dtype=torch.float32)(ids).logits
+    assert torch.allclose(got, qcore.load_model(plain, dtype=torch.float32)(ids).logits, atol=1e-5)
+    if group_size > 0:
+        tensors[f"{table}.g_idx"] = index.flip(0).int()
+        with pytest.raises(qcore.Refused, match="unknown-variant"):
+            qcore.open_checkpoint(write(tmp_path / "b", tensors, config)).weight(table)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +192,9 @@ GOOD = torch.zeros(1)
         ("bad-dtype", {"config": {"is_bitblas_format": True}}),
         ("bad-dtype", {"config": {"pack_dtype": "int64"}}),
         ("unknown-variant", {"config": {"pack_dtype": "int4"}}),
+        ("unknown-variant", {"config": {"activation": {"mode": "w4afp8"}}}),
+        ("unknown-variant", {"config": {"rotation": "hadamard"}}),
+        ("unknown-variant", {"config": {"adapter": {"name": "lora", "path": "adapter", "rank": 8}}}),
         ("unknown-variant", {"config": {"checkpoint_format": "gptq_p", "pack_dtype": "int16"}}),
     ],
 )
