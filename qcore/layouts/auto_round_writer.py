@@ -98,8 +98,9 @@ def _float_numbers(module: str, scheme: Scheme) -> dict[str, Any]:
     if levels == _MX and element in (Float("e2m1"), Float("e4m3fn")):
         own |= {"group_size": 32, "data_type": "mx_fp"}
         for rounding, name in _ROUNDINGS.items():
-            if given == TensorScheme(element, (Level(Group(32), rounding),), dynamic=True):  # type: ignore[arg-type]
-                return own | _inputs(weight.bits, name, 32)
+            for inputs in (Float("e2m1"), Float("e4m3fn")):
+                if given == TensorScheme(inputs, (Level(Group(32), rounding),), dynamic=True):  # type: ignore[arg-type]
+                    return own | _inputs(inputs.bits, name, 32)
     elif levels == _NV and element == Float("e2m1"):
         own |= {"group_size": 16, "data_type": "nv_fp"}
         if given == TensorScheme(element, _NV, dynamic=True):

@@ -53,6 +53,7 @@ class AutoRoundConfig(Settings):
     act_dynamic: bool = True
     fmt: str = "e4m3"
     packing_format: str = "auto_round:auto_gptq"
+    rotation_config: Any = None
     extra_config: dict[str, dict[str, Any]] | None = None
 
 
@@ -85,6 +86,7 @@ class AutoRound(Method):
         return self._config(files).packing_format
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
+        self._config(files)  # what is not read is refused by name, whatever the tensors are
         tensors = files.source.tensors
         quantized = [
             name.rpartition(".")[0]
@@ -181,11 +183,13 @@ def _check_types(files: CheckpointFiles, config: AutoRoundConfig, where: str) ->
         ("data_type", config.data_type, floats or config.data_type in _INTEGERS),
         ("bits", config.bits, not floats or config.bits in {"mx_fp": (4, 8), "nv_fp": (4,)}.get(config.data_type, (8,))
          or config.bits >= 16),
-        ("act_bits", config.act_bits, config.act_bits >= 16 or (floats and config.act_bits == config.bits)),
+        ("act_bits", config.act_bits, config.act_bits >= 16 or (floats and config.act_bits == config.bits)
+         or (config.data_type == "mx_fp" and config.act_bits in (4, 8))),
         ("act_data_type", config.act_data_type, config.act_bits >= 16
          or config.act_data_type in (None, *own_inputs.get(config.data_type, ()))),
         ("packing_format", config.packing_format, floats or config.packing_format.startswith("auto_round")),
         ("fmt", config.fmt, config.fmt in ("e4m3", "e5m2")),
+        ("rotation_config", config.rotation_config, not config.rotation_config),
     ):  # fmt: skip
         if not known:
             raise Refused(
@@ -217,7 +221,8 @@ def _float_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) 
         input_whole="input_global_scale",
         divides=True,
     )
-    return Scheme(weight, TensorScheme(element, given, dynamic=True) if quantized_inputs else None), names
+    inputs = TensorScheme(Float("e2m1" if config.act_bits == 4 else "e4m3fn"), given, dynamic=True)
+    return Scheme(weight, inputs if quantized_inputs else None), names
 
 
 def _fp8_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) -> tuple[Scheme, scaled.Names]:

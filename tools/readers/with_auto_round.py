@@ -48,9 +48,15 @@ def main(checkpoint: Path, out: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cpu") if floats else None
     weights = {}
     with safe_open(checkpoint / "model.safetensors", "pt") as held:
+        names = set(held.keys())
         for name, own in layers.items():
             if loaded is not None and name in floats:
-                weight = _float_weight(loaded.get_submodule(name))
+                parts = {
+                    part: held.get_tensor(f"{name}.{part}")
+                    for part in ("weight", "weight_scale")
+                    if f"{name}.{part}" in names
+                }
+                weight = _float_weight(loaded.get_submodule(name), parts)
             else:
                 parts = {part: held.get_tensor(f"{name}.{part}") for part in ("qweight", "qzeros", "scales")}
                 rows, columns = modules[name].weight.shape
@@ -85,10 +91,16 @@ def _filled(words: Any, rows: int) -> Any:
     return torch.nn.functional.pad(words, (0, 0, 0, rows - words.shape[0]))
 
 
-def _float_weight(layer: Any) -> Any:
+def _float_weight(layer: Any, parts: dict[str, Any]) -> Any:
     import torch
 
     layer.dtype = torch.float32
+    scale = parts.get("weight_scale")
+    if "weight" in parts and scale is not None and scale.is_floating_point():  # it is loaded in the model's bfloat16
+        layer.pre_dequantized = False
+        for part in ("weight", "weight_scale"):
+            delattr(layer, part)
+        layer.weight, layer.weight_scale = parts["weight"], scale.float()
     return layer.dequant_weight_online()
 
 
