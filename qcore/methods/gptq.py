@@ -95,7 +95,8 @@ class Gptq(Method):
         return read(files, module, settings)
 
     def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
-        """The commonest numbers for the whole, `dynamic` for the others; planar where a layer has 5, 6 or 7 bits."""
+        """The commonest numbers for the whole, `dynamic` for the others. Planar where a layer has 5, 6 or 7 bits, else v2 where one
+        has zero points: GPTQModel takes v1 with these from its own hand only."""
         numbers: dict[str, dict[str, Any]] = {}
         known = _FORMATS[variant] if variant else gptq.BITS
         layout = variant or "gptq"
@@ -105,7 +106,9 @@ class Gptq(Method):
             weight = entry.scheme.weight
             own = integer_of(self.name, module, entry.scheme, known, ordered=layout in _ORDERED)
             numbers[module] = dict(zip(_NUMBERS, (*own, weight.ordered, weight.zero is None), strict=True))
-            layout = "gptq_p" if not variant and own[0] not in _FORMATS["gptq"] else layout
+            if not variant and layout != "gptq_p":
+                planar = own[0] not in _FORMATS["gptq"]
+                layout = "gptq_p" if planar else "gptq_v2" if weight.zero else layout
         if layout == "bitblas" and not all(own["sym"] for own in numbers.values()):
             numbers = {module: {**own, "sym": False} for module, own in numbers.items()}
         common, differing = gptqmodel.spread(plan, numbers)
