@@ -69,6 +69,22 @@ def test_a_zero_point_of_zero_wraps_field_by_field_in_v1(tmp_path: Path) -> None
     assert torch.equal(qcore.open_checkpoint(path).dequantize(MODULE), weight)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptqmodel_takes_one_from_a_whole_word_of_zero_points(tmp_path: Path, bits: int) -> None:
+    """Where a zero point is 0 it borrows from the next one; of 3 bits, which cross words, each is taken by itself."""
+    zeros = torch.randint(0, 1 << bits, (ROWS, 3))
+    zeros[::3] = 0
+    parts = gptq_tensors(
+        torch.zeros(ROWS, COLUMNS, dtype=torch.int64), zeros, torch.ones(ROWS, 3), bits, None, v1=bits == 3
+    )
+    stored = parts["qzeros"] if bits == 3 else parts["qzeros"] - sum(1 << field for field in range(0, 32, bits))
+    path, _ = checkpoint(
+        tmp_path, bits, zeros=zeros, change={"qzeros": stored}, config={"meta": {"quantizer": ["gptqmodel:7.7.0"]}}
+    )
+    weight = checkpoint(tmp_path / "plain", bits, zeros=zeros)[1]
+    assert torch.equal(qcore.open_checkpoint(path).dequantize(MODULE), weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_scales_keep_their_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     path, weight = checkpoint(tmp_path, scale_dtype=dtype)

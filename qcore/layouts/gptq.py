@@ -35,13 +35,15 @@ PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx", "bias"})
 
 
 class GptqSettings(Settings):
-    """One module's numbers. v1: stored zero points are one less than they are. planar: codes are stored in planes."""
+    """One module's numbers. v1: stored zero points are one less than they are; by_word: a whole word of them was made so at once,
+    as GPTQModel does it, where a zero point of 0 borrows from the next. planar: codes are stored in planes."""
 
     bits: int
     group_size: int = Field(ge=-1)
     desc_act: bool = False
     sym: bool = True
     v1: bool = True
+    by_word: bool = False
     planar: bool = False
     pack_dtype: str = "int32"
 
@@ -107,14 +109,18 @@ def read_layer(files: CheckpointFiles, module: str, settings: GptqSettings) -> L
     read, bits = files.source.read, settings.bits
     stream = read(f"{module}.qweight").t().contiguous().view(torch.uint8)
     codes = stream[:, : (columns * bits + 7) // 8].contiguous()
-    zero_stream = read(f"{module}.qzeros").contiguous().view(torch.uint8)
+    zero_words, by_word = read(f"{module}.qzeros").contiguous(), settings.v1 and settings.by_word and 32 % bits == 0
+    if by_word:
+        width = 8 * zero_words.element_size()
+        zero_words = zero_words + sum(1 << field for field in range(0, width, bits))
+    zero_stream = zero_words.view(torch.uint8)
     if settings.planar:
         codes, zeros = pack(unpack_planes(codes, bits), bits), unpack_planes(zero_stream, bits).t().contiguous()
     else:
         zeros = unpack(zero_stream, bits, rows).t().contiguous()
     scales = finite(files, f"{module}.scales", read(f"{module}.scales").t().contiguous())
-    if settings.v1:
-        zeros = (zeros + 1) & ((1 << bits) - 1)  # v1; field by field, so that no carry reaches the next zero point
+    if settings.v1 and not by_word:
+        zeros = (zeros + 1) & ((1 << bits) - 1)  # field by field, so that no carry reaches the next zero point
     scheme = settings.scheme()
     index = _index(files, module, settings, columns, scales.shape[1])
     if index is not None and not scheme.weight.ordered:

@@ -36,6 +36,13 @@ def refuse_computed(files: CheckpointFiles, config: Mapping[str, Any]) -> None:
             )  # fmt: skip
 
 
+def wrote(meta: object) -> bool:
+    """Whether GPTQModel wrote the tensors, as its configs say in `meta`: `quantizer` has names with versions."""
+    stated = meta.get("quantizer") if isinstance(meta, dict) else None
+    names = stated if isinstance(stated, list) else [stated]
+    return any(str(name).lower().startswith("gptqmodel:") for name in names)
+
+
 def overrides(files: CheckpointFiles, dynamic: Dynamic | None, module: str) -> tuple[Mapping[str, Any], str]:
     """What the first pattern that fits says of the module, and the pattern; nothing where none fits."""
     for pattern, entry in (dynamic or {}).items():

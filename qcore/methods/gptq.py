@@ -47,6 +47,7 @@ class GptqConfig(Settings):
     fast_decoding: bool | None = None
     dynamic: dict[str, dict[str, Any]] | None = None
     modules_in_block_to_quantize: list[Any] | None = None
+    meta: Any = None
 
 
 class Gptq(Method):
@@ -185,6 +186,7 @@ class Gptq(Method):
         changed, pattern = gptqmodel.overrides(files, config.dynamic, module)
         values |= {key: changed[key] for key in values.keys() & changed.keys()}
         layout = config.checkpoint_format
+        values |= {"by_word": gptqmodel.wrote(config.meta)}
         values |= {"v1": layout == "gptq", "planar": layout == "gptq_p", "pack_dtype": config.pack_dtype}
         settings = check_settings(files, module, check(GptqSettings, values, file=files.quantization_file))
         if layout in ("gptq", "gptq_v2") and (
