@@ -22,7 +22,6 @@ CASES = (
     ("gptqmodel-gptq-8bit-sym", "auto-round"),
     ("gptqmodel-gptq-dynamic-mixed", "auto-round"),
     ("llmcompressor-w4a16-awq-asym", "auto-round"),
-    ("llmcompressor-mxfp4a16", "auto-round:mx_fp"),
     ("llmcompressor-fp8-static", "auto-round:fp"),
 )
 

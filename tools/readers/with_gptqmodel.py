@@ -25,6 +25,8 @@ CASES = (
     ("llmcompressor-w4a16-awq-asym", "gptq"),
     ("llmcompressor-w4a16-gptq", "gptq:gptq_v2"),
     ("autoawq-gemm-w4-zp", "gptq"),
+    ("W5A16-g32-asym", "gptq"),
+    ("W6A16-g64-sym", "awq:gemm"),
     ("autoawq-gemm-w4-zp", "awq"),
     ("gptqmodel-gptq-4bit-sym", "awq:gemm"),
     ("gptqmodel-gptq-3bit-sym", "awq:gemm"),
