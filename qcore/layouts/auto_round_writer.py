@@ -106,7 +106,7 @@ def _float_numbers(module: str, scheme: Scheme) -> dict[str, Any]:
         if given == TensorScheme(element, _NV, dynamic=True):
             return own | _inputs(4, "nv_fp4_with_static_gs", 16)
     elif element in (Float("e4m3fn"), Float("e5m2")) and len(levels) == 1 and levels[0].type == "float":
-        size = _sizes(levels[0].granularity)
+        size = _sizes(levels[0].granularity) or -1  # its own config class refuses the 0 of one scale for all
         own |= {"group_size": size, "data_type": "fp"}
         fits = given is not None and len(given.scales) == 1 and replace(given, dynamic=False) == TensorScheme(
             element, (Level(given.scales[0].granularity),)
@@ -159,7 +159,7 @@ def _floats(module: str, layer: LayerTensors) -> dict[str, torch.Tensor]:
     grid, fine = scheme.weight.scales[0].granularity, weight.scales[0]
     parts = {"weight" if scheme.weight.bits == 8 else "weight_packed": weight.codes}
     if isinstance(grid, PerChannel | PerTensor):
-        fine = fine.flatten()
+        fine = fine.flatten().expand(weight.shape[0]).contiguous()
     parts["weight_scale_inv" if isinstance(grid, Tile) else "weight_scale"] = fine
     if len(weight.scales) == 2:
         parts["weight_global_scale"] = divisor_of(module, weight.scales[0], weight.scales[1]).reshape(1)
