@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import qcore
-from makers import LINEARS, dense_llama, gptq_tensors, write
+from makers import LINEARS, dense_llama, gptq_tensors, words, write
 from qcore.scheme import Scheme
 from qcore.tensor import float_table
-from test_awq import gemm_words
+from test_awq import GEMM
 
 PREFIX = "model.layers.0."
 UP, DOWN, Q = f"{PREFIX}mlp.up_proj", f"{PREFIX}mlp.down_proj", f"{PREFIX}self_attn.q_proj"
@@ -28,7 +28,8 @@ def layer(
     zeros = torch.full_like(zeros, 1 << (bits - 1)) if sym else zeros
     scales = (torch.rand(rows, groups, generator=random) * 0.01 + 0.001).half()
     if "awq" in packing:
-        parts = {"qweight": gemm_words(codes.t()), "qzeros": gemm_words(zeros.t()), "scales": scales.t()}
+        woven = [words(part.t().unflatten(1, (-1, 8))[..., GEMM].flatten(1), bits) for part in (codes, zeros)]
+        parts = {"qweight": woven[0], "qzeros": woven[1], "scales": scales.t()}
     else:
         parts = gptq_tensors(codes, zeros, scales, bits, None, v1=packing == "auto_round:auto_gptq")
     weight = (codes - zeros.repeat_interleave(group_size, 1)).float() * scales.float().repeat_interleave(group_size, 1)
@@ -50,9 +51,9 @@ def checkpoint(folder: Path, layers: dict[str, dict[str, torch.Tensor]], **confi
 )
 @pytest.mark.parametrize("sym", [True, False])
 def test_every_packing_is_exact(tmp_path: Path, bits: int, packing: str, sym: bool) -> None:
-    if "awq" in packing and bits != 4:
+    if "awq" in packing and bits in (2, 3, 8):
         path = checkpoint(
-            tmp_path, {UP: layer(UP, 4, 32, packing, sym=sym)[0]}, packing_format=packing, bits=bits, sym=sym
+            tmp_path, {UP: layer(UP, bits, 32, packing, sym=sym)[0]}, packing_format=packing, bits=bits, sym=sym
         )
         with pytest.raises(qcore.Refused, match="bad-field"):
             qcore.open_checkpoint(path)
@@ -108,6 +109,7 @@ def test_names_of_the_method(tmp_path: Path, name: str) -> None:
         ({"data_type": "nv_fp", "group_size": -2}, "bad-field"),
         ({"act_bits": 8}, "unknown-variant"),
         ({"packing_format": "abacus"}, "unknown-variant"),
+        ({"rotation_config": {"algorithm": "hadamard", "block_size": 32}}, "unknown-variant"),
         ({"bits": 9}, "bad-field"),
         ({"bits": None}, "bad-field"),
         ({"group_size": 0}, "bad-field"),
@@ -134,13 +136,14 @@ def float_layer(kind: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[
     powers = torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
     eights = torch.randn(rows, columns, generator=random).to(torch.float8_e4m3fn)
     mx = {"data_type": "mx_fp", "group_size": 32, "act_data_type": "mx_fp", "act_group_size": 32}
-    if kind == "MXFP4":
-        config = {**mx, "bits": 4, "act_bits": 4}
+    if kind in ("MXFP4", "MXFP4A8"):
+        config = {**mx, "bits": 4, "act_bits": 8 if kind == "MXFP4A8" else 4}
+        inputs = "W4A8-e2m1-g32:e8m0/fp8" if kind == "MXFP4A8" else "W4A4-e2m1-g32:e8m0/e2m1"
         return (
             {"weight_packed": packed, "weight_scale": exponents},
             values * powers,
             config,
-            "W4A4-e2m1-g32:e8m0/e2m1-g32:e8m0floor-dyn",
+            f"{inputs}-g32:e8m0floor-dyn",
         )
     if kind == "MXFP8":
         config = {**mx, "bits": 8, "act_bits": 8}
@@ -169,6 +172,11 @@ def float_layer(kind: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[
         fives = eights.float().to(torch.float8_e5m2)
         config |= {"group_size": 0, "act_bits": 16, "fmt": "e5m2"}
         return {"weight": fives, "weight_scale": scale}, fives.float() * scale, config, "W8A16-e5m2-tensor"
+    if kind == "FPW8A16_G32":
+        scale = torch.rand(rows, columns // 32, generator=random)
+        config |= {"group_size": 32, "act_bits": 16}
+        weight = eights.float() * scale.repeat_interleave(32, 1)
+        return {"weight": eights, "weight_scale": scale.flatten()}, weight, config, "W8A16-fp8-g32"
     scale = torch.rand(2, 2, generator=random)
     spread = scale.repeat_interleave(64, 0)[:rows].repeat_interleave(32, 1)
     config |= {"group_size": [64, 32], "act_group_size": 32, "act_dynamic": True}
@@ -180,7 +188,7 @@ def float_layer(kind: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[
     )
 
 
-FLOATS = ("MXFP4", "MXFP8", "NVFP4", "FP8_STATIC", "FPW8A16", "FP8_BLOCK")
+FLOATS = ("MXFP4", "MXFP4A8", "FPW8A16_G32", "MXFP8", "NVFP4", "FP8_STATIC", "FPW8A16", "FP8_BLOCK")
 
 
 @pytest.mark.parametrize("kind", FLOATS)
@@ -201,7 +209,7 @@ def test_float_exports_are_exact_and_run(tmp_path: Path, kind: str) -> None:
         {"bits": 6, "act_bits": 6},
         {"data_type": "mx_int"},
         {"data_type": "nvfp4_v2"},
-        {"act_bits": 8},
+        {"act_bits": 6},
         {"fmt": "e3m4"},
     ],
 )

@@ -70,6 +70,38 @@ def test_every_variant_is_exact(tmp_path: Path, layout: str, group_size: int, pa
     assert opened.weight(MODULE).scheme == opened.plan[MODULE]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("zero_point", [True, False])
+def test_gptqmodels_other_widths_are_a_plain_stream(tmp_path: Path, bits: int, zero_point: bool) -> None:
+    random = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, (ROWS, COLUMNS), generator=random)
+    zeros = torch.randint(0, 1 << bits, (ROWS, 3), generator=random)
+    zeros = zeros if zero_point else torch.full_like(zeros, 1 << (bits - 1))
+    scales = (torch.rand(ROWS, 3, generator=random) * 0.01 + 0.001).half()
+    change: dict[str, torch.Tensor | None] = {"qweight": words(codes.t(), bits), "scales": scales.t()}
+    change["qzeros"] = words(zeros.t(), bits) if zero_point else None
+    path, _ = checkpoint(tmp_path, config={"bits": bits, "zero_point": zero_point}, change=change)
+    weight = (codes - zeros.repeat_interleave(32, 1)).float() * scales.float().repeat_interleave(32, 1)
+    assert torch.equal(qcore.open_checkpoint(path).dequantize(MODULE), weight)
+
+
+def test_dynamic_has_the_numbers_of_single_layers(tmp_path: Path) -> None:
+    patterns = {"+:.*down_proj": {"group_size": 32}, "-:.*up_proj": {}}
+    path, weight = checkpoint(tmp_path, 32, config={"group_size": 64, "dynamic": patterns})
+    opened = qcore.open_checkpoint(path)
+    assert torch.equal(opened.dequantize(MODULE), weight)
+    assert "dynamic" in opened.layers[MODULE].reason and "-:" in opened.layers["model.layers.0.mlp.up_proj"].reason
+
+
+@pytest.mark.parametrize("layout", ["gemm", "gemv"])
+def test_gptqmodels_rounding_says_gptq_of_these_layouts(tmp_path: Path, layout: str) -> None:
+    config = {"quant_method": "gptq", "method": "gptq", "format": layout, "checkpoint_format": layout}
+    path, weight = checkpoint(tmp_path, layout=layout, padding=4, config=config)
+    opened = qcore.open_checkpoint(path)
+    assert (opened.method, opened.format_version) == ("awq", layout)
+    assert torch.equal(opened.dequantize(MODULE), weight)
+
+
 def test_gemv_of_groups_of_64_is_padded_to_two_words(tmp_path: Path) -> None:
     path, weight = checkpoint(tmp_path, 48, "gemv", padding=1)
     assert torch.equal(qcore.open_checkpoint(path).dequantize(MODULE), weight)
@@ -125,7 +157,11 @@ def nan_scales() -> torch.Tensor:
         ({"version": "gemv_fast"}, {}, "bad-dtype"),
         ({"version": "marlin"}, {}, "bad-shape"),
         ({"version": "abacus"}, {}, "unknown-variant"),
-        ({"bits": 3}, {}, "bad-field"),
+        ({"bits": 9}, {}, "bad-field"),
+        ({"bits": 3}, {}, "bad-shape"),
+        ({"bits": 8, "version": "gemv"}, {}, "bad-field"),
+        ({"dynamic": {"+:.*down_proj": {"bits": 8}}}, {}, "bad-shape"),
+        ({"rotation": "hadamard"}, {}, "unknown-variant"),
         ({"bits": "four"}, {}, "bad-field"),
         ({"group_size": 0}, {}, "bad-field"),
         ({"group_size": 64}, {}, "bad-shape"),

@@ -68,14 +68,15 @@ def test_integers_go_round_through_gptq_and_compressed_tensors(tmp_path: Path, b
     same(first, second)
     same(first, third)
     assert first.plan[DOWN] == third.plan[DOWN]
-    assert second.format_version == ("gptq_p" if bits in (5, 6, 7) else "gptq")
+    version = "gptq_p" if bits in (5, 6, 7) else "gptq_v2" if form == "asym" else "gptq"
+    assert second.format_version == version
 
 
-def test_awq_takes_four_bits_in_groups(tmp_path: Path) -> None:
+def test_awq_takes_integers_in_groups(tmp_path: Path) -> None:
     path, weight = test_gptq.checkpoint(tmp_path / "a")
     opened = qcore.open_checkpoint(convert(path, "awq", tmp_path / "b"))
     assert opened.method == "awq" and torch.equal(opened.dequantize(test_gptq.MODULE), weight)
-    path, _ = test_gptq.checkpoint(tmp_path / "c", bits=8)
+    path, _ = test_gptq.checkpoint(tmp_path / "c", desc_act=True)
     with pytest.raises(qcore.Refused, match="not-representable"):
         convert(path, "awq", tmp_path / "d")
     assert not (tmp_path / "d").exists()

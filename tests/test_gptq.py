@@ -69,6 +69,22 @@ def test_a_zero_point_of_zero_wraps_field_by_field_in_v1(tmp_path: Path) -> None
     assert torch.equal(qcore.open_checkpoint(path).dequantize(MODULE), weight)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptqmodel_takes_one_from_a_whole_word_of_zero_points(tmp_path: Path, bits: int) -> None:
+    """Where a zero point is 0 it borrows from the next one; of 3 bits, which cross words, each is taken by itself."""
+    zeros = torch.randint(0, 1 << bits, (ROWS, 3))
+    zeros[::3] = 0
+    parts = gptq_tensors(
+        torch.zeros(ROWS, COLUMNS, dtype=torch.int64), zeros, torch.ones(ROWS, 3), bits, None, v1=bits == 3
+    )
+    stored = parts["qzeros"] if bits == 3 else parts["qzeros"] - sum(1 << field for field in range(0, 32, bits))
+    path, _ = checkpoint(
+        tmp_path, bits, zeros=zeros, change={"qzeros": stored}, config={"meta": {"quantizer": ["gptqmodel:7.7.0"]}}
+    )
+    weight = checkpoint(tmp_path / "plain", bits, zeros=zeros)[1]
+    assert torch.equal(qcore.open_checkpoint(path).dequantize(MODULE), weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_scales_keep_their_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     path, weight = checkpoint(tmp_path, scale_dtype=dtype)
@@ -123,7 +139,38 @@ def test_dynamic_patterns_first_match_wins(tmp_path: Path) -> None:
     assert opened.layers["lm_head"].reason == "lm_head is false"
 
 
-GOOD = torch.zeros(1)
+@pytest.mark.parametrize(("group_size", "sym", "bits"), [(32, True, 4), (32, False, 8), (-1, True, 8), (-1, False, 3)])
+def test_an_embedding_is_stored_with_the_vocabulary_for_inputs(
+    tmp_path: Path, group_size: int, sym: bool, bits: int
+) -> None:
+    table, vocabulary, hidden = "model.embed_tokens", 128, 64
+    size = group_size if group_size > 0 else vocabulary
+    random = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, (hidden, vocabulary), generator=random)
+    zeros = torch.randint(0, 1 << bits, (hidden, vocabulary // size), generator=random)
+    zeros = torch.full_like(zeros, 1 << (bits - 1)) if sym else zeros
+    scales = (torch.rand(hidden, vocabulary // size, generator=random) * 0.01 + 0.001).half()
+    index = torch.arange(vocabulary) // size
+    tensors = dense_llama()
+    del tensors[f"{table}.weight"]
+    parts = gptq_tensors(codes, zeros, scales, bits, index, v1=True)
+    tensors |= {f"{table}.{part}": tensor for part, tensor in parts.items()}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True,
+              "dynamic": {table: {"bits": bits, "group_size": group_size, "sym": sym}}}  # fmt: skip
+    opened = qcore.open_checkpoint(write(tmp_path / "a", tensors, config))
+    weight = ((codes - zeros[:, index]).float() * scales.float()[:, index]).t()
+    assert torch.equal(opened.dequantize(table), weight)
+    assert opened.plan[table] == opened.weight(table).scheme == Scheme.parse(
+        f"W{bits}A16-tile{size}x1-{'sym' if sym else 'asym'}"
+    )  # fmt: skip
+    ids = torch.tensor([[1, 5, 9]])
+    plain = write(tmp_path / "plain", {**dense_llama(), f"{table}.weight": weight.contiguous()})
+    got = qcore.load_model(opened, dtype=torch.float32)(ids).logits
+    assert torch.allclose(got, qcore.load_model(plain, dtype=torch.float32)(ids).logits, atol=1e-5)
+    if group_size > 0:
+        tensors[f"{table}.g_idx"] = index.flip(0).int()
+        with pytest.raises(qcore.Refused, match="unknown-variant"):
+            qcore.open_checkpoint(write(tmp_path / "b", tensors, config)).weight(table)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +208,9 @@ GOOD = torch.zeros(1)
         ("bad-dtype", {"config": {"is_bitblas_format": True}}),
         ("bad-dtype", {"config": {"pack_dtype": "int64"}}),
         ("unknown-variant", {"config": {"pack_dtype": "int4"}}),
+        ("unknown-variant", {"config": {"activation": {"mode": "w4afp8"}}}),
+        ("unknown-variant", {"config": {"rotation": "hadamard"}}),
+        ("unknown-variant", {"config": {"adapter": {"name": "lora", "path": "adapter", "rank": 8}}}),
         ("unknown-variant", {"config": {"checkpoint_format": "gptq_p", "pack_dtype": "int16"}}),
     ],
 )

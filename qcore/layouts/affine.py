@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from qcore.scheme import Scheme
-    from qcore.tensor import QuantizedTensor
+    from qcore.tensor import LayerTensors, QuantizedTensor
 
 
 def unholdable(name: str, module: str, what: object, expected: str) -> NoReturn:
@@ -24,12 +24,24 @@ def unholdable(name: str, module: str, what: object, expected: str) -> NoReturn:
 
 
 def integer_of(
-    name: str, module: str, scheme: Scheme, bits: Sequence[int], *, inputs: bool = False, ordered: bool = False
+    name: str,
+    module: str,
+    scheme: Scheme,
+    bits: Sequence[int],
+    *,
+    inputs: bool = False,
+    ordered: bool = False,
+    floating: bool = False,
 ) -> tuple[int, int]:
-    """Bits and group size (-1: one group a row) of a weight that is an integer with a scale a group, else a Refusal."""
+    """Bits and group size (-1: one group a row) of a weight that is an integer with a scale a group, else a Refusal.
+
+    inputs, ordered, floating: quantized activations, act-order and float zero points of unsigned codes are held too.
+    """
     weight = scheme.weight
     element, levels = weight.element, weight.scales
-    fits = isinstance(element, Int) and element.bits in bits and len(levels) == 1 and weight.zero != "float"
+    fits = isinstance(element, Int) and element.bits in bits and len(levels) == 1
+    if fits and weight.zero == "float":
+        fits = floating and not element.signed  # type: ignore[union-attr]
     if not fits or (weight.ordered and not ordered) or (scheme.input is not None and not inputs):
         unholdable(name, module, scheme, f"integers of {', '.join(map(str, bits))} bits in groups")
     grid = levels[0].granularity
@@ -55,7 +67,7 @@ def affine_parts(weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor, t
     else:
         codes = unpack(weight.codes, element.bits, columns)
     scales = weight.scales[0].expand(rows, -1) if weight.scales[0].shape[0] == 1 else weight.scales[0]
-    zeros = weight.zeros
+    zeros = None if weight.scheme.weight.zero == "float" else weight.zeros
     if zeros is not None:
         wide = zeros.to(torch.int16).expand(scales.shape)
         zeros = (wide + middle if element.signed else wide).to(torch.uint8)
@@ -64,7 +76,27 @@ def affine_parts(weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor, t
     return codes, scales.contiguous(), zeros
 
 
-def exactly(name: str, module: str, values: torch.Tensor, *dtypes: torch.dtype) -> torch.Tensor:
+def added_zeros(name: str, module: str, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """The term that is added to q s of unsigned codes, [N, G]: a float zero point, or -(z s) where `dtype` holds it,
+    else a Refusal."""
+    import torch
+
+    if weight.scheme.weight.zero == "float":
+        assert weight.zeros is not None
+        return exactly(name, module, weight.zeros, dtype, what="zero points")
+    _, scales, zeros = affine_parts(weight)
+    middle = 1 << (weight.scheme.weight.bits - 1)
+    points = torch.full(scales.shape, float(middle)) if zeros is None else zeros.float()
+    return exactly(name, module, -(points.double() * scales.double()), dtype, what="zero points times scales")
+
+
+def plain_inputs(name: str, module: str, layer: LayerTensors) -> None:
+    """Raises Refused (not-representable) where a vector multiplies the input, for which formats of integers have no place."""
+    if layer.input_multiplier is not None:
+        unholdable(name, module, "a vector that multiplies the input", "none")
+
+
+def exactly(name: str, module: str, values: torch.Tensor, *dtypes: torch.dtype, what: str = "scales") -> torch.Tensor:
     """`values` in the first of the types that holds all of them, else a Refusal; no file has scales of 64 bits."""
     import torch
 
@@ -76,7 +108,7 @@ def exactly(name: str, module: str, values: torch.Tensor, *dtypes: torch.dtype) 
         if torch.equal(narrow.to(torch.float64), wide):
             return narrow
     short = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    unholdable(name, module, f"scales in {str(values.dtype).removeprefix('torch.')}", f"scales that {short} holds")
+    unholdable(name, module, f"{what} in {str(values.dtype).removeprefix('torch.')}", f"{what} that {short} holds")
 
 
 def multiplier_of(name: str, module: str, fine: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,55 @@ def deinterleave(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return plain.to(torch.int32).view(torch.uint8)
 
 
+def interleave(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The plain stream uint8 [N, B] -> its words interleaved, the inverse of `deinterleave`."""
+    import torch
+
+    words = codes.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    woven, mask = torch.zeros_like(words), (1 << bits) - 1
+    for i in range(32 // bits):
+        woven |= ((words >> (bits * i)) & mask) << ((i % 2) * 16 + (i // 2) * bits)
+    if bits == 2:
+        woven = woven & 0xFF0000FF | (woven & 0x00FF0000) >> 8 | (woven & 0x0000FF00) << 8
+    return woven.to(torch.int32).view(torch.uint8)
+
+
+def pack_layer(module: str, layer: LayerTensors, settings: BitblasSettings, name: str) -> dict[str, torch.Tensor]:
+    """The module's tensors. Raises Refused (not-representable), also where floats do not hold z s (`rescale`)."""
+    import torch
+
+    from qcore.bits import pack
+    from qcore.layouts.affine import added_zeros, affine_parts, exactly, unholdable
+
+    bits = settings.bits
+    codes, scales, zeros = affine_parts(layer.weight)
+    rows, columns = codes.shape
+    if (
+        columns * bits % 32
+        or rows * bits % 8
+        or columns % (settings.group_size if settings.group_size > 0 else columns)
+    ):
+        unholdable(name, module, f"{rows} output and {columns} input channels in groups of {settings.group_size}",
+                   "whole groups, and rows and columns that end with a word")  # fmt: skip
+    scales = exactly(name, module, scales, torch.float16, torch.bfloat16)
+    stream = pack(codes, bits)
+    if bits < 8 and scales.dtype == torch.float16:
+        stream = interleave(stream, bits)
+    parts = {"qweight": stream.view(torch.int8), "scales": scales}
+    points = torch.full(scales.shape, 1 << (bits - 1), dtype=torch.uint8) if zeros is None else zeros
+    if settings.sym and zeros is not None:
+        unholdable(name, module, "zero points", "symmetric codes, as the config says")
+    elif settings.zeros_mode == "rescale":
+        parts["zeros"] = -added_zeros(name, module, layer.weight, scales.dtype)
+    elif settings.zeros_mode == "original":
+        parts["zeros"] = exactly(name, module, points, scales.dtype)
+    elif not settings.sym:
+        parts["qzeros"] = pack(points.t().contiguous(), bits).view(torch.int8)
+    if layer.bias is not None:
+        parts["bias"] = layer.bias
+    return {f"{module}.{part}": tensor for part, tensor in parts.items()}
+
+
 def _zeros_name(files: CheckpointFiles, module: str) -> str:
     return f"{module}.zeros" if f"{module}.zeros" in files.source.tensors else f"{module}.qzeros"
 

@@ -5,20 +5,22 @@
     scales   f16 or bf16 [G, N]
     g_idx    int32 [K], optional            the group of each input channel (act-order)
 
-w[n, k] = (q - z[g(k), n]) * s[g(k), n]. Read from AutoGPTQ's and GPTQModel's layers.
+w[n, k] = (q - z[g(k), n]) * s[g(k), n]. A quantized embedding is stored as a layer with the vocabulary for its inputs, so that
+its groups are rows of the table. Read from AutoGPTQ's and GPTQModel's layers.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from qcore.checkpoint.settings import Settings
-from qcore.elements import Granularity, Group, PerChannel
+from qcore.elements import Granularity, Group, PerChannel, Tile
 from qcore.layouts.planar import RUN, unpack_planes
 from qcore.method import CheckpointFiles, finite, require_tensor
-from qcore.refusal import bad_file
+from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, integer_weight
 
 if TYPE_CHECKING:
@@ -33,13 +35,15 @@ PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx", "bias"})
 
 
 class GptqSettings(Settings):
-    """One module's numbers. v1: stored zero points are one less than they are. planar: codes are stored in planes."""
+    """One module's numbers. v1: stored zero points are one less than they are; by_word: a whole word of them was made so at once,
+    as GPTQModel does it, where a zero point of 0 borrows from the next. planar: codes are stored in planes."""
 
     bits: int
     group_size: int = Field(ge=-1)
     desc_act: bool = False
     sym: bool = True
     v1: bool = True
+    by_word: bool = False
     planar: bool = False
     pack_dtype: str = "int32"
 
@@ -48,6 +52,11 @@ class GptqSettings(Settings):
         granularity: Granularity = Group(self.group_size) if self.group_size > 0 else PerChannel()
         ordered = self.desc_act and self.group_size > 0
         return Scheme(integer_weight(self.bits, granularity, symmetric=self.sym, ordered=ordered))
+
+    def table_scheme(self, rows: int) -> Scheme:
+        """That of an embedding with so many rows."""
+        tile = Tile(self.group_size if self.group_size > 0 else rows, 1)
+        return Scheme(integer_weight(self.bits, tile, symmetric=self.sym))
 
 
 def check_settings(files: CheckpointFiles, module: str, settings: GptqSettings) -> GptqSettings:
@@ -100,14 +109,18 @@ def read_layer(files: CheckpointFiles, module: str, settings: GptqSettings) -> L
     read, bits = files.source.read, settings.bits
     stream = read(f"{module}.qweight").t().contiguous().view(torch.uint8)
     codes = stream[:, : (columns * bits + 7) // 8].contiguous()
-    zero_stream = read(f"{module}.qzeros").contiguous().view(torch.uint8)
+    zero_words, by_word = read(f"{module}.qzeros").contiguous(), settings.v1 and settings.by_word and 32 % bits == 0
+    if by_word:
+        width = 8 * zero_words.element_size()
+        zero_words = zero_words + sum(1 << field for field in range(0, width, bits))
+    zero_stream = zero_words.view(torch.uint8)
     if settings.planar:
         codes, zeros = pack(unpack_planes(codes, bits), bits), unpack_planes(zero_stream, bits).t().contiguous()
     else:
         zeros = unpack(zero_stream, bits, rows).t().contiguous()
     scales = finite(files, f"{module}.scales", read(f"{module}.scales").t().contiguous())
-    if settings.v1:
-        zeros = (zeros + 1) & ((1 << bits) - 1)  # v1; field by field, so that no carry reaches the next zero point
+    if settings.v1 and not by_word:
+        zeros = (zeros + 1) & ((1 << bits) - 1)  # field by field, so that no carry reaches the next zero point
     scheme = settings.scheme()
     index = _index(files, module, settings, columns, scales.shape[1])
     if index is not None and not scheme.weight.ordered:
@@ -123,6 +136,31 @@ def read_layer(files: CheckpointFiles, module: str, settings: GptqSettings) -> L
     )
     bias = f"{module}.bias"
     return LayerTensors(weight_tensor, read(bias) if bias in files.source.tensors else None)
+
+
+def read_table(files: CheckpointFiles, module: str, settings: GptqSettings) -> LayerTensors:
+    """The embedding. Raises Refused (unknown-variant, and all that `read_layer` gives)."""
+    from qcore.bits import pack, unpack
+    from qcore.tensor import QuantizedTensor
+
+    layer = read_layer(files, module, settings.model_copy(update={"desc_act": False}))
+    if layer.weight.index is not None:
+        raise Refused(
+            Refusal("unknown-variant", "notimpl", str(files.path), "an embedding with act-order is not read",
+                    "found a g_idx that is not in order", "Quantize the embedding without desc_act.",
+                    str(files.source.tensors[f"{module}.g_idx"].file), f"{module}.g_idx")
+        )  # fmt: skip
+    weight, bits = layer.weight, settings.bits
+    columns, rows = weight.shape
+    codes = weight.codes if bits == 8 else unpack(weight.codes, bits, rows)
+    table = QuantizedTensor(
+        settings.model_copy(update={"sym": weight.zeros is None}).table_scheme(rows),
+        (rows, columns),
+        codes.t().contiguous() if bits == 8 else pack(codes.t().contiguous(), bits),
+        (weight.scales[0].t().contiguous(),),
+        None if weight.zeros is None else weight.zeros.t().contiguous(),
+    )
+    return replace(layer, weight=table)
 
 
 def _index(
@@ -148,10 +186,12 @@ def pack_layer(module: str, layer: LayerTensors, settings: GptqSettings, name: s
     """The module's tensors in this layout. Raises Refused (not-representable)."""
     import torch
 
-    from qcore.layouts.affine import affine_parts, exactly
+    from qcore.layouts.affine import affine_parts, exactly, unholdable
 
     codes, scales, zeros = affine_parts(layer.weight)
     bits = settings.bits
+    if settings.planar and (codes.shape[0] % RUN or codes.shape[1] % RUN):
+        unholdable(name, module, f"{list(codes.shape)}", "rows and columns that are multiples of 32, in planes")
     if zeros is None:
         zeros = torch.full(scales.shape, 1 << (bits - 1), dtype=torch.uint8)
     if settings.v1:

@@ -18,6 +18,8 @@ from qcore.refusal import bad_file
 from qcore.scheme import Scheme, integer_weight
 
 if TYPE_CHECKING:
+    import torch
+
     from qcore.tensor import LayerTensors
 
 TILE = 16
@@ -88,3 +90,30 @@ def read_layer(files: CheckpointFiles, module: str, codes: str, scales: str, gro
         ),
         files.source.read(bias) if bias in files.source.tensors else None,
     )
+
+
+def pack_layer(
+    module: str, layer: LayerTensors, codes: str, scales: str, group_size: int, name: str, *, rows_in: int = 64
+) -> dict[str, torch.Tensor]:
+    """The module's tensors, those of codes and scales under these parts' names. rows_in: what the tool wants the output
+    channels to be a multiple of. Raises Refused (not-representable)."""
+    import torch
+
+    from qcore.layouts.affine import affine_parts, exactly, unholdable, words
+
+    stored, scale, zeros = affine_parts(layer.weight)
+    rows, columns = stored.shape
+    if rows % rows_in or columns % 128 or group_size not in (-1, 128) or zeros is not None:
+        unholdable(name, module, f"{layer.weight.scheme}, {rows} output and {columns} input channels",
+                   f"symmetric codes in groups of 128 or a row, and multiples of {rows_in} and 128 channels")  # fmt: skip
+    scale = exactly(name, module, scale, torch.float16).t()
+    tiles = stored.t().reshape(columns // TILE, TILE, rows // TILE, TILE).transpose(1, 2)
+    fragments = tiles.reshape(-1, 1024)[:, list(fragment_order())]
+    order = list(scale_order(grouped=0 < group_size < columns))
+    parts = {
+        codes: words(fragments.reshape(columns // TILE, rows * TILE), 4),
+        scales: scale.reshape(-1, len(order))[:, order].reshape(-1, rows).contiguous(),
+    }
+    if layer.bias is not None:
+        parts["bias"] = layer.bias
+    return {f"{module}.{part}": tensor for part, tensor in parts.items()}

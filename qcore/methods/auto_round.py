@@ -16,6 +16,7 @@ Read from AutoRound's exporter and layers (export_to_autoround, qlinear_torch, q
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -23,12 +24,14 @@ from pydantic import Field
 from qcore.checkpoint.patterns import check_count, matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Float, Granularity, Group, Level, PerChannel, PerTensor, PerToken, ScaleType, Tile
-from qcore.layouts import awq, gptq, scaled
+from qcore.layouts import auto_round_writer, awq, gptq, scaled
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, stated_method
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
 
 if TYPE_CHECKING:
+    import torch
+
     from qcore.tensor import LayerTensors
 
 
@@ -50,6 +53,7 @@ class AutoRoundConfig(Settings):
     act_dynamic: bool = True
     fmt: str = "e4m3"
     packing_format: str = "auto_round:auto_gptq"
+    rotation_config: Any = None
     extra_config: dict[str, dict[str, Any]] | None = None
 
 
@@ -57,6 +61,7 @@ class AutoRound(Method):
     name = "auto-round"
     quant_methods = ("auto-round", "auto_round", "intel/auto-round")
     variants = ("auto_round", "auto_round:auto_gptq", "auto_round:auto_awq", *_FLOATS)
+    written = variants
     side_files = ("quantization_config.json",)
     parts = (
         gptq.PARTS
@@ -81,6 +86,7 @@ class AutoRound(Method):
         return self._config(files).packing_format
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
+        self._config(files)  # what is not read is refused by name, whatever the tensors are
         tensors = files.source.tensors
         quantized = [
             name.rpartition(".")[0]
@@ -117,6 +123,13 @@ class AutoRound(Method):
             return awq.read_layer(files, module, settings)
         return gptq.read_layer(files, module, settings)
 
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
+        """Integers in the packing that the tool would choose, or in the variant's; floats as compressed-tensors stores them."""
+        return auto_round_writer.config_of(plan, variant)
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return auto_round_writer.pack_layer(module, layer, config)
+
     def _module(
         self, files: CheckpointFiles, module: str
     ) -> tuple[gptq.GptqSettings | awq.AwqSettings | AutoRoundConfig, str]:
@@ -129,8 +142,8 @@ class AutoRound(Method):
             return own, named
         values = own.model_dump(include={"bits", "group_size", "sym"})
         if "awq" in config.packing_format:
-            stated = check(awq.AwqSettings, {**values, "zero_point": not values["sym"]}, file=files.quantization_file)
-            return awq.check_settings(files, stated), named
+            values |= {"zero_point": not values["sym"], "woven": True}
+            return awq.check_settings(files, check(awq.AwqSettings, values, file=files.quantization_file)), named
         values["v1"] = "gptq" in config.packing_format and "gptqmodel" not in config.packing_format
         settings = check(gptq.GptqSettings, values, file=files.quantization_file)
         return gptq.check_settings(files, module, settings), named
@@ -172,11 +185,13 @@ def _check_types(files: CheckpointFiles, config: AutoRoundConfig, where: str) ->
         ("data_type", config.data_type, floats or config.data_type in _INTEGERS),
         ("bits", config.bits, not floats or config.bits in {"mx_fp": (4, 8), "nv_fp": (4,)}.get(config.data_type, (8,))
          or config.bits >= 16),
-        ("act_bits", config.act_bits, config.act_bits >= 16 or (floats and config.act_bits == config.bits)),
+        ("act_bits", config.act_bits, config.act_bits >= 16 or (floats and config.act_bits == config.bits)
+         or (config.data_type == "mx_fp" and config.act_bits in (4, 8))),
         ("act_data_type", config.act_data_type, config.act_bits >= 16
          or config.act_data_type in (None, *own_inputs.get(config.data_type, ()))),
         ("packing_format", config.packing_format, floats or config.packing_format.startswith("auto_round")),
         ("fmt", config.fmt, config.fmt in ("e4m3", "e5m2")),
+        ("rotation_config", config.rotation_config, not config.rotation_config),
     ):  # fmt: skip
         if not known:
             raise Refused(
@@ -208,7 +223,8 @@ def _float_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) 
         input_whole="input_global_scale",
         divides=True,
     )
-    return Scheme(weight, TensorScheme(element, given, dynamic=True) if quantized_inputs else None), names
+    inputs = TensorScheme(Float("e2m1" if config.act_bits == 4 else "e4m3fn"), given, dynamic=True)
+    return Scheme(weight, inputs if quantized_inputs else None), names
 
 
 def _fp8_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) -> tuple[Scheme, scaled.Names]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field
 
 from qcore.checkpoint.settings import check
-from qcore.layouts.bitblas import PARTS, BitblasSettings, read_layer, shape_of
+from qcore.layouts.affine import integer_of, plain_inputs, unholdable
+from qcore.layouts.bitblas import PARTS, BitblasSettings, pack_layer, read_layer, shape_of
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules
 from qcore.refusal import bad_file
 
 if TYPE_CHECKING:
+    import torch
+
     from qcore.tensor import LayerTensors
 
 
@@ -25,6 +29,7 @@ class Bitblas(Method):
     name = "bitblas"
     quant_methods = ("bitblas",)
     variants = ("quantized", "original", "rescale")
+    written = variants
     parts = PARTS
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
@@ -41,6 +46,27 @@ class Bitblas(Method):
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         return read_layer(files, module, self._config(files))
+
+    def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
+        """One bits and one group size for all layers; symmetric where all of them are and no variant asks for zero points."""
+        mode = variant or "quantized"
+        found: dict[tuple[int, int], str] = {}
+        symmetric = mode == "quantized"
+        for module, entry in plan.items():
+            if entry.scheme is None:
+                continue
+            found.setdefault(integer_of(self.name, module, entry.scheme, (2, 4, 8), floating=mode == "rescale"), module)
+            symmetric = symmetric and entry.scheme.weight.zero is None
+        if len(found) > 1:
+            unholdable(self.name, min(found.values()), f"bits and groups of {sorted(found)}", "the same for all layers")
+        bits, size = next(iter(found))
+        return {"quant_method": "bitblas", "bits": bits, "group_size": size, "desc_act": False, "sym": symmetric,
+                "zeros_mode": mode, "lm_head": bool(plan.get("lm_head") and plan["lm_head"].scheme)}  # fmt: skip
+
+    def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        plain_inputs(self.name, module, layer)
+        values = {key: config[key] for key in ("bits", "group_size", "sym", "zeros_mode")}
+        return pack_layer(module, layer, BitblasSettings(**values), self.name)
 
     def _config(self, files: CheckpointFiles) -> BitblasConfig:
         return files.once(

@@ -185,7 +185,9 @@ class CompressedTensors(Method):
         assert files.quantization is not None
         config = check(CompressedConfig, files.quantization, file=files.quantization_file)
         targets = (group.targets if isinstance(group, Scope) else group for group in config.config_groups.values())
-        patterns = (entry for entries in (config.ignore, *targets) for entry in entries if entry.startswith("re:"))
+        patterns = (
+            entry for entries in (config.ignore, *targets) for entry in entries or () if entry.startswith("re:")
+        )
         check_count(patterns, file=files.quantization_file, field="quantization_config")
         for field, found in (
             ("format", config.format if config.format not in _FORMATS else None),

@@ -6,17 +6,15 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field
 
-from qcore.checkpoint.patterns import check_count, matches
+from qcore.checkpoint.patterns import check_count
 from qcore.checkpoint.settings import Settings, check
-from qcore.layouts import bitblas, gptq, marlin
-from qcore.layouts.affine import integer_of
+from qcore.layouts import awq, bitblas, gptq, gptqmodel, marlin
+from qcore.layouts.affine import integer_of, plain_inputs, unholdable
 from qcore.layouts.gptq import WORDS, GptqSettings, check_settings
 from qcore.method import WRITER, CheckpointFiles, Method, ModulePlan, dense_modules, is_embedding
 from qcore.refusal import Refusal, Refused, bad_file
@@ -28,7 +26,10 @@ if TYPE_CHECKING:
     from qcore.tensor import LayerTensors
 
 _NUMBERS = ("bits", "group_size", "desc_act", "sym")
-_FORMATS = ("gptq", "gptq_v2", "gptq_p", "marlin", "bitblas")
+_FORMATS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "gptq_p": gptq.BITS, "marlin": (4,), "bitblas": (2, 4, 8)}
+"""The layouts by `checkpoint_format`, and the bits that each holds."""
+_ORDERED = ("gptq", "gptq_v2", "gptq_p")
+"""Those that GPTQModel reads: with act-order, and numbers of their own for some layers."""
 
 
 class GptqConfig(Settings):
@@ -47,15 +48,21 @@ class GptqConfig(Settings):
     fast_decoding: bool | None = None
     dynamic: dict[str, dict[str, Any]] | None = None
     modules_in_block_to_quantize: list[Any] | None = None
+    meta: Any = None
 
 
 class Gptq(Method):
     name = "gptq"
     quant_methods = ("gptq", "gptqmodel")
-    variants = _FORMATS
+    variants = tuple(_FORMATS)
+    written = tuple(_FORMATS)
     side_files = ("quantize_config.json",)
     # INC writes scale_bf16_to_fp8 for an fp8 unit; the weight does not depend on it
     parts = gptq.PARTS | marlin.PARTS | bitblas.PARTS | {"scale_bf16_to_fp8"}
+
+    def recognizes(self, files: CheckpointFiles) -> bool:
+        """GPTQModel's rounding to nearest says GPTQ of AWQ's layouts too; these are AWQ's."""
+        return super().recognizes(files) and not awq.stated_under_gptq(files.quantization or {})
 
     def format_version(self, files: CheckpointFiles) -> str:
         return self._config(files).checkpoint_format
@@ -86,36 +93,46 @@ class Gptq(Method):
             return marlin.read_layer(files, module, f"{module}.B", f"{module}.s", settings.group_size)
         if config.checkpoint_format == "bitblas":
             return bitblas.read_layer(files, module, self._bitblas(files, config, settings))
-        return gptq.read_layer(files, module, settings)
+        read = gptq.read_table if is_embedding(module) else gptq.read_layer
+        return read(files, module, settings)
 
     def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
-        """The commonest numbers for the whole, `dynamic` for the others; planar where a layer has 5, 6 or 7 bits."""
-        numbers: dict[str, tuple[int, int, bool, bool]] = {}
+        """The commonest numbers for the whole, `dynamic` for the others. Planar where a layer has 5, 6 or 7 bits, else v2 where one
+        has zero points: GPTQModel takes v1 with these from its own hand only."""
+        numbers: dict[str, dict[str, Any]] = {}
+        known = _FORMATS[variant] if variant else gptq.BITS
+        layout = variant or "gptq"
         for module, entry in plan.items():
-            if entry.scheme is not None:
-                bits, size = integer_of(self.name, module, entry.scheme, gptq.BITS, ordered=True)
-                numbers[module] = (bits, size, entry.scheme.weight.ordered, entry.scheme.weight.zero is None)
-        common = Counter(numbers.values()).most_common(1)[0][0] if numbers else (4, 128, False, True)
-        dynamic: dict[str, dict[str, Any]] = {}
-        for module, entry in plan.items():
-            exact = f"^{re.escape(module)}$"
-            if entry.scheme is None and not is_embedding(module) and not module.endswith("lm_head"):
-                dynamic[f"-:{exact}"] = {}
-            elif module in numbers and numbers[module] != common:
-                dynamic[f"+:{exact}"] = dict(zip(_NUMBERS, numbers[module], strict=True))
-        planar = any(bits in (5, 6, 7) for bits, *_ in numbers.values())
+            if entry.scheme is None:
+                continue
+            weight = entry.scheme.weight
+            own = integer_of(self.name, module, entry.scheme, known, ordered=layout in _ORDERED)
+            numbers[module] = dict(zip(_NUMBERS, (*own, weight.ordered, weight.zero is None), strict=True))
+            if not variant and layout != "gptq_p":
+                planar = own[0] not in _FORMATS["gptq"]
+                layout = "gptq_p" if planar else "gptq_v2" if weight.zero else layout
+        if layout == "bitblas" and not all(own["sym"] for own in numbers.values()):
+            numbers = {module: {**own, "sym": False} for module, own in numbers.items()}
+        common, differing = gptqmodel.spread(plan, numbers)
+        mixed = [pattern for pattern in differing if pattern.startswith("+:")]
+        if mixed and layout not in _ORDERED:
+            unholdable(self.name, mixed[0][2:], differing[mixed[0]], f"{common} as in all layers of {layout}")
         config = {
-            "quant_method": "gptq", **dict(zip(_NUMBERS, common, strict=True)),
-            "checkpoint_format": "gptq_p" if planar else "gptq", "pack_dtype": "int32",
+            "quant_method": "gptq", **common, "checkpoint_format": layout, "pack_dtype": "int32",
             "lm_head": "lm_head" in numbers, "meta": {"quantizer": [WRITER]},
         }  # fmt: skip
-        return {**config, "dynamic": dynamic} if dynamic else config
+        return {**config, "dynamic": differing} if differing else config
 
     def encode(self, module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        stated = config.get("dynamic", {}).get(f"+:^{re.escape(module)}$", config)
-        planar = config["checkpoint_format"] == "gptq_p"
+        plain_inputs(self.name, module, layer)
+        layout, stated = config["checkpoint_format"], gptqmodel.stated(config, module)
+        if layout == "marlin":
+            return marlin.pack_layer(module, layer, "B", "s", stated["group_size"], self.name, rows_in=256)
+        if layout == "bitblas":
+            own = bitblas.BitblasSettings(bits=stated["bits"], group_size=stated["group_size"], sym=stated["sym"])
+            return bitblas.pack_layer(module, layer, own, self.name)
         values = {key: stated[key] for key in _NUMBERS}
-        return gptq.pack_layer(module, layer, GptqSettings(**values, v1=not planar, planar=planar))
+        return gptq.pack_layer(module, layer, GptqSettings(**values, v1=layout == "gptq", planar=layout == "gptq_p"))
 
     def _shape(
         self, files: CheckpointFiles, config: GptqConfig, module: str, settings: GptqSettings, reason: str
@@ -126,7 +143,10 @@ class Gptq(Method):
         if config.checkpoint_format == "bitblas":
             own = self._bitblas(files, config, settings)
             return own.scheme(), reason, bitblas.shape_of(files, module, own)
-        return settings.scheme(), reason, gptq.shape_of(files, module, settings)
+        rows, columns = gptq.shape_of(files, module, settings)
+        if is_embedding(module):
+            return settings.table_scheme(columns), reason, (columns, rows)
+        return settings.scheme(), reason, (rows, columns)
 
     def _bitblas(self, files: CheckpointFiles, config: GptqConfig, settings: GptqSettings) -> bitblas.BitblasSettings:
         values = settings.model_dump(include={"bits", "group_size", "sym"})
@@ -139,6 +159,7 @@ class Gptq(Method):
     def _checked(self, files: CheckpointFiles) -> GptqConfig:
         assert files.quantization is not None
         config = check(GptqConfig, files.quantization, file=files.quantization_file)
+        gptqmodel.refuse_computed(files, files.quantization)
         check_count(config.dynamic or (), file=files.quantization_file, field="quantization_config.dynamic")
         layout = config.checkpoint_format
         if config.is_marlin_format or config.is_bitblas_format:
@@ -164,13 +185,10 @@ class Gptq(Method):
     def _module(self, files: CheckpointFiles, config: GptqConfig, module: str) -> tuple[GptqSettings, str]:
         """The module's numbers and the `dynamic` pattern that changed them, if any. The first match wins."""
         values: dict[str, Any] = config.model_dump(include={"bits", "group_size", "desc_act", "sym"})
-        matched = ""
-        for pattern, overrides in (config.dynamic or {}).items():
-            if _matches(files, pattern, module):
-                values |= {key: overrides[key] for key in values.keys() & overrides.keys()}
-                matched = pattern
-                break
+        changed, pattern = gptqmodel.overrides(files, config.dynamic, module)
+        values |= {key: changed[key] for key in values.keys() & changed.keys()}
         layout = config.checkpoint_format
+        values |= {"by_word": gptqmodel.wrote(config.meta)}
         values |= {"v1": layout == "gptq", "planar": layout == "gptq_p", "pack_dtype": config.pack_dtype}
         settings = check_settings(files, module, check(GptqSettings, values, file=files.quantization_file))
         if layout in ("gptq", "gptq_v2") and (
@@ -179,13 +197,7 @@ class Gptq(Method):
             raise bad_file("bad-field", f"{module} has bits that are only stored planar", file=files.quantization_file,
                            field="quantization_config.bits", found=settings.bits,
                            expected="2, 3, 4 or 8 bits, or checkpoint_format gptq_p")  # fmt: skip
-        return settings, matched
-
-
-def _matches(files: CheckpointFiles, pattern: str, module: str) -> bool:
-    """GPTQModel's rule: `+:` and `-:` are prefixes of the sign, the rest is a regular expression anchored at the start."""
-    bare = pattern.removeprefix("+:").removeprefix("-:")
-    return matches(bare, module, file=files.quantization_file, field="quantization_config.dynamic")
+        return settings, pattern
 
 
 def _refuse_codebook(files: CheckpointFiles, module: str) -> None:
@@ -203,9 +215,8 @@ def _refuse_codebook(files: CheckpointFiles, module: str) -> None:
 
 def _skip_reason(files: CheckpointFiles, module: str, config: GptqConfig) -> str:
     """Why a module is stored unquantized, in the config's words."""
-    for pattern in config.dynamic or {}:
-        if pattern.startswith("-:") and _matches(files, pattern, module):
-            return f"excluded by dynamic pattern {pattern!r}"
+    if excluded := gptqmodel.exclusion(files, config.dynamic, module):
+        return excluded
     allowed = _flatten(config.modules_in_block_to_quantize)
     if allowed and not any(entry in module for entry in allowed):
         return "not in modules_in_block_to_quantize"

@@ -93,7 +93,7 @@ def test_shapes_that_an_operator_would_read_past_are_refused() -> None:
     assert refusals["torch_int8pack"] is not None and refusals["torch_int8pack"].code == "shape-unsupported"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize(("rows", "columns"), [(16, 32), (80, 96), (33, 65), (256, 512)])
 def test_int8_activations(dtype: torch.dtype, static: bool, rows: int, columns: int) -> None:
@@ -102,7 +102,7 @@ def test_int8_activations(dtype: torch.dtype, static: bool, rows: int, columns: 
     weight = QuantizedTensor(scheme, weight.shape, weight.codes, weight.scales)
     layer = LayerTensors(weight, input_scale=torch.tensor([0.03]) if static else None)
     # Exact but for the last bit, and for x on the border between two codes.
-    check("onednn_int8", layer, dtype, {torch.float32: 1e-6, torch.bfloat16: 0.004, torch.float16: 0.001}[dtype])
+    check("onednn_int8", layer, dtype, {torch.bfloat16: 0.004, torch.float16: 0.001}[dtype])
 
 
 def test_act_order_with_uneven_groups_gives_way_to_another_kernel() -> None:
