@@ -35,6 +35,7 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that bitsandbytes has; nested scales come in blocks of 256."""
 _BLOCKWISE = tuple(text for n in _BLOCKS for text in (f"g{n}", f"flat{n}", f"flat{n}:dynamic8+flat{256 * n}"))
 _GROUPS = ("g?", "g??", "g???", "g????", "g?????")
+_FLAT = tuple(f"flat{group.removeprefix('g')}" for group in _GROUPS)
 """Groups under plain float scales: no word for the scales' type follows."""
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,7 +56,7 @@ def qcore_algorithms() -> Sequence[Algorithm]:
                   note="absmax blocks of the flattened weight, the nearest of 16 values; bitsandbytes' numbers"),
         Algorithm("llm.int8", Accepts(("int8",), ("channel",)), "qcore.algorithms.codebook:llm_int8",
                   note="127 steps to each row's absmax; bitsandbytes' numbers"),
-        Algorithm("deepspeedfp", Accepts(("e2m1", "e3m2", "e4m3", "e4m7"), ("g[1-9]*", "flat[1-9]*")),
+        Algorithm("deepspeedfp", Accepts(("e2m1", "e3m2", "e4m3", "e4m7"), (*_GROUPS, *_FLAT)),
                   "qcore.algorithms.minifloat:minifloat",
                   note="small floats in groups of the flattened weight, without subnormals; DeepSpeed's numbers"),
     ]  # fmt: skip

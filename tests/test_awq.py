@@ -117,6 +117,16 @@ def test_spellings_of_the_layout(tmp_path: Path, spelling: dict[str, Any]) -> No
     assert torch.equal(qcore.open_checkpoint(path).dequantize(MODULE), weight)
 
 
+def test_quarks_plain_order(tmp_path: Path) -> None:
+    _, weight = checkpoint(tmp_path / "woven")
+    random = torch.Generator().manual_seed(0)  # as `checkpoint` draws them
+    codes = torch.randint(0, 16, (ROWS, COLUMNS), generator=random)
+    zeros = torch.randint(0, 16, (ROWS, COLUMNS // 32), generator=random)
+    plain = {"qweight": words(codes.t(), 4), "qzeros": words(zeros.t(), 4)}
+    path, _ = checkpoint(tmp_path / "plain", config={"pack_method": "order"}, change=plain)
+    assert torch.equal(qcore.open_checkpoint(path).dequantize(MODULE), weight)
+
+
 def test_the_older_side_file(tmp_path: Path) -> None:
     config = {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}
     path, weight = checkpoint(tmp_path, config=config, side_file="quant_config.json")

@@ -92,7 +92,8 @@ def test_int8_is_exact_and_its_threshold_is_the_configs(tmp_path: Path) -> None:
     assert torch.equal(opened.dequantize(UP), weight)
     assert str(opened.plan[UP]) == "W8A8-int8-channel-sym/int8-token-sym-dyn-outliers4.0"
     whole = qcore.open_checkpoint(checkpoint(tmp_path / "0", tensors, load_in_8bit=True, llm_int8_threshold=0.0))
-    assert whole.plan[UP] == Scheme.parse("W8A8-int8-dyn")
+    assert whole.plan[UP] == Scheme.parse("W8A8-int8-channel-sym/int8-token-sym-dyn-outliersinf")
+    assert str(Scheme.parse(str(whole.plan[UP]))) == str(whole.plan[UP])
 
 
 def test_columns_with_outliers_stay_whole() -> None:

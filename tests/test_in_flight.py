@@ -170,7 +170,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "W4A16-nf4-g64"),
         ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "W4A16-fp4-flat64:dynamic8+flat16384"),
         ({"load_in_8bit": True}, "W8A8-int8-channel-sym/int8-token-sym-dyn-outliers6.0"),
-        ({"load_in_8bit": True, "llm_int8_threshold": 0.0}, "W8A8-int8-dyn"),
+        ({"load_in_8bit": True, "llm_int8_threshold": 0.0}, "W8A8-int8-channel-sym/int8-token-sym-dyn-outliersinf"),
     ],
 )
 def test_a_bitsandbytes_config_over_plain_weights_is_a_request(

@@ -27,7 +27,9 @@ def quantize_command(
     out: Annotated[pathlib.Path, typer.Option("--out", "-o", help="The new folder, for gguf the new file.")],
     format: Annotated[
         str,
-        typer.Option("--format", "-f", help="As for convert; without it gguf or compressed-tensors, by the scheme."),
+        typer.Option(
+            "--format", "-f", help="As for convert; without it gguf, bitsandbytes or compressed-tensors, by the scheme."
+        ),
     ] = "",
     algorithm: Annotated[str, typer.Option(help="rtn, or another that qcore plugins lists.")] = "",
     ignore: Annotated[
@@ -52,7 +54,8 @@ def quantize_command(
     from qcore.gguf.recipes import is_recipe
     from qcore.scheme import PRESETS
 
-    format = format or ("gguf" if is_recipe(scheme) and scheme not in PRESETS else "compressed-tensors")
+    usual = "bitsandbytes" if scheme.startswith("bitsandbytes:") else "compressed-tensors"
+    format = format or ("gguf" if is_recipe(scheme) and scheme not in PRESETS else usual)
 
     for option, given, wanted in (
         ("--imatrix", imatrix, "gguf"), ("--tensor-type", tensor_type, "gguf"),

@@ -46,13 +46,14 @@ _CHANNELS = 1024
 
 
 class AwqSettings(Settings):
-    """One module's numbers. zero_point: the config promises them. woven: 5 to 7 bits are woven like 4 bits."""
+    """One module's numbers. zero_point: the config promises them. woven: 5 to 7 bits are woven like 4 bits. ordered: none are."""
 
     bits: int
     group_size: int = Field(ge=-1)
     zero_point: bool = True
     layout: str = "gemm"
     woven: bool = False
+    ordered: bool = False
 
     @property
     def by_output(self) -> bool:
@@ -62,7 +63,7 @@ class AwqSettings(Settings):
     @property
     def reorder(self) -> bool:
         """Eight output channels stand in AWQ's order."""
-        return self.by_output and (self.woven or self.bits == 4)
+        return self.by_output and not self.ordered and (self.woven or self.bits == 4)
 
     def groups(self, columns: int) -> int:
         """Groups of a row."""

@@ -6,6 +6,7 @@ Sources: bitsandbytes' QuantState.as_dict and Linear8bitLt, transformers' BitsAn
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ def _kind(module: str, entry: ModulePlan) -> str:
 
 def _llm_int8(given: TensorScheme | None) -> bool:
     """Whether inputs are int8 by token, but for columns beyond a threshold."""
-    if given is None:
+    if given is None or given.outliers is None:
         return False
     return given == TensorScheme(Int(8, signed=True), (Level(PerToken()),), dynamic=True, outliers=given.outliers)
 
@@ -75,8 +76,8 @@ def _threshold(scheme: Scheme) -> float:
     """llm_int8_threshold, which 4 bits do not use."""
     if isinstance(scheme.weight.element, Codebook):
         return 6.0
-    assert scheme.input is not None
-    return scheme.input.outliers or 0.0
+    assert scheme.input is not None and scheme.input.outliers is not None
+    return 0.0 if math.isinf(scheme.input.outliers) else scheme.input.outliers
 
 
 def _sizes(module: str, scheme: Scheme, columns: int) -> tuple[int, int | None]:

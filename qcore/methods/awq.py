@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator
 
@@ -35,6 +35,7 @@ class AwqConfig(Settings):
     group_size: int = Field(ge=-1, validation_alias=AliasChoices("group_size", "q_group_size"))
     zero_point: bool = True
     layout: str = Field("gemm", validation_alias=AliasChoices("version", "checkpoint_format", "format"))
+    pack_method: Literal["reorder", "order"] = "reorder"  # Quark's exports say it
     modules_to_not_convert: list[str] | None = None
     dynamic: dict[str, dict[str, Any]] | None = None
 
@@ -135,6 +136,7 @@ class Awq(Method):
         values = config.model_dump(include={"bits", "group_size", "zero_point", "layout"})
         changed, pattern = gptqmodel.overrides(files, config.dynamic, module)
         values |= {key: changed[key] for key in _NUMBERS if key in changed}
+        values["ordered"] = config.pack_method == "order"
         return awq.check_settings(files, check(awq.AwqSettings, values, file=files.quantization_file)), pattern
 
     def _config(self, files: CheckpointFiles) -> AwqConfig:

@@ -15,6 +15,7 @@ Read from bitsandbytes' QuantState, Linear4bit and Linear8bitLt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -245,9 +246,9 @@ def _owners(name: str, quantized: set[str]) -> list[str]:
 
 
 def _int8_scheme(config: BitsAndBytesConfig) -> Scheme:
-    """LLM.int8: a threshold of 0 keeps no columns apart."""
+    """LLM.int8: a threshold of 0 keeps no columns apart, as one does that nothing reaches."""
     element = Int(8, signed=True)
-    tokens = TensorScheme(element, (Level(PerToken()),), dynamic=True, outliers=config.llm_int8_threshold or None)
+    tokens = TensorScheme(element, (Level(PerToken()),), dynamic=True, outliers=config.llm_int8_threshold or math.inf)
     return Scheme(TensorScheme(element, (Level(PerChannel()),)), tokens)
 
 
