@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,27 +74,18 @@ def convert(
     kv_config, kv_tensors = method.encode_kv_cache(cache, source.kv_scales) if cache is not None else ({}, {})
     if config is not None:
         config |= kv_config
-    expanded = [module for module, entry in plan.items() if entry.scheme is None and source.plan[module] is not None]
     kept = [name for name in source.parameters if cache is None or spelled(name) is None]
     with AtomicFolder(Path(out)) as target:
         metadata = method.encode_metadata(plan, config, source.own_dtype) if config is not None else {}
         writer = SafetensorsWriter(target.folder, metadata=metadata)
-        modules = [module for module, scheme in source.plan.items() if scheme is not None]
-        total = len(modules) + len(kept)
-        for done, module in enumerate(modules, 1):
-            dense = config is None or module in expanded
-            for name, tensor in (
-                _dense(source, module) if dense else _encoded(source, method, module, config or {})
-            ).items():
+        total = sum(scheme is not None for scheme in source.plan.values()) + len(kept)
+        for done, (label, tensors) in enumerate(_pieces(source, method, plan, config, kept), 1):
+            for name, tensor in tensors.items():
                 writer.add(name, tensor)
             if progress:
-                progress(module, done, total)
+                progress(label, done, total)
         for name, tensor in kv_tensors.items():
             writer.add(name, tensor)
-        for done, name in enumerate(kept, len(modules) + 1):
-            writer.add(name, source.parameter(name))
-            if progress:
-                progress(name, done, total)
         writer.close()
         _write_configs(source, target.folder, config)
         for name, content in method.encode_files(config).items() if config is not None else ():
@@ -131,6 +122,22 @@ def _holdable(method: Method, module: str, entry: ModulePlan) -> ModulePlan:
         )
         return replace(entry, scheme=None, reason="stored unquantized")
     return replace(entry, scheme=unblocked_scheme(entry.scheme))
+
+
+def _pieces(
+    source: Checkpoint,
+    method: Method,
+    plan: Mapping[str, ModulePlan],
+    config: Mapping[str, Any] | None,
+    kept: list[str],
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """The tensors of each layer that was quantized, and what is as it was; one piece is in memory at a time."""
+    for module, scheme in source.plan.items():
+        if scheme is not None:
+            plain = config is None or plan[module].scheme is None
+            yield module, _dense(source, module) if plain else _encoded(source, method, module, config or {})
+    for name in kept:
+        yield name, {name: source.parameter(name)}
 
 
 def _encoded(source: Checkpoint, method: Method, module: str, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
