@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/qcore run "$(DEMO_MODEL)" --prompt "Why is the sky blue? Answer in two sentences." --max-new-tokens 80
 
 test: .venv/developed
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 lint: .venv/developed
 	$(BIN)/ruff check

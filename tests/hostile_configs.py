@@ -60,7 +60,8 @@ CONFIGS: dict[str, list[Row]] = {
     "gptq-bitblas": [*each("bad-field", "bits", 3, 16), *each("bad-field", "zeros_mode", "x", 3),
                      *each("bad-shape", "group_size", 48), *each("bad-field", "fast_decoding", "x", [])],
     "awq-gemm": [
-        *each("bad-field", "bits", *NUMBERS, 3, 8),
+        *each("bad-field", "bits", *NUMBERS, 1, 9),
+        *each("bad-shape", "bits", 3, 8),
         *each("bad-field", "group_size", "x", None, ABSENT, 0, -2, 0.5, []),
         *each("bad-shape", "group_size", 5, 48, 1 << 40),
         *each("unknown-variant", "version", "abacus", "", "é", "x" * 100_000),

@@ -63,18 +63,18 @@ TABLE: dict[str, str] = {
     "auto-round-": "qweight: all; qzeros: all; scales: all nan",
     "auto-round-auto_gptq": "qweight: all; qzeros: all; scales: all nan",
     "auto-round-auto_awq": "qweight: all; qzeros: flat longer typed; scales: all nan",
-    "auto-round-MXFP4": "weight_packed: all; weight_scale: all ones",
-    "auto-round-MXFP8": "weight: lost flat longer typed=missing-tensor; weight_scale: all ones",
+    "auto-round-MXFP4": "weight_packed: all; weight_scale: lost longer typed ones",
+    "auto-round-MXFP8": "weight: lost flat longer typed=missing-tensor; weight_scale: lost longer typed ones",
     "auto-round-NVFP4": (
         "input_global_scale: lost longer typed nan; weight_global_scale: lost longer typed nan; "
-        "weight_scale: all nan; weight_packed: all"
+        "weight_scale: lost longer typed nan; weight_packed: all"
     ),
     "auto-round-FP8_STATIC": (
         "input_scale: lost longer typed nan; weight_scale: lost longer typed nan; "
         "weight: lost flat longer typed=missing-tensor"
     ),
     "auto-round-FPW8A16": "weight_scale: lost longer typed nan; weight: lost flat typed=missing-tensor",
-    "auto-round-FP8_BLOCK": "weight_scale_inv: all nan; weight: lost flat longer typed=missing-tensor",
+    "auto-round-FP8_BLOCK": "weight_scale_inv: lost longer typed nan; weight: lost flat longer typed=missing-tensor",
     "bitsandbytes-nf4": (
         "weight.nested_absmax: all nan; weight.nested_quant_map: all nan; weight.quant_map: all nan; "
         "weight: lost longer typed; weight.absmax: all; "

@@ -29,6 +29,8 @@ def quantized(folder: Path, modules: dict[str, tuple[int, int]], *, tied: bool =
     """A llama whose named modules are GPTQ int4, the rest dense."""
     tensors = dense_llama(tie_word_embeddings=tied)
     for module, (rows, columns) in modules.items():
+        if module.endswith("embed_tokens"):  # the vocabulary is its input
+            rows, columns = columns, rows
         codes = torch.randint(0, 16, (rows, columns))
         scales = (torch.rand(rows, columns // 32) * 0.02).to(torch.float16)
         parts = gptq_tensors(codes, torch.full_like(scales, 8).long(), scales, 4, None, v1=True)

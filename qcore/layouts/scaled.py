@@ -1,7 +1,7 @@
 """Codes with scales beside them: what ModelOpt, Quark, AutoRound and DeepSeek's fp8 share, under names of their own.
 
     codes   int8 or e4m3, e5m2 [N, K]; smaller floats uint8 [N, K bits / 8], a little-endian bit stream, first code low
-    scale   of the scheme's finest level: [N, G], or with dimensions of one left out or put in ([N], [], [N, 1, G, 1]), or flat
+    scale   of the scheme's finest level: [N, G], or with dimensions of one left out or put in ([N], [], [N, 1, G, 1])
     whole   of the coarser level, one number
     input   one number, where inputs are static or have such a level too
 
@@ -28,7 +28,8 @@ _HELD = {"e4m3fn": "F8_E4M3", "e4m3fnuz": "F8_E4M3FNUZ", "e5m2": "F8_E5M2"}
 
 @dataclass(frozen=True)
 class Names:
-    """The tensors' names after the module's. divides: `whole` and `input_whole` are divided by."""
+    """The tensors' names after the module's. divides: `whole` and `input_whole` are divided by. flat: `scale` may have one
+    dimension."""
 
     codes: str = "weight"
     scale: str = "weight_scale"
@@ -36,6 +37,7 @@ class Names:
     input: str = "input_scale"
     input_whole: str = "input_scale"
     divides: bool = False
+    flat: bool = False
 
 
 def input_part(scheme: Scheme, names: Names) -> str | None:
@@ -58,7 +60,8 @@ def shape_of(
     fine = scheme.weight.scales[0]
     wanted = scale_shape(fine.granularity, rows, columns)
     info = require_tensor(files, f"{module}.{names.scale}", dtypes=SCALE_DTYPES[fine.type])
-    if _squeezed(info.shape) not in (_squeezed(wanted), (wanted[0] * wanted[1],)):
+    flat = names.flat and info.shape == (wanted[0] * wanted[1],)
+    if _squeezed(info.shape) != _squeezed(wanted) and not flat:
         raise bad_file("bad-shape", "the scales do not fit the weight", file=info.file, tensor=info.name,
                        field="shape", found=list(info.shape), expected=list(wanted))  # fmt: skip
     numbers = [names.whole] if len(scheme.weight.scales) > 1 else []

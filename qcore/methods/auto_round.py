@@ -222,6 +222,7 @@ def _float_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) 
         whole="weight_global_scale",
         input_whole="input_global_scale",
         divides=True,
+        flat=True,
     )
     inputs = TensorScheme(Float("e2m1" if config.act_bits == 4 else "e4m3fn"), given, dynamic=True)
     return Scheme(weight, inputs if quantized_inputs else None), names
@@ -242,7 +243,7 @@ def _fp8_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) ->
         width = config.act_group_size
         spread: Granularity = PerTensor() if width == 0 else Group(width) if width and width > 0 else PerToken()
         given = TensorScheme(element, (Level(spread),), dynamic=config.act_dynamic)
-    names = scaled.Names(scale="weight_scale_inv" if isinstance(size, tuple) else "weight_scale")
+    names = scaled.Names(scale="weight_scale_inv" if isinstance(size, tuple) else "weight_scale", flat=True)
     return Scheme(TensorScheme(element, (Level(granularity),)), given), names
 
 
