@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from makers import child_seconds
+from makers import quickest, smallest_command
 from qcore.explanation import explain
 from qcore.platform import COLUMNS, PLATFORM_PLUGINS
 from sim import sim_registry
@@ -40,14 +40,11 @@ def answer(*arguments: object, code: int = 0) -> Any:
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_quick_and_has_an_example(command: str) -> None:
-    times = []
-    for _ in range(3):
-        began = child_seconds()
-        done = qcore(*command.split(), "--help")
-        times.append(child_seconds() - began)
+    done = qcore(*command.split(), "--help")
     assert done.returncode == 0 and "Usage" in done.stdout
     assert command in ("", "bench") or "Example: qcore" in done.stdout
-    assert min(times) < 0.3
+    # 0.3 s on an ordinary machine; on a slow or busy one not much more than what any command takes there
+    assert quickest([sys.executable, "-m", "qcore", *command.split(), "--help"]) < max(0.3, 1.75 * smallest_command())
 
 
 def test_help_imports_nothing_heavy() -> None:
