@@ -14,7 +14,12 @@ from qcore.cli.output import print_json, progress_bar
 def convert_command(
     path: Annotated[str, typer.Argument(help="A safetensors folder or a GGUF file.")],
     format: Annotated[
-        str, typer.Option("--format", "-f", help="The format to write: compressed-tensors, gptq, awq, gguf, dense, ...")
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            help="The format to write: gptq, awq, compressed-tensors, gguf, dense, ...; gptq:gptq_v2 names a variant.",
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The new folder, for gguf the new file; nothing is ever overwritten.")
