@@ -46,18 +46,7 @@ if TYPE_CHECKING:
     from qcore.checkpoint.kv_scales import KvScales
     from qcore.tensor import LayerTensors
 
-_FORMATS = (
-    "pack-quantized",
-    "int-quantized",
-    "float-quantized",
-    "naive-quantized",
-    "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized",
-    "mxfp6-pack-quantized",
-    "mxfp8-quantized",
-    "mixed-precision",
-    "dense",
-)
+_FORMATS = (*compressed_writer.LAYOUTS, "mixed-precision", "dense")
 _SCALE_DTYPES = SCALE_DTYPES["float"]
 
 
