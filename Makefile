@@ -12,7 +12,8 @@ demo: .venv/installed
 	$(BIN)/qcore run "$(DEMO_MODEL)" --prompt "Why is the sky blue? Answer in two sentences." --max-new-tokens 80
 
 test: .venv/developed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not alone"
+	$(BIN)/pytest -m alone
 
 lint: .venv/developed
 	$(BIN)/ruff check

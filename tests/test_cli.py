@@ -38,6 +38,7 @@ def answer(*arguments: object, code: int = 0) -> Any:
 # --- Help -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_quick_and_has_an_example(command: str) -> None:
     done = qcore(*command.split(), "--help")

@@ -11,6 +11,7 @@ import qcore
 from hostile import Case, cases
 
 CASES = cases()
+pytestmark = pytest.mark.alone
 
 
 def test_the_corpus_is_large_and_its_names_unique() -> None:

@@ -19,6 +19,7 @@ from qcore.model.chat import chat_prompt
 from qcore.refusal import Refusal
 
 GOLDEN = Path(__file__).parent / "golden" / "gguf-q4_0"
+pytestmark = pytest.mark.alone
 EVIL = "raise SystemExit('code from the checkpoint was run')\n"
 
 

@@ -18,6 +18,7 @@ from qcore.refusal import Refusal
 from variants import FORMATS, format_of, made, read_all
 
 CASES = [*tensor_cases(), *config_cases()]
+pytestmark = pytest.mark.alone
 
 
 @cache

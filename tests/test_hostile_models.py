@@ -18,6 +18,7 @@ from qcore.checkpoint.imatrix import read_imatrix
 from variants import VARIANTS
 
 HUGE = 1 << 40
+pytestmark = pytest.mark.alone
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 CONFIGS: list[tuple[str, str, Any]] = [
     *(("bad-field", key, value) for key, values in {

@@ -287,6 +287,7 @@ def test_evidence_that_was_tampered_with_is_refused(tmp_path: Path, change: dict
         read_evidence(path)
 
 
+@pytest.mark.alone
 def test_the_command_is_quick_and_needs_no_torch() -> None:
     code = "import sys; from qcore.cli.main import app; app(['matrix'], standalone_mode=False); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

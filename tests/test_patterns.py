@@ -12,6 +12,7 @@ import qcore
 from qcore.checkpoint.patterns import matches, wildcard
 from qcore.checkpoint.regular import matches_regular, parser
 
+pytestmark = pytest.mark.alone
 REAL = [
     r".*\.down_proj.*", r".*\.1\.self_attn\.k_proj.*", r".*lm_head", r"model\.layers\.\d+\.mlp\.(gate|up)_proj$", r".*mlp\.gate$",
     r"^(?!.*visual).*(?:self_attn|mlp|linear_attn).*(?:q|k|v|o|gate|up|down)_proj.*$", r"(?:model\.)?layers\.[0-3]\..*", r".*",
@@ -51,11 +52,11 @@ def test_real_patterns(pattern: str) -> None:
     ],
 )
 def test_hostile_patterns(pattern: str, code: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(qcore.Refused) as caught:
         matches(pattern, "a" * 60 + "!", file=Path("config.json"), field="ignore")
     assert caught.value.refusal.code == code and caught.value.refusal.field == "ignore"
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(
@@ -65,10 +66,10 @@ def test_hostile_patterns(pattern: str, code: str) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("anywhere", [False, True])
 def test_what_backtracking_would_not_end_is_matched_without(pattern: str, anywhere: bool) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     for name, expected in (("a" * 60, False), ("a" * 500, False), ("a" * 60 + pattern[-1], True)):
         assert matches(pattern, name, file=Path("config.json"), field="ignore", anywhere=anywhere) == expected
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 ATOMS = st.sampled_from(
@@ -116,7 +117,7 @@ def test_matching_without_backtracking_is_the_same(pattern: str, text: str) -> N
 def test_wildcards_are_bounded() -> None:
     assert wildcard("*up_proj", "model.up_proj", file=Path("config.json"), field="ignore")
     for pattern in ("[" * 100_000, "?*" * 50_000):
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(qcore.Refused, match="limit-exceeded"):
             wildcard(pattern, "a" * 60, file=Path("config.json"), field="ignore")
-        assert time.perf_counter() - began < 0.5
+        assert time.process_time() - began < 0.5

@@ -224,6 +224,7 @@ def test_real_ggufs_read_alike(path: Path) -> None:
             assert source.metadata[key] == field.contents(), key
 
 
+@pytest.mark.alone
 def test_a_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
     """Long texts lie across the reader's window; tokens may be pieces of characters."""
     tokens = [f"token{i}".encode() for i in range(300_000)]

@@ -225,12 +225,14 @@ class Header:
         length = self._length.unpack_from
         while count:
             window, at = self._peek(), 0
-            last = len(window) - 8
-            if last < 0:
+            if len(window) < 8:
                 self._take(8, key)
-            while count and at <= last:
-                at += 8 + length(window, at)[0]
-                count -= 1
+            try:
+                for _ in range(count):
+                    at += 8 + length(window, at)[0]
+                    count -= 1
+            except (struct.error, OverflowError):  # the next length is not in the window: cheaper than to ask each time
+                pass
             self._pass(at, key)
 
     def _text(self, key: str) -> str:

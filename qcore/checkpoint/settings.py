@@ -15,7 +15,12 @@ class Settings(BaseModel):
     """Base of the models: immutable, and blind to keys that only the tool that made the checkpoint uses."""
 
     model_config = ConfigDict(
-        frozen=True, extra="ignore", populate_by_name=True, arbitrary_types_allowed=False, allow_inf_nan=False
+        frozen=True,
+        extra="ignore",
+        populate_by_name=True,
+        arbitrary_types_allowed=False,
+        allow_inf_nan=False,
+        defer_build=True,  # one command reads one format: the others' models need no validator
     )
 
 

@@ -26,7 +26,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # a default that is a bool needs no pydantic, which typer would import for `qcore COMMAND --help` (0.1 s)
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "default_map": {"help": False, "bench": {"help": False}, "plugins": {"help": False}},
+    },
 )
 app.command("matrix")(matrix.matrix_command)
 app.command("run")(run.run)
