@@ -1,4 +1,4 @@
-"""Checkpoints of every format and variant, changed at random: each is decoded whole, or refused by name.
+"""Checkpoints of every format and variant, changed by Hypothesis: each is decoded whole, or refused by name.
 
 An example takes about a millisecond, and one that takes a second fails: nothing that a file says may hang its reader.
 tools/fuzz.py does the same for as long as one likes, led by the code that is reached.
@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import qcore
 from mutations import Sample, mutated, mutated_gguf, put_files
@@ -27,7 +29,7 @@ SLOWEST = 1.0
 def test_changed_checkpoints_are_read_or_refused(variant: str, tmp_path: Path) -> None:
     whole = made(variant, tmp_path / "whole")
     read_all(whole)
-    folder, refused = tmp_path / "changed", 0
+    folder, seen, refused = tmp_path / "changed", 0, 0
     examples = max(LEAST, -(-EXAMPLES // VARIANTS_OF[format_of(variant)]))
     folder.mkdir()
     if packed := variant.startswith("gguf"):
@@ -35,18 +37,22 @@ def test_changed_checkpoints_are_read_or_refused(variant: str, tmp_path: Path) -
         header = min(info.offset for info in GgufSource.open(whole / "model.gguf").tensors.values())
     else:
         sample = Sample.read(whole)
-    for seed in range(examples):
-        chance = random.Random(f"{variant} {seed}")
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
+    @given(st.randoms(use_true_random=False))
+    def check(chance: random.Random) -> None:
+        nonlocal seen, refused
         files = {"model.gguf": mutated_gguf(data, header, chance)} if packed else mutated(sample, chance)
         put_files(folder, files)
-        began = time.process_time()
+        seen, began = seen + 1, time.process_time()
         try:
             read_all(folder)
         except qcore.Refused as error:
             refused += 1
             refusal = error.refusal
             assert refusal.reason and refusal.fix and str(folder) in refusal.subject, refusal
-        except Exception as error:
-            pytest.fail(f"{variant}, seed {seed}: {type(error).__name__}: {error}")
-        assert time.process_time() - began < SLOWEST, seed
+        assert time.process_time() - began < SLOWEST
+
+    check()
+    assert seen >= examples
     assert examples // 5 < refused < examples * 19 // 20, "changes must matter, and not all of them"

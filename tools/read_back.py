@@ -104,7 +104,7 @@ def read_back(reader: Reader, origin: str, format: str, tools: Path, golden: Seq
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
             return Outcome(format, origin, reader.name, 0, None, f"failed: {said:.100}")
-        layers, worst = _difference(written, SafetensorsSource.open(out))
+        layers, worst = difference(written, SafetensorsSource.open(out))
         tool = _metadata(out).get("tool", reader.name)
         return Outcome(format, origin, tool, layers, worst)
 
@@ -117,7 +117,7 @@ def _source(origin: str, golden: Sequence[Path]) -> Checkpoint:
     return open_checkpoint(GOLDEN / "base").quantized(origin)
 
 
-def _difference(written: Checkpoint, theirs: SafetensorsSource) -> tuple[int, float]:
+def difference(written: Checkpoint, theirs: SafetensorsSource) -> tuple[int, float]:
     """How many layers were compared, and the largest difference relative to the largest weight of its layer."""
     worst, layers = 0.0, 0
     for module, scheme in written.plan.items():

@@ -1,0 +1,47 @@
+"""Quantizes with AutoRound, and runs what it saved with its own layers: python tools/quantizers/by_auto_round.py CASE MODEL TOKENS OUT"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from auto_round import AutoRound
+from perplexity import calibration, perplexity, tell
+from transformers import AutoModelForCausalLM
+
+REQUIRES = "auto-round==0.16.1 transformers==5.23.0 torch==2.13.0"
+CASES = (
+    "W4A16 by 64, auto_round",
+    "W4A16 by 64, tuned, auto_round",
+    "W4A16 by 64, asymmetric, auto_round:auto_gptq",
+    "W4A16 by 64, asymmetric, auto_round:auto_awq",
+    "W2A16 by 64, asymmetric, auto_round",
+    "W8A16 by channel, auto_round",
+    "MXFP4, auto_round",
+    "NVFP4, auto_round",
+)
+
+
+def options(case: str) -> dict[str, Any]:
+    if case.startswith(("MXFP4", "NVFP4")):
+        return {"scheme": case[:5]}
+    bits, size = int(case[1]), -1 if "channel" in case else 64
+    return {"bits": bits, "group_size": size, "sym": "asymmetric" not in case}
+
+
+def main(case: str, model: Path, tokens: Path, out: Path) -> None:
+    effort: dict[str, Any] = {"iters": 0, "disable_opt_rtn": True}
+    if "tuned" in case:
+        data = [torch.tensor([window[:64]]) for window in calibration(tokens)]
+        effort = {"iters": 2, "nsamples": len(data), "seqlen": 64, "batch_size": 4, "dataset": data}
+    maker = AutoRound(str(model), device_map="cpu", **options(case), **effort)
+    maker.quantize_and_save(output_dir=str(out), format=case.rpartition(", ")[2])
+    again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, device_map="cpu")
+    tell(f"auto-round {version('auto-round')}", perplexity(again, tokens))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(Path, sys.argv[2:]))
