@@ -253,7 +253,9 @@ class LayerTensors:
 
     input_scale, input_zero: of statically quantized activations, [1] float and [1] int8; input_scale is also the scale of
     the whole tensor above NVFP4's run-time ones. input_multiplier: [K], a vector
-    that multiplies the input first (SmoothQuant, AWQ scales that were not folded away).
+    that multiplies the input first (SmoothQuant, AWQ scales that were not folded away). integer_product: the tool multiplies
+    the codes of weight and input as integers before it scales them (TorchAO); the reference does so too, for that decides the
+    last bit.
     """
 
     weight: QuantizedTensor
@@ -261,3 +263,4 @@ class LayerTensors:
     input_scale: torch.Tensor | None = None
     input_zero: torch.Tensor | None = None
     input_multiplier: torch.Tensor | None = None
+    integer_product: bool = False

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import qcore
 from makers import LLAMA, dense_llama, write
 from qcore.convert import convert
+from qcore.kernels.reference import ReferenceLinear
 from qcore.scheme import Scheme
 from qcore.tensor import float_table
 
@@ -215,6 +216,8 @@ def test_every_class_is_exact_and_runs(tmp_path: Path, kind: str) -> None:
         ("Float8Tensor-row", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToFloat8Kwargs", ROW, hp_value_ub="9")}, "unknown-variant"),
         ("Int8Tensor-dynamic", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToInt8Kwargs", {"_type": "PerRow", "_data": {"dim": 0}})},
          "unknown-variant"),
+        ("Int8Tensor-dynamic", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToInt8Kwargs", ROW, reduce_range=True)},
+         "unknown-variant"),
     ],
 )  # fmt: skip
 def test_what_is_broken_or_not_read_is_refused(
@@ -232,6 +235,37 @@ def test_pickled_checkpoints_are_refused_with_the_way_to_convert_them(tmp_path: 
     with pytest.raises(qcore.Refused, match="unsafe-container") as caught:
         qcore.open_checkpoint(path)
     assert "save_pretrained" in caught.value.refusal.fix and "torchao 0.15" in caught.value.refusal.fix
+
+
+@pytest.mark.parametrize("mapping", ["SYMMETRIC", "ASYMMETRIC"])
+@pytest.mark.parametrize("static", [False, True])
+def test_codes_are_multiplied_as_integers_before_they_are_scaled(tmp_path: Path, mapping: str, static: bool) -> None:
+    """The last bit of a float32 product is TorchAO's, which decides how the next layer rounds its input."""
+    grain = {"_type": "PerTensor", "_data": {}} if static else ROW
+    record: dict[str, Any] = {
+        "act_quant_kwargs": kwargs("QuantizeTensorToInt8Kwargs", grain, mapping_type={"_data": mapping})
+    }
+    own, x = ({"_tensor_data_names": ["qdata", "scale", "zero_point"]}, torch.randn(7, COLUMNS, generator=RANDOM))
+    change, shift = {}, torch.zeros(1, dtype=torch.int8)
+    scale = x.abs().amax(1, keepdim=True) / 127.5
+    if static:
+        scale, shift = torch.tensor([[0.013]]), torch.tensor([[-9 if mapping == "ASYMMETRIC" else 0]], dtype=torch.int8)
+        change = {"act_quant_scale": scale, "act_quant_zero_point": shift}
+        own["_tensor_data_names"] += list(change)
+    elif mapping == "ASYMMETRIC":
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        scale = (high - low) / 255
+        shift = (-128 - (low / scale).round()).clamp(-128, 127).to(torch.int8)
+    layer = qcore.open_checkpoint(checkpoint(tmp_path, "Int8Tensor", change, record | own)[0]).layer(UP)
+    codes = ((x * (1.0 / scale)).round() + shift).clamp(-128, 127).to(torch.int64)
+    weight = layer.weight.codes.to(torch.int64)
+    expected = (codes @ weight.t()).float() * scale
+    if mapping == "ASYMMETRIC":
+        expected -= shift.float() * scale * weight.sum(1).float()
+    expected *= layer.weight.scales[0].flatten()
+    assert torch.equal(ReferenceLinear.from_layer(layer, torch.float32)(x), expected)
+    close = torch.nn.functional.linear((codes - shift.long()) * scale, layer.weight.dequantize(torch.float32))
+    torch.testing.assert_close(expected, close, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

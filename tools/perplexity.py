@@ -18,9 +18,13 @@ def calibration(tokens: Path) -> list[list[int]]:
 
 
 def perplexity(model: Any, tokens: Path) -> float:
-    """Of a causal model of transformers: logits in float32, likelihoods in float64 (see `of`)."""
+    """Of a causal model of transformers: logits in float32, likelihoods in float64 (see `of`).
+
+    Attention is transformers' plain one: the last bits of another would move what activations are rounded to.
+    """
     import torch
 
+    model.set_attn_implementation("eager")
     losses = []
     with torch.no_grad():
         for window in json.loads(tokens.read_text())["scored"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from qcore.elements import Tile
+from qcore.kernels import integer_product
 from qcore.kernels.activations import quantize_input
 from qcore.kernels.llm_int8 import by_channel, product
 from qcore.tensor import LayerTensors, QuantizedTensor
@@ -46,6 +47,7 @@ class ReferenceLinear(PackedWeight):
         super().__init__(layer.weight)
         self.register_buffer("input_scale", layer.input_scale)
         self.register_buffer("input_zero", layer.input_zero)
+        self.integer_product = layer.integer_product and integer_product.takes(layer.weight.scheme)
 
     @classmethod
     def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> ReferenceLinear:
@@ -55,6 +57,8 @@ class ReferenceLinear(PackedWeight):
         weight, given = self.weight, self.scheme.input
         if given is not None and given.outliers is not None and x.numel() and by_channel(weight):
             return product(x, weight, given.outliers)
+        if self.integer_product and x.numel():
+            return integer_product.product(x, weight, self.input_scale, self.input_zero)
         if weight.scheme.input is not None:
             x = quantize_input(x, weight.scheme.input, self.input_scale, self.input_zero)
         rows, columns = weight.shape

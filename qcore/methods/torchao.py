@@ -124,6 +124,7 @@ class TorchAo(Method):
             input_multiplier=read_scale(files, optional["act_pre_scale"]).reshape(-1)
             if "act_pre_scale" in optional
             else None,
+            integer_product=record.type == "Int8Tensor",
         )
 
     def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
@@ -251,6 +252,8 @@ def _inputs(kwargs: object, default: str) -> TensorScheme | None:
         spread = Group(sizes(inner.get("block_size"))[-1])
     else:
         raise ValueError(f"activations {kind}")
+    if data.get("reduce_range"):
+        raise ValueError("activations of 7 bits (reduce_range)")
     if default == "int8":
         zero: Zero | None = "stored" if bare(data.get("mapping_type")) == "ASYMMETRIC" else None
         return TensorScheme(Int(8, signed=True), (Level(spread),), zero, dynamic=True)

@@ -176,5 +176,6 @@ def _expert(layers: LayerTensors, number: int) -> LayerTensors:
     zeros = None if whole.zeros is None else whole.zeros[number]
     scales = tuple(scale[number] for scale in whole.scales)
     weight = replace(whole, shape=whole.shape[1:], codes=whole.codes[number], scales=scales, zeros=zeros)
-    parts = (layers.bias, layers.input_scale, layers.input_zero, layers.input_multiplier)
-    return LayerTensors(weight, *(None if part is None else part[number] for part in parts))
+    names = ("bias", "input_scale", "input_zero", "input_multiplier")
+    own = {name: part[number] for name in names if (part := getattr(layers, name)) is not None}
+    return replace(layers, weight=weight, **own)

@@ -18,7 +18,7 @@ CASES = (
     "W4A16 by 64, tuned, auto_round",
     "W4A16 by 64, asymmetric, auto_round:auto_gptq",
     "W4A16 by 64, asymmetric, auto_round:auto_awq",
-    "W2A16 by 64, asymmetric, auto_round",
+    "W3A16 by 64, asymmetric, auto_round",
     "W8A16 by channel, auto_round",
     "MXFP4, auto_round",
     "NVFP4, auto_round",
