@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
 
 import torch
 
@@ -247,15 +248,19 @@ def _cut(granularity: Granularity, part: torch.Tensor, start: int, stop: int) ->
     return part[start:stop]
 
 
+Order = Literal["dequantized", "reciprocal", "integers"]
+"""How a tool multiplies quantized inputs. The numbers are the same but for a last bit, which decides how the next layer rounds its
+input; so the reference keeps to it. dequantized: inputs are divided by their scale and rounded, and both sides dequantized.
+reciprocal: inputs are multiplied by 1 / scale instead. integers: the same, and codes are multiplied before they are scaled."""
+
+
 @dataclass(frozen=True)
 class LayerTensors:
     """All that a checkpoint holds of one linear layer or embedding.
 
     input_scale, input_zero: of statically quantized activations, [1] float and [1] int8; input_scale is also the scale of
     the whole tensor above NVFP4's run-time ones. input_multiplier: [K], a vector
-    that multiplies the input first (SmoothQuant, AWQ scales that were not folded away). integer_product: the tool multiplies
-    the codes of weight and input as integers before it scales them (TorchAO); the reference does so too, for that decides the
-    last bit.
+    that multiplies the input first (SmoothQuant, AWQ scales that were not folded away). order: of the tool's float operations.
     """
 
     weight: QuantizedTensor
@@ -263,4 +268,4 @@ class LayerTensors:
     input_scale: torch.Tensor | None = None
     input_zero: torch.Tensor | None = None
     input_multiplier: torch.Tensor | None = None
-    integer_product: bool = False
+    order: Order = "dequantized"

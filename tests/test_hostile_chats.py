@@ -135,6 +135,22 @@ LOOPS = "{% for a in range(90000) %}{% for b in range(90000) %}{{ b }}{% endfor 
         ("{{ messages[3].a.b }}", "bad-field"),
         ("{% if %}", "bad-field"),
         ("{% include '/etc/passwd' %}", "bad-field"),
+        ("{{ 'a' * 10000000000 }}", "limit-exceeded"),
+        ("{{ 'a'|center(4000000000) }}", "limit-exceeded"),
+        ("{{ '%3000000000d'|format(1) }}", "limit-exceeded"),
+        ("{{ '{:3000000000}'.format(1) }}", "limit-exceeded"),
+        (
+            "{% set n = namespace(x='ab') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+            "limit-exceeded",
+        ),
+        (
+            "{% set n = namespace(x=99) %}{% for a in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+            "limit-exceeded",
+        ),
+        (
+            "{% set n = namespace(x=[1]) %}{% for a in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "limit-exceeded",
+        ),
         ("x" * (1 << 21), "limit-exceeded"),
     ],
 )

@@ -9,6 +9,8 @@ import torch
 import qcore
 from makers import dense_llama, words, write
 from qcore.convert import convert
+from qcore.kernels.activations import quantize_input
+from qcore.kernels.reference import ReferenceLinear
 from qcore.scheme import Scheme
 from qcore.tensor import float_table
 from test_awq import gemm_words
@@ -197,6 +199,23 @@ def test_asymmetric_inputs_are_signed(tmp_path: Path, dtype: str, stored: int) -
     for opened in map(qcore.open_checkpoint, (path, convert(path, "quark", tmp_path / "b"))):
         assert str(opened.plan[UP]) == "W8A8-int8-channel-sym/int8-tensor-asym"
         assert opened.layer(UP).input_zero == torch.tensor([72], dtype=torch.int8)
+
+
+@pytest.mark.parametrize("zero", [0, 72])
+def test_inputs_by_tensor_are_rounded_as_torch_rounds_them(tmp_path: Path, zero: int) -> None:
+    """torch's fake quantization multiplies by 1 / scale, and so decides some ties and near ties another way than a division."""
+    parts, _ = made("int8", "per_channel")
+    parts |= {"input_scale": torch.tensor(0.03), "input_zero_point": torch.tensor(zero, dtype=torch.int8)}
+    path = checkpoint(tmp_path, parts, spec("int8", "per_channel"), spec("int8") | {"symmetric": not zero})
+    layer = qcore.open_checkpoint(path).layer(UP)
+    x = (torch.arange(-200 * COLUMNS, 200 * COLUMNS).reshape(-1, COLUMNS) * 0.5 * torch.tensor(0.03)).nextafter(
+        torch.tensor(0.0)
+    )
+    rounded = torch.fake_quantize_per_tensor_affine(x, 0.03, zero, -128, 127)
+    divided = quantize_input(x, layer.weight.scheme.input, layer.input_scale, layer.input_zero)
+    assert not torch.equal(rounded, divided)
+    expected = torch.nn.functional.linear(rounded, layer.weight.dequantize(torch.float32))
+    assert torch.equal(ReferenceLinear.from_layer(layer, torch.float32)(x), expected)
 
 
 @pytest.mark.parametrize(("mode", "word"), [("even", "e8m0"), ("floor", "e8m0floor"), ("ceil", "e8m0ceil")])

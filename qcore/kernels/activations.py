@@ -14,10 +14,15 @@ from qcore.elements import Float, Group, Int, PerToken
 from qcore.kernels.llm_int8 import rounded
 from qcore.kernels.minifloat import LARGEST, mx_scale, nv_scale, round_to
 from qcore.scheme import TensorScheme
+from qcore.tensor import Order
 
 
 def quantize_input(
-    x: torch.Tensor, scheme: TensorScheme, scale: torch.Tensor | None = None, zero: torch.Tensor | None = None
+    x: torch.Tensor,
+    scheme: TensorScheme,
+    scale: torch.Tensor | None = None,
+    zero: torch.Tensor | None = None,
+    order: Order = "dequantized",
 ) -> torch.Tensor:
     """The values that the quantized input stands for: x rounded to the scheme and back, in x's shape and dtype.
 
@@ -36,7 +41,7 @@ def quantize_input(
         reduced = values if isinstance(granularity, PerToken | Group) else values.reshape(1, -1)
         scale, zero = _range(reduced, scheme, scale)
     assert scale is not None, "a static scheme comes with its scale"
-    stands_for = _round_trip(values, scheme, scale.to(torch.float32), zero)
+    stands_for = _round_trip(values, scheme, scale.to(torch.float32), zero, order)
     if isinstance(granularity, Group):
         stands_for = stands_for.flatten(-2)[..., : x.shape[-1]]
     return stands_for.to(x.dtype)
@@ -87,9 +92,9 @@ def _symmetric(magnitude: torch.Tensor, steps: float) -> tuple[torch.Tensor, Non
 
 
 def _round_trip(
-    values: torch.Tensor, scheme: TensorScheme, scale: torch.Tensor, zero: torch.Tensor | None
+    values: torch.Tensor, scheme: TensorScheme, scale: torch.Tensor, zero: torch.Tensor | None, order: Order
 ) -> torch.Tensor:
-    scaled = values / scale
+    scaled = values / scale if order == "dequantized" else values * (1.0 / scale)
     if isinstance(scheme.element, Float):
         return round_to(scaled, scheme.element.format) * scale
     assert isinstance(scheme.element, Int)
@@ -97,4 +102,6 @@ def _round_trip(
     if zero is None:
         return scaled.clamp(least, most).round() * scale
     shift = zero.to(torch.float32)
+    if order != "dequantized":
+        return ((scaled.round() + shift).clamp(least, most) - shift) * scale
     return ((scaled + shift).clamp(least, most).round() - shift) * scale

@@ -47,7 +47,7 @@ class ReferenceLinear(PackedWeight):
         super().__init__(layer.weight)
         self.register_buffer("input_scale", layer.input_scale)
         self.register_buffer("input_zero", layer.input_zero)
-        self.integer_product = layer.integer_product and integer_product.takes(layer.weight.scheme)
+        self.order = layer.order
 
     @classmethod
     def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> ReferenceLinear:
@@ -57,10 +57,10 @@ class ReferenceLinear(PackedWeight):
         weight, given = self.weight, self.scheme.input
         if given is not None and given.outliers is not None and x.numel() and by_channel(weight):
             return product(x, weight, given.outliers)
-        if self.integer_product and x.numel():
+        if self.order == "integers" and x.numel() and integer_product.takes(self.scheme):
             return integer_product.product(x, weight, self.input_scale, self.input_zero)
         if weight.scheme.input is not None:
-            x = quantize_input(x, weight.scheme.input, self.input_scale, self.input_zero)
+            x = quantize_input(x, weight.scheme.input, self.input_scale, self.input_zero, self.order)
         rows, columns = weight.shape
         step = _row_step(weight, max(1, _BLOCK_ELEMENTS // columns))
         out = x.new_empty(*x.shape[:-1], rows)

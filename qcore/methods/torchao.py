@@ -124,7 +124,7 @@ class TorchAo(Method):
             input_multiplier=read_scale(files, optional["act_pre_scale"]).reshape(-1)
             if "act_pre_scale" in optional
             else None,
-            integer_product=record.type == "Int8Tensor",
+            order="integers" if record.type == "Int8Tensor" else "dequantized",
         )
 
     def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +19,10 @@ _LONGEST = 1 << 20
 """Characters of a template; the longest have some 30 000."""
 _STEPS = 1_000_000
 """Lines that rendering may take; templates take a few hundred a message."""
+_SECONDS = 5.0
+"""Of the processor, which lines may take together; templates take a millisecond."""
+_MEMORY = 64 << 20
+"""Bytes that rendering may add to the process, where the system can hold it to that (Linux)."""
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -28,30 +36,48 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
             raise _no(
                 tokenizer, "limit-exceeded", "the chat template takes powers, which may take for ever", "**", "none"
             )
-    left, before = _STEPS, sys.gettrace()
+    left, began, before = _STEPS, time.thread_time(), sys.gettrace()
 
     def step(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left
         left -= 1
-        if left < 0:
-            raise _no(
-                tokenizer, "limit-exceeded", "the chat template goes on and on", f"more than {_STEPS} steps", "fewer"
-            )
+        if left < 0 or time.thread_time() - began > _SECONDS:
+            found = f"more than {_STEPS} steps" if left < 0 else f"more than {_SECONDS} seconds"
+            raise _no(tokenizer, "limit-exceeded", "the chat template goes on and on", found, "fewer")
         return step
 
+    turns = [{"role": "user", "content": prompt}]
     sys.settrace(step)
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
-        )
+        with _bounded_memory():
+            return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     except Refused:
         raise
+    except MemoryError as error:
+        raise _no(tokenizer, "limit-exceeded", "the chat template makes a text beyond bounds", f"more than {_MEMORY} bytes", "less") from error  # fmt: skip
     except Exception as error:  # whatever the template raises
         raise _no(tokenizer, "bad-field", "the chat template cannot be rendered", f"{type(error).__name__}: {error}", "a chat") from error  # fmt: skip
     finally:
         sys.settrace(before)
+
+
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Lets the process grow by no more than _MEMORY: whatever asks for more gets a MemoryError."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = used + _MEMORY
+    if soft == resource.RLIM_INFINITY or soft > most:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _takes_powers(template: str) -> bool:

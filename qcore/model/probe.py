@@ -44,7 +44,7 @@ def wrong_answer(
         x = torch.randn(2, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
         given = x.float()
         if scheme.input is not None:
-            given = quantize_input(given, scheme.input, layer.input_scale, layer.input_zero)
+            given = quantize_input(given, scheme.input, layer.input_scale, layer.input_zero, layer.order)
         expected = torch.cat([given.double() @ weight.rows(*part).dequantize().double().t() for part in parts], -1)
     try:
         got = packed(x.to(device)).cpu()
