@@ -208,13 +208,11 @@ def _affine_headers(files: CheckpointFiles, module: str, record: Record) -> tupl
     if floats:
         kind = files.source.tensors[f"{prefix}qdata"].dtype
         element = Float("e4m3fn" if kind == "F8_E4M3" else "e5m2")
-        return Scheme(
-            TensorScheme(element, (level,)), _inputs(record.data.get("act_quant_kwargs"), element.format)
-        ), shape
+        return Scheme(TensorScheme(element, (level,)), _inputs(record.data.get("act_quant_kwargs"), floats=True)), shape
     if "zero_point" in record.parts:
         require_tensor(files, f"{prefix}zero_point", shape=scale.shape, dtypes=["I8", *SCALE_DTYPES["float"]])
     bits = 8
-    given = _inputs(record.data.get("act_quant_kwargs"), "int8")
+    given = _inputs(record.data.get("act_quant_kwargs"), floats=False)
     if record.type == "IntxUnpackedToInt8Tensor":
         target = str(record.value("target_dtype"))
         if not target.removeprefix("int").isdigit() or not 1 <= int(target.removeprefix("int")) <= 8:
@@ -233,7 +231,7 @@ def _affine_headers(files: CheckpointFiles, module: str, record: Record) -> tupl
     return Scheme(integer_weight(bits, granularity, symmetric=symmetric), given), shape
 
 
-def _inputs(kwargs: object, default: str) -> TensorScheme | None:
+def _inputs(kwargs: object, *, floats: bool) -> TensorScheme | None:
     """The input's scheme by torchao's act_quant_kwargs. Raises ValueError."""
     if kwargs is None:
         return None
@@ -254,13 +252,15 @@ def _inputs(kwargs: object, default: str) -> TensorScheme | None:
         raise ValueError(f"activations {kind}")
     if data.get("reduce_range"):
         raise ValueError("activations of 7 bits (reduce_range)")
-    if default == "int8":
+    if not floats:
         zero: Zero | None = "stored" if bare(data.get("mapping_type")) == "ASYMMETRIC" else None
         return TensorScheme(Int(8, signed=True), (Level(spread),), zero, dynamic=True)
     bound = data.get("hp_value_ub")
     if data.get("hp_value_lb") is not None or not isinstance(bound, float | int | None):
         raise ValueError(f"activations scaled within {data.get('hp_value_lb')!r:.20} and {bound!r:.20}")
-    return TensorScheme(Float(default), (Level(spread),), dynamic=True, bound=bound)  # type: ignore[arg-type]
+    if (name := bare(data.get("float8_dtype")) or "float8_e4m3fn") not in ("float8_e4m3fn", "float8_e5m2"):
+        raise ValueError(f"activations in {name}")
+    return TensorScheme(Float(_FLOATS[name]), (Level(spread),), dynamic=True, bound=bound)
 
 
 def _asymmetric(files: CheckpointFiles, module: str) -> bool:
