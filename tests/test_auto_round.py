@@ -110,6 +110,7 @@ def test_names_of_the_method(tmp_path: Path, name: str) -> None:
         ({"act_bits": 8}, "unknown-variant"),
         ({"packing_format": "abacus"}, "unknown-variant"),
         ({"rotation_config": {"algorithm": "hadamard", "block_size": 32}}, "unknown-variant"),
+        ({"spinquant_config": {"r1": True}}, "unknown-variant"),
         ({"bits": 9}, "bad-field"),
         ({"bits": None}, "bad-field"),
         ({"group_size": 0}, "bad-field"),
@@ -211,6 +212,9 @@ def test_float_exports_are_exact_and_run(tmp_path: Path, kind: str) -> None:
         {"data_type": "nvfp4_v2"},
         {"act_bits": 6},
         {"fmt": "e3m4"},
+        {"group_size": 16},
+        {"act_group_size": 64},
+        {"act_dynamic": False},
     ],
 )
 def test_float_forms_that_are_not_read_are_refused(tmp_path: Path, config: dict[str, Any]) -> None:

@@ -167,6 +167,7 @@ def nan_scales() -> torch.Tensor:
         ({"version": "gemv_fast"}, {}, "bad-dtype"),
         ({"version": "marlin"}, {}, "bad-shape"),
         ({"version": "abacus"}, {}, "unknown-variant"),
+        ({"format": "gemv"}, {}, "bad-field"),
         ({"bits": 9}, {}, "bad-field"),
         ({"bits": 3}, {}, "bad-shape"),
         ({"bits": 8, "version": "gemv"}, {}, "bad-field"),

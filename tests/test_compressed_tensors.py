@@ -309,6 +309,7 @@ PACKED = {
 
 
 STATIC = {"num_bits": 8, "strategy": "tensor"}
+TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True}
 
 
 def rotated(*locations: str) -> dict[str, Any]:
@@ -387,6 +388,26 @@ def test_presets(preset: str) -> None:
             {"weight": torch.ones(ROWS, COLUMNS), "weight_packed": None},
             {"quantization_status": "frozen"},
         ),
+        *(
+            (
+                "unknown-variant",
+                {"weight": torch.ones(ROWS, COLUMNS), "weight_packed": None, "weight_scale": None},
+                config,
+            )
+            for config in (
+                {"quantization_status": "frozen", "group": {"input_activations": TOKEN}},
+                {"weights": arguments(dynamic=True)},
+                {"group": {"output_activations": TOKEN}},
+            )
+        ),
+        ("unknown-variant", {}, {"group": {"input_activations": TOKEN | {"scale_dtype": "torch.bfloat16"}}}),
+        (
+            "unknown-variant",
+            {},
+            {"group": {"input_activations": TOKEN | {"symmetric": False, "zp_dtype": "torch.float32"}}},
+        ),
+        ("bad-field", {}, {"transform_config": {"transform_groups": {}, "x": 1}}),
+        ("unknown-variant", {}, {"fp8_dtype_flavor": "float8_e4m3fnuz"}),
         ("unknown-variant", {}, {"moe_sparsity_config": {"method": "prune", "num_experts": [3]}}),
         ("unknown-variant", {}, {"group": {"format": "nvfp4-pack-quantized"}}),
         ("unknown-variant", {}, {"weights": arguments(type="float", num_bits=4, group_size=64)}),

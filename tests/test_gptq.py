@@ -204,6 +204,7 @@ def test_an_embedding_is_stored_with_the_vocabulary_for_inputs(
         ("missing-tensor", {"config": {"checkpoint_format": "marlin", "sym": True}}),
         ("bad-dtype", {"config": {"checkpoint_format": "bitblas"}}),
         ("unknown-variant", {"config": {"checkpoint_format": "gptq_v9"}}),
+        ("bad-field", {"config": {"checkpoint_format": "gptq", "format": "gptq_v2"}}),
         ("unknown-variant", {"config": {"is_marlin_format": True}}),
         ("bad-dtype", {"config": {"is_bitblas_format": True}}),
         ("bad-dtype", {"config": {"pack_dtype": "int64"}}),

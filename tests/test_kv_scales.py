@@ -154,6 +154,7 @@ def test_a_scale_may_stand_there_twice(tmp_path: Path) -> None:
     ("change", "named"),
     [({"num_bits": 4}, "4-bit float"), ({"type": "int", "num_bits": 4}, "4-bit int"), ({"dynamic": True}, "dynamic"),
      ({"strategy": "group", "group_size": 16}, "strategy group"), ({"symmetric": False}, "asymmetric"),
+     ({"strategy": None, "group_size": 16}, "strategy group"), ({"strategy": None, "group_size": -1}, "strategy channel"),
      ({"strategy": "tensor_group", "num_bits": 4}, "strategy tensor_group")],
 )  # fmt: skip
 def test_what_compressed_tensors_declares_else_is_refused_by_name(tmp_path: Path, change: Any, named: str) -> None:
@@ -169,6 +170,9 @@ def test_quantized_queries_are_refused(tmp_path: Path) -> None:
         tmp_path, scales(), config_groups={"attention": {"targets": ["LlamaAttention"], "input_activations": FP8}}
     )
     with pytest.raises(qcore.Refused, match="quantizes attention"):
+        load(path)
+    path = made(tmp_path / "b", scales(), FP8, attention_input_activations=FP8)
+    with pytest.raises(qcore.Refused, match="queries"):
         load(path)
 
 

@@ -41,6 +41,7 @@ class Arguments(Settings):
     dynamic: bool | Literal["local"] = False
     actorder: str | bool | None = None
     scale_dtype: str | None = None
+    zp_dtype: str | None = None
 
     @field_validator("block_structure", mode="before")
     @classmethod
@@ -51,6 +52,10 @@ class Arguments(Settings):
         """Raises ValueError where no scheme's words describe it."""
         if self.type == "float" and (self.num_bits not in _FLOATS or not self.symmetric):
             raise ValueError(f"{'' if self.symmetric else 'asymmetric '}{self.num_bits}-bit floats")
+        if not weight and self.dynamic and self.scale_dtype in ("torch.float16", "torch.bfloat16"):
+            raise ValueError(f"scales rounded to {self.scale_dtype} at run time")
+        if not weight and self.dynamic and not self.symmetric and "float" in (self.zp_dtype or ""):
+            raise ValueError(f"zero points in {self.zp_dtype} at run time")
         levels = self._levels()
         # Weights come to the normal form: asymmetric codes are unsigned.
         signed = self.symmetric or not weight
@@ -58,8 +63,13 @@ class Arguments(Settings):
         ordered = self.actorder in ("group", "dynamic", True) and isinstance(levels[0].granularity, Group)
         return TensorScheme(element, levels, None if self.symmetric else "stored", ordered, dynamic=bool(self.dynamic))
 
+    @property
+    def stated_strategy(self) -> str:
+        """The strategy, or what a group size alone means."""
+        return self.strategy or {None: "tensor", -1: "channel"}.get(self.group_size, "group")
+
     def _levels(self) -> tuple[Level, ...]:
-        strategy = self.strategy or {None: "tensor", -1: "channel"}.get(self.group_size, "group")
+        strategy = self.stated_strategy
         size, floats = self.group_size or 0, self.type == "float" and self.num_bits < 8
         unsaid = ValueError(f"strategy {strategy} with group_size {self.group_size}, scale_dtype {self.scale_dtype}")
         if strategy == "tensor_group" and size > 0 and self.type == "float":
@@ -91,6 +101,11 @@ class Scope(Settings):
     input_activations: Arguments | None = None
     output_activations: Arguments | None = None
     format: str | None = None
+
+    def runs_plain(self, status: str) -> bool:
+        """Whether the library rounds a plain weight, or what goes in and out, while the model runs."""
+        rounded = self.input_activations is not None and status != "compressed"
+        return rounded or self.output_activations is not None or bool(self.weights and self.weights.dynamic)
 
     def scheme(self) -> Scheme:
         """Raises ValueError where no scheme's words describe it."""
@@ -146,7 +161,7 @@ class Rotation(Settings):
 class Rotations(Settings):
     """TransformConfig."""
 
-    config_groups: dict[str, Rotation] = Field(default_factory=dict)
+    config_groups: dict[str, Rotation]
 
     @property
     def online(self) -> list[str]:
@@ -164,7 +179,14 @@ class CompressedConfig(Settings):
     sparsity_config: dict[str, Any] | None = None
     transform_config: Rotations | None = None
     moe_sparsity_config: dict[str, Any] | None = None
+    attention_input_activations: Any = None
+    fp8_dtype_flavor: str | None = None
     version: str = ""
+
+    @field_validator("transform_config", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        return value or None
 
     @property
     def omits_order(self) -> bool:

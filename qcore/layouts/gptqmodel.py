@@ -13,7 +13,7 @@ from typing import Any
 
 from qcore.checkpoint.patterns import matches
 from qcore.method import CheckpointFiles, ModulePlan, is_embedding
-from qcore.refusal import Refusal, Refused
+from qcore.refusal import Refusal, Refused, bad_file
 
 Dynamic = Mapping[str, Mapping[str, Any]]
 
@@ -34,6 +34,16 @@ def refuse_computed(files: CheckpointFiles, config: Mapping[str, Any]) -> None:
                         f"found {key} {config[key]!r}, expected none", f"Quantize the model without {key}.",
                         str(files.quantization_file), field=f"quantization_config.{key}")
             )  # fmt: skip
+
+
+def agreed_layout(files: CheckpointFiles, config: Mapping[str, Any]) -> None:
+    """Raises Refused (bad-field) where two keys name layouts that differ: tools do not agree which of them wins."""
+    named = {key: str(config[key]).lower() for key in ("version", "checkpoint_format", "format") if config.get(key)}
+    if len(set(named.values())) > 1:
+        *_, key = named
+        raise bad_file("bad-field", "the config names two layouts", file=files.quantization_file,
+                       field=f"quantization_config.{key}", found=", ".join(f"{k} {v:.80}" for k, v in named.items()),
+                       expected="one", fix="Keep the key that the tool wrote, and remove the other.")  # fmt: skip
 
 
 def wrote(meta: object) -> bool:

@@ -50,10 +50,12 @@ class AutoRoundConfig(Settings):
     act_bits: int = 16
     act_data_type: str | None = None
     act_group_size: int | None = None
-    act_dynamic: bool = True
+    act_dynamic: bool | None = None
+    activation_scheme: str | None = None
     fmt: str = "e4m3"
     packing_format: str = "auto_round:auto_gptq"
     rotation_config: Any = None
+    spinquant_config: Any = None
     extra_config: dict[str, dict[str, Any]] | None = None
 
 
@@ -180,6 +182,7 @@ class AutoRound(Method):
 def _check_types(files: CheckpointFiles, config: AutoRoundConfig, where: str) -> None:
     """Raises Refused (unknown-variant) where the numbers are of a kind that is not read."""
     floats = config.data_type in _FLOATS
+    sizes = {"mx_fp": 32, "nv_fp": 16}.get(config.data_type)
     own_inputs = {"mx_fp": ("mx_fp", "mx_fp_rceil"), "nv_fp": ("nv_fp", "nv_fp4_with_static_gs"), "fp": ("fp",)}
     for field, found, known in (
         ("data_type", config.data_type, floats or config.data_type in _INTEGERS),
@@ -192,6 +195,11 @@ def _check_types(files: CheckpointFiles, config: AutoRoundConfig, where: str) ->
         ("packing_format", config.packing_format, floats or config.packing_format.startswith("auto_round")),
         ("fmt", config.fmt, config.fmt in ("e4m3", "e5m2")),
         ("rotation_config", config.rotation_config, not config.rotation_config),
+        ("spinquant_config", config.spinquant_config, not config.spinquant_config),
+        ("group_size", config.group_size, sizes is None or config.bits >= 16 or config.group_size == sizes),
+        ("act_group_size", config.act_group_size, sizes is None or config.act_bits >= 16
+         or config.act_group_size in (None, sizes)),
+        ("act_dynamic", config.act_dynamic, sizes is None or config.act_bits >= 16 or config.act_dynamic is not False),
     ):  # fmt: skip
         if not known:
             raise Refused(
@@ -242,7 +250,8 @@ def _fp8_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) ->
     if config.act_bits < 16:
         width = config.act_group_size
         spread: Granularity = PerTensor() if width == 0 else Group(width) if width and width > 0 else PerToken()
-        given = TensorScheme(element, (Level(spread),), dynamic=config.act_dynamic)
+        dynamic = config.activation_scheme != "static" if config.act_dynamic is None else config.act_dynamic
+        given = TensorScheme(element, (Level(spread),), dynamic=dynamic)
     names = scaled.Names(scale="weight_scale_inv" if isinstance(size, tuple) else "weight_scale", flat=True)
     return Scheme(TensorScheme(element, (Level(granularity),)), given), names
 

@@ -146,6 +146,7 @@ class Awq(Method):
         assert files.quantization is not None
         config = check(AwqConfig, files.quantization, file=files.quantization_file)
         gptqmodel.refuse_computed(files, files.quantization)
+        gptqmodel.agreed_layout(files, files.quantization)
         if config.layout not in _LAYOUTS:
             raise Refused(
                 Refusal("unknown-variant", "notimpl", str(files.path), "this layout of AWQ is not read yet",

@@ -86,8 +86,13 @@ class CompressedTensors(Method):
             if isinstance(group, Scope) and group.weights is None and group.input_activations:
                 # of attention: queries are quantized too
                 raise unknown_kv_cache(files, "config_groups", f"{name!r}, which quantizes attention")
+        if config.attention_input_activations:
+            raise unknown_kv_cache(files, "attention_input_activations", "queries in 8 bits")
         given = config.kv_cache_scheme
-        return None if given is None else declared_scheme(files, "kv_cache_scheme", given.model_dump())
+        if given is None:
+            return None
+        stated = given.model_dump() | {"strategy": given.stated_strategy}
+        return declared_scheme(files, "kv_cache_scheme", stated)
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
         config = self._config(files)
@@ -111,6 +116,10 @@ class CompressedTensors(Method):
                 if group is not None and f"{module}.weight_scale" in tensors:
                     raise self._variant(
                         files, "quantization_status", f"{config.quantization_status}, plain weights with scales"
+                    )
+                if isinstance(group, Scope) and group.runs_plain(config.quantization_status):
+                    raise self._variant(
+                        files, f"config_groups ({reason})", "plain weights that are rounded at run time"
                     )
                 why = reason if group is None else f"stored unquantized although {reason} targets it"
                 plan[module] = ModulePlan(None, why, (info.shape[0], info.shape[1]))
@@ -183,6 +192,7 @@ class CompressedTensors(Method):
             ("sparsity_config.format", (config.sparsity_config or {}).get("format", "dense")),
             ("transform_config", config.transform_config and config.transform_config.online),
             ("moe_sparsity_config", config.moe_sparsity_config),
+            ("fp8_dtype_flavor", config.fp8_dtype_flavor not in (None, "float8_e4m3fn") and config.fp8_dtype_flavor),
         ):
             if found and found != "dense":
                 raise self._variant(files, field, found)

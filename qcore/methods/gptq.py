@@ -160,6 +160,7 @@ class Gptq(Method):
         assert files.quantization is not None
         config = check(GptqConfig, files.quantization, file=files.quantization_file)
         gptqmodel.refuse_computed(files, files.quantization)
+        gptqmodel.agreed_layout(files, files.quantization)
         check_count(config.dynamic or (), file=files.quantization_file, field="quantization_config.dynamic")
         layout = config.checkpoint_format
         if config.is_marlin_format or config.is_bitblas_format:
