@@ -48,6 +48,8 @@ def made(folder: Path, extra: dict[str, torch.Tensor] | None = None, scheme: Any
             tensors[name] *= 4
     groups = config.pop("config_groups", {})
     quantization = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": groups}
+    if "attention_input_activations" in config:
+        quantization["attention_input_activations"] = config.pop("attention_input_activations")
     if scheme is not None:
         quantization["kv_cache_scheme"] = scheme
     return write(folder, {**tensors, **(extra or {})}, quantization, num_hidden_layers=LAYERS, **config)

@@ -170,6 +170,7 @@ NAN = torch.full((96,), float("nan"))
         ({**four_bits()[0], f"{UP}.weight.mystery": torch.zeros(3)}, "unexpected-tensor"),
         (state(quant_type="fp4"), "bad-field"),
         (state(quant_type="nf3"), "bad-field"),
+        (state(nested_blocksize=256), "bad-field"),
         (state(blocksize=0), "bad-field"),
         (state(blocksize="many"), "bad-field"),
         (state(shape=[96]), "bad-field"),

@@ -46,7 +46,7 @@ def checkpoint(folder: Path, parts: dict[str, torch.Tensor], method: str = "fp8"
     [
         ("tensor", "fp8", {"activation_scheme": "static"}, "W8A8-fp8-static"),
         ("tensor", "fp8", {"activation_scheme": "dynamic"}, "W8A8-fp8-tensor/fp8-tensor-dyn"),
-        ("channel", "fbgemm_fp8", {}, "W8A8-fp8-dyn"),
+        ("channel", "fbgemm_fp8", {}, "W8A8-fp8-channel/fp8-token-dyn-bound1200.0"),
         ("channel", "fbgemm_fp8", {"activation_scale_ub": 1200.0}, "W8A8-fp8-channel/fp8-token-dyn-bound1200.0"),
         ("block", "fp8", {"weight_block_size": [32, 48], "fmt": "e4m3"}, "W8A8-fp8-tile32x48/fp8-g48-dyn"),
         ("e8m0", "fp8", {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"}, "W8A8-fp8-block128:e8m0/fp8-g128-dyn"),

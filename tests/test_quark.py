@@ -263,6 +263,27 @@ def test_a_quantized_kv_cache_is_told(tmp_path: Path) -> None:
     assert str(qcore.open_checkpoint(path).kv_cache) == "fp8-tensor"
 
 
+@pytest.mark.parametrize("where", ["kv_cache_quant_config", "layer_quant_config"])
+@pytest.mark.parametrize("output", [spec("int8"), spec("fp8_e4m3", is_dynamic=True), [spec("fp8_e4m3", "per_channel")]])
+def test_a_kv_cache_of_another_type_is_refused(tmp_path: Path, where: str, output: Any) -> None:
+    parts, _ = made("fp8_e4m3", "per_tensor")
+    opened = qcore.open_checkpoint(
+        checkpoint(tmp_path, parts, spec("fp8_e4m3"), **{where: {"*k_proj": {"output_tensors": output}}})
+    )
+    with pytest.raises(qcore.Refused, match="unknown-variant"):
+        _ = opened.kv_cache
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("*up_proj", {"weight": spec("fp8_e4m3"), "output_tensors": spec("fp8_e4m3")}), ("*down_proj", {"input_tensors": spec("fp8_e4m3")})],
+)  # fmt: skip
+def test_what_layers_round_beside_their_weights_is_refused(tmp_path: Path, name: str, layer: Any) -> None:
+    parts, _ = made("fp8_e4m3", "per_tensor")
+    with pytest.raises(qcore.Refused, match="unknown-variant"):
+        qcore.open_checkpoint(checkpoint(tmp_path, parts, spec("fp8_e4m3"), layer_quant_config={name: layer}))
+
+
 @pytest.mark.parametrize(
     ("weight", "inputs", "change", "code"),
     [
@@ -287,6 +308,22 @@ def test_a_quantized_kv_cache_is_told(tmp_path: Path) -> None:
         (spec("fp8_e4m3"), None, {"weight_zero_point": torch.tensor(3, dtype=torch.int8)}, "bad-content"),
         (spec("fp8_e4m3"), None, {"mystery": torch.zeros(3)}, "unexpected-tensor"),
         ({"dtype": 8, "qscheme": "per_tensor"}, None, {}, "bad-field"),
+        *(
+            (spec("fp8_e4m3"), spec("int8", "per_channel", is_dynamic=True, **found), {}, "unknown-variant")
+            for found in (
+                {"ch_axis": -1},
+                {"observer_cls": "PerChannelPowOf2MinMaxObserver"},
+                {"observer_cls": "PerTensorPercentileObserver"},
+                {"scale_type": "bfloat16"},
+                {"round_method": "floor"},
+            )
+        ),
+        (
+            spec("fp8_e4m3"),
+            {**spec("int8", is_dynamic=True, zero_point_type="float32"), "symmetric": False},
+            {},
+            "unknown-variant",
+        ),
     ],
 )
 def test_what_is_broken_or_not_read_is_refused(

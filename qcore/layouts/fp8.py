@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from qcore.tensor import LayerTensors
 
 WRITTEN = ("block", "tensor", "channel")
+DEFAULT_BOUND = 1200.0
+"""FBGEMM's activation_scale_ub where a config does not state it, as transformers has it."""
 LARGEST = 3.4028234663852886e38
 """float32's largest number."""
 _KINDS: dict[type[Granularity], str] = {Tile: "block", Group: "block", PerTensor: "tensor", PerChannel: "channel"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -51,6 +51,11 @@ _ROUNDINGS: dict[str | None, ScaleType] = {None: "e8m0", "even": "e8m0", "floor"
 """How the exponents of inputs are found, by scale_calculation_mode."""
 
 
+_OBSERVERS = (None, "PlaceholderObserver", "PerBlockMXObserver",
+              *(f"Per{grain}MinMaxObserver" for grain in ("Tensor", "Channel", "Group")))  # fmt: skip
+"""Those that take an input's scale from its largest magnitude."""
+
+
 class Spec(Settings):
     """How one tensor is quantized."""
 
@@ -65,6 +70,9 @@ class Spec(Settings):
     zero_point_type: str | None = "int32"
     block_size: tuple[int, int] | None = None
     is_scale_quant: bool = False
+    observer_cls: str | None = None
+    scale_type: str | None = None
+    round_method: str | None = None
 
     @property
     def level(self) -> tuple[str, str, bool]:
@@ -80,12 +88,23 @@ Specs = Spec | list[Spec] | None
 """Of one tensor; a list of two is a two-level scale."""
 
 
+class Output(Settings):
+    """How a layer's output is quantized: that of the projections of keys and values, for the cache."""
+
+    dtype: str = ""
+    qscheme: str = ""
+    is_dynamic: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.qscheme}" + (", dynamic" if self.is_dynamic else "")
+
+
 class LayerSpec(Settings):
     """A layer's tensors."""
 
     weight: Specs = None
     input_tensors: Specs = None
-    output_tensors: Any = None
+    output_tensors: Output | list[Output] | None = None
 
 
 class Export(Settings):
@@ -138,9 +157,26 @@ def input_scheme(specs: Specs) -> TensorScheme | None:
         return None
     if kind.shared and specs.scale_calculation_mode not in _ROUNDINGS:
         return None
+    if not _plain_rounding(specs, kind, dynamic=dynamic):
+        return None
     scale = _ROUNDINGS[specs.scale_calculation_mode] if kind.shared else "float"
     element = Int(kind.element.bits, signed=True) if isinstance(kind.element, Int) else kind.element
     return TensorScheme(element, (Level(grid, scale),), zero, dynamic=dynamic)
+
+
+def _plain_rounding(spec: Spec, kind: Kind, *, dynamic: bool) -> bool:
+    """Whether an input's codes and, at run time, its scale are found by the largest magnitude of each token, in float32."""
+    if isinstance(kind.element, Int) and spec.round_method not in (None, "half_even"):
+        return False
+    if not dynamic:
+        return True
+    axes = {"per_channel": (1, None), "per_group": (-1, None)}
+    return (
+        spec.observer_cls in _OBSERVERS
+        and spec.ch_axis in axes.get(spec.qscheme, (spec.ch_axis,))
+        and (kind.shared or spec.scale_type in (None, "float", "float32"))
+        and not (spec.symmetric is False and "float" in (spec.zero_point_type or ""))
+    )
 
 
 def _fits(spec: Spec, kind: Kind) -> bool:

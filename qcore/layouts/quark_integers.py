@@ -18,7 +18,7 @@ from qcore.layouts.awq import pack_words, unpack_words
 from qcore.layouts.scaled import Names, shape_of
 from qcore.method import SCALE_DTYPES, CheckpointFiles, read_scale, require_tensor
 from qcore.refusal import bad_file
-from qcore.scheme import Scheme, TensorScheme
+from qcore.scheme import Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -101,13 +101,9 @@ def read_integers(
         read(bias) if bias in files.source.tensors else None,
         input_scale=read_scale(files, f"{module}.input_scale").reshape(1) if given else None,
         input_zero=_input_zero(files, module, scheme),
-        order="reciprocal" if _by_tensor(scheme.input) else "dequantized",
+        # Quark rounds integers as torch's fake quantization does.
+        order="reciprocal" if scheme.input and isinstance(scheme.input.element, Int) else "dequantized",
     )
-
-
-def _by_tensor(given: TensorScheme | None) -> bool:
-    """Inputs that Quark rounds with torch.fake_quantize_per_tensor_affine, which multiplies by the reciprocal."""
-    return given is not None and isinstance(given.element, Int) and isinstance(given.granularity, PerTensor)
 
 
 def _input_zero(files: CheckpointFiles, module: str, scheme: Scheme) -> torch.Tensor | None:

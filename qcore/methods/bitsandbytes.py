@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qcore.checkpoint.json_file import parse_json
 from qcore.checkpoint.patterns import skips
@@ -74,7 +74,7 @@ class BitsAndBytesConfig(Settings):
         if self.load_in_8bit:
             return "llm.int8", _int8_scheme(self)
         state = QuantState(quant_type=self.bnb_4bit_quant_type, blocksize=64, shape=(1, 1),
-                           nested_blocksize=256 if self.bnb_4bit_use_double_quant else None)  # fmt: skip
+                           nested_blocksize=256 if self.bnb_4bit_use_double_quant else None, nested_offset=0.0)  # fmt: skip
         return "bitsandbytes", state.scheme()
 
 
@@ -86,6 +86,12 @@ class QuantState(Settings):
     shape: tuple[int, int]
     nested_blocksize: int | None = Field(None, ge=1, le=65536)
     nested_offset: float | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> QuantState:
+        if self.nested and self.nested_offset is None:
+            raise ValueError("nested scales have a nested_offset")
+        return self
 
     @property
     def nested(self) -> bool:

@@ -168,7 +168,8 @@ class Fp8(Method):
             return Scheme(TensorScheme(Float("e2m1"), (Level(Group(_E2M1_GROUP), kind),)), self._input(config))
         if stated_method(files.quantization) == "fbgemm_fp8":
             # A bound that is float32's largest number bounds nothing.
-            bound = None if (config.activation_scale_ub or 0) >= fp8.LARGEST else config.activation_scale_ub
+            stated = fp8.DEFAULT_BOUND if config.activation_scale_ub is None else config.activation_scale_ub
+            bound = None if stated >= fp8.LARGEST else stated
             given = TensorScheme(element, (Level(PerToken()),), dynamic=True, bound=bound)
             return Scheme(TensorScheme(element, (Level(PerChannel(), kind),)), given)
         whole = is_embedding(module) and scale is not None and scale.nbytes == 4  # transformers' FP8Embedding

@@ -23,7 +23,7 @@ from qcore.layouts import quark_writer
 from qcore.layouts.quark_config import KINDS, LayerSpec, QuarkConfig, Specs, input_scheme, weight_scheme
 from qcore.layouts.quark_integers import integer_shape, no_zero_points, read_integers
 from qcore.layouts.scaled import Names, read_layer, shape_of
-from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules
+from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, is_embedding
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
 
@@ -70,22 +70,24 @@ class Quark(Method):
             raise bad_file("missing-tensor", "the config says Quark, but no tensor is named *.weight_scale",
                            file=files.path, field="quantization_config.quant_method")  # fmt: skip
         for module, entry in dense_modules(files.source.tensors, "").items():
+            if module in plan:
+                continue
             named = next((skip for skip in config.exclude or () if _names(files, skip, module)), "")
-            plan.setdefault(
-                module, ModulePlan(None, f"exclude names {named!r}" if named else "stored unquantized", entry.shape)
-            )
+            spec = self._spec(files, module)[0]
+            if not named and spec.weight is None and spec.input_tensors is not None and not is_embedding(module):
+                raise self._variant(files, "input_tensors", f"quantized inputs of {module}, whose weight is plain")
+            plan[module] = ModulePlan(None, f"exclude names {named!r}" if named else "stored unquantized", entry.shape)
         return plan
 
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
         config = self._config(files)
-        if not config.export.kv_cache_group:
-            return None
-        for spec in config.kv_cache_quant_config.values():
+        layers = {name: spec for name, spec in (config.layer_quant_config or {}).items() if _of_cache(name)}
+        for spec in (*config.kv_cache_quant_config.values(), *layers.values()):
             given = spec.output_tensors
-            found = f"{given['dtype']} {given.get('qscheme')}" if isinstance(given, dict) and "dtype" in given else ""
-            if found not in ("", "fp8_e4m3 per_tensor"):
-                raise unknown_kv_cache(files, "kv_cache_quant_config", found)
-        return TensorScheme.parse("fp8-tensor")
+            for output in given if isinstance(given, list) else [given]:
+                if output is not None and str(output).strip() not in ("", "fp8_e4m3 per_tensor"):
+                    raise unknown_kv_cache(files, "kv_cache_quant_config", str(output))
+        return TensorScheme.parse("fp8-tensor") if config.export.kv_cache_group else None
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         scheme, _ = self._scheme(files, module)
@@ -140,6 +142,8 @@ class Quark(Method):
         """The module's scheme, and where it is stated. Raises Refused (unknown-variant) where it is not read."""
         spec, where = self._spec(files, module)
         weight, given = weight_scheme(spec.weight), None
+        if spec.output_tensors is not None and not _of_cache(module):
+            raise self._variant(files, "output_tensors", f"outputs of {module}, {spec.output_tensors}")
         if weight is None:
             raise self._variant(files, "weight", _told(spec.weight))
         if spec.input_tensors is not None and (given := input_scheme(spec.input_tensors)) is None:
@@ -164,6 +168,11 @@ class Quark(Method):
         if isinstance(scheme.weight.element, Int):
             return integer_shape(files, module, scheme, signed=self._signed(files, module))
         return shape_of(files, module, scheme, _NAMES)
+
+
+def _of_cache(name: str) -> bool:
+    """Whether a projection, or a pattern of some, makes queries, keys or values, whose outputs are quantized for attention."""
+    return name.endswith(("k_proj", "v_proj", "q_proj", "qkv_proj", "kv_proj", "query_key_value", "qkv", "Wqkv"))
 
 
 def _told(specs: Specs) -> str:

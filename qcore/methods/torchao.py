@@ -164,6 +164,9 @@ class TorchAo(Method):
 
     def _headers(self, files: CheckpointFiles, module: str, record: Record) -> tuple[Scheme, tuple[int, int]]:
         """The scheme and [N, K], once all headers agree. Raises Refused."""
+        for part in _PARTS:
+            if part in record.parts:
+                require_tensor(files, f"{module}._weight_{part}")
         try:
             if record.type in INT4:
                 return int4_headers(files, module, record)
@@ -242,18 +245,24 @@ def _inputs(kwargs: object, *, floats: bool) -> TensorScheme | None:
     kind = grain.get("_type") if isinstance(grain, dict) else None
     inner = grain.get("_data") if isinstance(grain, dict) else None
     spread: Granularity
+    mapping = bare(data.get("mapping_type"))
+    if mapping not in (None, "SYMMETRIC", "ASYMMETRIC"):
+        raise ValueError(f"activations mapped by {mapping}")
     if kind in ("PerRow", "PerToken") and (not isinstance(inner, dict) or inner.get("dim", -1) == -1):
         spread = PerToken()
     elif kind == "PerTensor":
         spread = PerTensor()
     elif kind == "PerBlock" and isinstance(inner, dict):
-        spread = Group(sizes(inner.get("block_size"))[-1])
+        *outer, width = sizes(inner.get("block_size"))
+        if any(size != 1 for size in outer):
+            raise ValueError(f"activations in blocks of {[*outer, width]}")
+        spread = Group(width)
     else:
         raise ValueError(f"activations {kind}")
     if data.get("reduce_range"):
         raise ValueError("activations of 7 bits (reduce_range)")
     if not floats:
-        zero: Zero | None = "stored" if bare(data.get("mapping_type")) == "ASYMMETRIC" else None
+        zero: Zero | None = "stored" if mapping == "ASYMMETRIC" else None
         return TensorScheme(Int(8, signed=True), (Level(spread),), zero, dynamic=True)
     bound = data.get("hp_value_ub")
     if data.get("hp_value_lb") is not None or not isinstance(bound, float | int | None):
