@@ -61,12 +61,14 @@ def measure(script: Path, case: str, tools: Path, model: Path, tokens: Path, scr
     if gguf:
         model = convert(model, "gguf", scratch / "source.gguf")
     python = tools / name / "bin" / "python"
-    found: dict[str, Any] = {"maker": name, "case": case} | json.loads(_run(python, script, case, model, tokens, made))
+    found: dict[str, Any] = {"maker": name, "case": case} | json.loads(
+        _run(python, script, case, model, tokens, made, scratch=scratch)
+    )
     checkpoint = open_checkpoint(_folder(made))
     reader = stated(script, "READER", name)
     if any(checkpoint.plan.values()):
         python, read = tools / reader / "bin" / "python", ROOT / "tools" / "readers" / f"with_{reader}.py"
-        _run(python, read, checkpoint.path, scratch / "weights.safetensors")
+        _run(python, read, checkpoint.path, scratch / "weights.safetensors", scratch=scratch)
         found["layers"], found["difference"] = difference(
             checkpoint, SafetensorsSource.open(scratch / "weights.safetensors")
         )
@@ -82,15 +84,15 @@ def _folder(made: Path) -> Path:
     return only.parent
 
 
-def _run(python: Path, *arguments: object) -> str:
-    """The last line of what a script prints."""
+def _run(python: Path, *arguments: object, scratch: Path) -> str:
+    """The last line of what a script prints; it runs in `scratch`, for tools leave logs where they run."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT / "tools"),
         "TOKENIZERS_PARALLELISM": "false",
         "TORCHDYNAMO_DISABLE": "1",
     }
     done = subprocess.run(
-        [python, *map(str, arguments)], capture_output=True, text=True, env=environment, check=False, cwd=ROOT
+        [python, *map(str, arguments)], capture_output=True, text=True, env=environment, check=False, cwd=scratch
     )
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["nothing was said"])[-1])
@@ -129,7 +131,14 @@ def main() -> int:
             if any((row["maker"], row["case"]) == (name, case) for row in known):
                 continue
             try:
-                row = measure(script, case, given.tools, given.model.absolute(), tokens.absolute(), given.out / name)
+                row = measure(
+                    script,
+                    case,
+                    given.tools.absolute(),
+                    given.model.absolute(),
+                    tokens.absolute(),
+                    given.out.absolute() / name,
+                )
             except (RuntimeError, qcore.Refused) as error:
                 failed += 1
                 print(f"{name}, {case}: {error}", file=sys.stderr, flush=True)
