@@ -102,10 +102,18 @@ def change_config(sample: Sample, chance: random.Random) -> None:
     change_value(quantization if inner else sample.config, chance, keep=("quant_method",))
 
 
+def is_record(data: bytes) -> bool:
+    """Whether a tensor's bytes are a JSON object, and not one that an earlier change has broken."""
+    try:
+        return isinstance(json.loads(data), dict)
+    except ValueError:
+        return False
+
+
 def change_metadata(sample: Sample, chance: random.Random) -> None:
     """A value of a record in the metadata (TorchAO), or of a quant_state in a tensor (bitsandbytes)."""
     records = [name for name, text in sample.metadata.items() if text.startswith("{")]
-    states = [name for name, held in sample.tensors.items() if held.data.startswith(b"{")]
+    states = [name for name, held in sample.tensors.items() if is_record(held.data)]
     if records:
         name = chance.choice(records)
         record = json.loads(sample.metadata[name])
