@@ -50,7 +50,7 @@ from qcore.scheme import Scheme, TensorScheme, Zero, integer_weight
 if TYPE_CHECKING:
     import torch
 
-    from qcore.tensor import LayerTensors, QuantizedTensor
+    from qcore.tensor import LayerTensors, Order, QuantizedTensor
 
 _FLOATS: dict[str, FloatFormat] = {
     "float8_e4m3fn": "e4m3fn",
@@ -71,6 +71,10 @@ _PARTS = (
     "act_quant_zero_point",
     "act_per_tensor_scale",
 )
+
+
+_ORDERS: dict[str, Order] = {"Int8Tensor": "integers", "IntxUnpackedToInt8Tensor": "reciprocal"}
+"""How the classes with int8 inputs multiply; those with floats divide by the scale."""
 
 
 class TorchAo(Method):
@@ -124,7 +128,7 @@ class TorchAo(Method):
             input_multiplier=read_scale(files, optional["act_pre_scale"]).reshape(-1)
             if "act_pre_scale" in optional
             else None,
-            order="integers" if record.type == "Int8Tensor" else "dequantized",
+            order=_ORDERS.get(record.type, "dequantized"),
         )
 
     def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:

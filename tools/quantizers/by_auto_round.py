@@ -17,7 +17,6 @@ CASES = (
     "W4A16 by 64, auto_round",
     "W4A16 by 64, tuned, auto_round",
     "W4A16 by 64, asymmetric, auto_round:auto_gptq",
-    "W4A16 by 64, asymmetric, auto_round:auto_awq",
     "W3A16 by 64, asymmetric, auto_round",
     "MXFP4, auto_round",
     "NVFP4, auto_round",
