@@ -39,7 +39,7 @@ def test_changed_checkpoints_are_read_or_refused(variant: str, tmp_path: Path) -
         sample = Sample.read(whole)
 
     @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
-    @given(st.randoms(use_true_random=False))
+    @given(st.randoms(use_true_random=True))
     def check(chance: random.Random) -> None:
         nonlocal seen, refused
         files = {"model.gguf": mutated_gguf(data, header, chance)} if packed else mutated(sample, chance)
@@ -55,4 +55,4 @@ def test_changed_checkpoints_are_read_or_refused(variant: str, tmp_path: Path) -
 
     check()
     assert seen >= examples
-    assert examples // 6 < refused < examples * 19 // 20, "changes must matter, and not all of them"
+    assert examples // 5 < refused < examples * 19 // 20, "changes must matter, and not all of them"

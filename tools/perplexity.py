@@ -34,6 +34,17 @@ def perplexity(model: Any, tokens: Path) -> float:
     return of(losses)
 
 
+def after_saving(model: Path, tokens: Path, out: Path, config: Any) -> float:
+    """Of a model that transformers quantizes by a config while it loads, saves with its tokenizer, and opens again."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=torch.float32)
+    made.save_pretrained(out)
+    AutoTokenizer.from_pretrained(model).save_pretrained(out)
+    return perplexity(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), tokens)
+
+
 def of(losses: Sequence[float]) -> float:
     """Perplexity from the mean negative log likelihood (nats) of each window's tokens but the first; windows are of one length."""
     return math.exp(math.fsum(losses) / len(losses))

@@ -17,9 +17,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,14 +51,7 @@ class Reader:
 
     @classmethod
     def of(cls, script: Path) -> Reader:
-        """What stands at its top: it cannot be imported without the tool."""
-        stated: dict[str, object] = {}
-        for node in ast.parse(script.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                name = node.targets[0].id
-                if name in ("CASES", "BOUND"):
-                    stated[name] = ast.literal_eval(node.value)
-        return cls(script, tuple(stated["CASES"]), float(str(stated.get("BOUND", 0))))  # type: ignore[arg-type]
+        return cls(script, tuple(stated(script, "CASES", ())), float(stated(script, "BOUND", 0)))
 
 
 @dataclass(frozen=True)
@@ -137,6 +131,25 @@ def _metadata(file: Path) -> dict[str, str]:
     return dict(header.get("__metadata__") or {})
 
 
+def stated(script: Path, name: str, otherwise: Any) -> Any:
+    """A constant at a script's top, which cannot be imported without its tool."""
+    for node in ast.parse(script.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+            return ast.literal_eval(node.value)
+    return otherwise
+
+
+def show(lines: Iterable[str], begin: str, end: str, *, write: bool) -> None:
+    """Prints the lines, or puts them between two marks of docs/formats.md."""
+    text = "\n".join(lines)
+    if not write:
+        print(text)
+        return
+    before, _, rest = DOC.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    DOC.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """A Markdown table, a line a checkpoint."""
     yield "| written as | from | read by | numbers |"
@@ -162,13 +175,7 @@ def main() -> int:
             outcomes.append(outcome)
             bad += outcome.worst is None or outcome.worst > reader.bound or not outcome.layers
             print(f"{outcome.tool}: {origin} as {format}: {outcome.verdict}", file=sys.stderr, flush=True)
-    text = "\n".join(table(outcomes))
-    if given.write:
-        before, _, rest = DOC.read_text(encoding="utf-8").partition(BEGIN)
-        _, _, after = rest.partition(END)
-        DOC.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-    else:
-        print(text)
+    show(table(outcomes), BEGIN, END, write=given.write)
     return 1 if bad else 0
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import bitsandbytes
 import torch
-from perplexity import perplexity, tell
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from perplexity import after_saving, tell
+from transformers import BitsAndBytesConfig
 
 CASES = ("nf4", "nf4, double quantization", "fp4", "LLM.int8")
 
@@ -21,11 +21,8 @@ def config(case: str) -> BitsAndBytesConfig:
 
 
 def main(case: str, model: Path, tokens: Path, out: Path) -> None:
-    made = AutoModelForCausalLM.from_pretrained(model, quantization_config=config(case), dtype=torch.float32)
-    made.save_pretrained(out)
-    AutoTokenizer.from_pretrained(model).save_pretrained(out)
-    again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    tell(f"bitsandbytes {bitsandbytes.__version__}", perplexity(again, tokens))
+    value = after_saving(model, tokens, out, config(case))
+    tell(f"bitsandbytes {bitsandbytes.__version__}", value)
 
 
 if __name__ == "__main__":

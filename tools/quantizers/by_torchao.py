@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torchao
-from perplexity import perplexity, tell
+from perplexity import after_saving, tell
 from torchao import quantization as q
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import TorchAoConfig
 
 CASES = (
     "int8 weight-only",
@@ -40,12 +40,8 @@ def config(case: str) -> Any:
 
 
 def main(case: str, model: Path, tokens: Path, out: Path) -> None:
-    wanted = TorchAoConfig(config(case))
-    made = AutoModelForCausalLM.from_pretrained(model, quantization_config=wanted, dtype=torch.float32)
-    made.save_pretrained(out)
-    AutoTokenizer.from_pretrained(model).save_pretrained(out)
-    again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    tell(f"torchao {torchao.__version__}", perplexity(again, tokens))
+    value = after_saving(model, tokens, out, TorchAoConfig(config(case)))
+    tell(f"torchao {torchao.__version__}", value)
 
 
 if __name__ == "__main__":
