@@ -6,7 +6,7 @@ TOOLS is the folder of virtual environments of tools/read_back.py. MODEL is a de
 of tools/quantizers/ is run in its tool's environment on each of its CASES: it quantizes, saves, opens again with the tool, and
 measures perplexity there. The tool's reader in tools/readers/ (of another name where the script states a READER) dequantizes the
 same file, whose weights have to equal qcore's, bit for bit; then qcore runs the model in float32. OUT keeps one JSON line a case (results.jsonl), and a case that has one is not run
-again; --write puts the table of all lines into docs/formats.md.
+again; it ends with 1 where a case failed or a weight differed. --write puts the table of all lines into docs/formats.md.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ def main() -> int:
                 print(f"{name}, {case}: {error}", file=sys.stderr, flush=True)
                 continue
             known.append(row)
+            failed += bool(row.get("difference"))
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{name}, {case}: {row}", file=sys.stderr, flush=True)
