@@ -112,18 +112,28 @@ def compiled() -> dict[str, str]:
     return environment | {"PYTHONPYCACHEPREFIX": tempfile.mkdtemp(prefix="qcore-pyc-")}
 
 
-def quickest(command: list[str]) -> float:
-    """The processor's seconds of the quickest of four runs, the first of which compiles what no other has."""
-    seconds = []
-    for _ in range(4):
-        began = child_seconds()
-        subprocess.run(command, capture_output=True, check=True, env=compiled())
-        seconds.append(child_seconds() - began)
-    return min(seconds)
+SMALLEST = (
+    "import typer\napp = typer.Typer()\n@app.command()\ndef one(a: str = 'x', b: float = 1.0): pass\napp(['--help'])"
+)
+"""The help of a command that has one option: what the least that there is takes of the processor here."""
 
 
-@cache
-def smallest_command() -> float:
-    """The processor's seconds, on this machine and as busy as it is, of the help of a command that has one option."""
-    code = "import typer\napp = typer.Typer()\n@app.command()\ndef one(a: str = 'x', b: float = 1.0): pass\napp(['--help'])"
-    return quickest([sys.executable, "-c", code])
+def too_slow(command: list[str], seconds: float, times: float) -> str:
+    """What is too slow about a command that takes more of the processor than `seconds` and than `times` what the
+    smallest command takes, on this machine and as busy as it is; empty where it does not.
+
+    Runs of the two take turns, and the quickest of each counts, for whatever else the machine does only adds to them:
+    so a command has up to twelve runs to show what it can do."""
+    least, smallest = float("inf"), float("inf")
+    for _ in range(12):
+        smallest = min(smallest, _seconds([sys.executable, "-c", SMALLEST]))
+        least = min(least, _seconds(command))
+        if least < max(seconds, times * smallest):
+            return ""
+    return f"{least:.2f} s is more than {seconds} s and than {times} times {smallest:.2f} s"
+
+
+def _seconds(command: list[str]) -> float:
+    began = child_seconds()
+    subprocess.run(command, capture_output=True, check=True, env=compiled())
+    return child_seconds() - began

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import qcore
-from makers import quickest, smallest_command
+from makers import too_slow
 from qcore.discovery import registry
 from qcore.methods.gptq import Gptq
 from qcore.platform import COLUMNS, PLATFORM_PLUGINS, Device
@@ -292,7 +292,7 @@ def test_the_command_is_quick_and_needs_no_torch() -> None:
     code = "import sys; from qcore.cli.main import app; app(['matrix'], standalone_mode=False); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("False") and "AWQ" in done.stdout
-    assert quickest([sys.executable, "-c", code]) < max(0.5, 3 * smallest_command())
+    assert not too_slow([sys.executable, "-c", code], 0.5, 3)
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])

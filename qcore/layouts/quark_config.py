@@ -122,7 +122,7 @@ class QuarkConfig(Settings):
     layer_quant_config: dict[str, LayerSpec] | None = None
     layer_type_quant_config: dict[str, LayerSpec] | None = None
     exclude: list[str] | None = None
-    export: Export = Export()
+    export: Export = Field(default_factory=Export)
     kv_cache_quant_config: dict[str, LayerSpec] = Field(default_factory=dict)
     version: str | None = None
 

@@ -125,8 +125,8 @@ class IncConfig(Settings):
     dynamic_quantization: bool = False
     ignore_modules_wo_measures: bool = False
     recalc_scales: bool = False
-    allowlist: Names = Names()
-    blocklist: Names = Names()
+    allowlist: Names = Field(default_factory=Names)
+    blocklist: Names = Field(default_factory=Names)
 
     @field_validator("mode", "scale_method", "fp8_config", "hp_dtype", "device_for_scales", mode="before")
     @classmethod

@@ -17,6 +17,9 @@ from qcore.kernel import Kernel
 _SHARED = ("qcore.kernels", "qcore.blocks", "qcore.bits", "qcore.tensor")
 """Parts of the core that decide what a kernel computes."""
 
+_BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
+"""Fields of a syntax node that hold statements; an import is never inside an expression."""
+
 
 def source_digest(kernel: Kernel) -> str:
     """`sha256:` and 64 hexadecimal digits; empty where the source cannot be found."""
@@ -65,9 +68,8 @@ def _read(module: str) -> bytes | None:
 @cache
 def _imports(module: str) -> tuple[str, ...]:
     """What the module imports at run time, submodules by their own names."""
-    tree = ast.parse(_read(module) or b"")
     found: list[str] = []
-    waiting: list[ast.AST] = [tree]
+    waiting: list[ast.AST] = [ast.parse(_read(module) or b"")]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -76,5 +78,6 @@ def _imports(module: str) -> tuple[str, ...]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        waiting += ast.iter_child_nodes(node)
+        for part in _BLOCKS:
+            waiting += getattr(node, part, ())
     return tuple(found)

@@ -159,6 +159,7 @@ class _Computation:
         self.readable = {name for method in plugins.methods for name in method.readable}
         records, self.broken = current_records(plugins)
         self.records = {record.place: record for record in records}
+        self.digests = {kernel.name: source_digest(kernel) for kernel, _ in plugins.kernels}
         self.taken: dict[tuple[Scheme, str], bool] = {}
 
     def run(self) -> Matrix:
@@ -193,7 +194,7 @@ class _Computation:
         for grade in GRADES:
             record = self.records.get((row.id, platform, kernel.name, grade))
             if record and str(scheme) in record.schemes:
-                if record.source == source_digest(kernel):
+                if record.source == self.digests[kernel.name]:
                     return SchemeSupport(scheme, kernel, plugin, grade, record)
                 stale = True
         return SchemeSupport(scheme, kernel, plugin, "declared", None, stale)
