@@ -1,6 +1,6 @@
 """Checkpoints made by the real tools: the weights that those tools dequantize, exactly, and their logits.
 
-QCORE_GOLDEN=FOLDER tests more of them than the few that this repository carries.
+QCORE_GOLDEN=FOLDER tests more of them than the few that this repository carries, QCORE_DEVICE=ID another device than the CPU.
 """
 
 import os
@@ -95,7 +95,7 @@ def test_logits_are_the_tools_own(golden: tuple[Path, dict[str, torch.Tensor]]) 
     noisy = path.name == "modelopt-fp8-kvfp8"
     model = qcore.load_model(path, dtype=torch.bfloat16 if noisy else torch.float32)
     with torch.inference_mode():
-        logits = model(expected["input_ids"]).logits.float()
+        logits = model(expected["input_ids"].to(model.device)).logits.float().cpu()
     own = path.name.startswith("modelopt")  # its float32 logits leave activations unquantized
     reference = expected["logits"] if own else expected.get("logits_dequant_fp32", expected["logits"])
     divergence = torch.nn.functional.kl_div(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import qcore
 from makers import LINEARS, dense_llama, gptq_tensors, write
+from qcore.model.devices import find_device
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.model.load import kernel_counts
 
@@ -245,3 +246,12 @@ def test_loading_peaks_at_the_packed_size(tmp_path: Path) -> None:
     assert answer["quantized_mib"] > 400
     assert answer["peak_rss_mib"] - answer["baseline_rss_mib"] <= answer["limit_mib"]
     assert answer["above_baseline_mib"] < answer["quantized_mib"] + answer["largest_tensor_mib"] * 1.1 + 150
+
+
+def test_the_environment_says_which_device_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QCORE_DEVICE", "cpu")
+    assert find_device().id == find_device("auto").id == "cpu"
+    monkeypatch.setenv("QCORE_DEVICE", "abacus:0")
+    with pytest.raises(qcore.Refused, match=r"abacus:0.*no such device"):
+        find_device()
+    assert find_device("cpu").id == "cpu"

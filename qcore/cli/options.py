@@ -10,7 +10,7 @@ from qcore.refusal import Refusal, Refused
 
 Path = Annotated[str, typer.Argument(help="A safetensors folder, a .gguf file, or a folder with one.", metavar="PATH")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
-Device = Annotated[str, typer.Option(help="A device that `qcore doctor` lists; auto takes the best.")]
+Device = Annotated[str, typer.Option(help="A device that `qcore doctor` lists; auto takes QCORE_DEVICE, or the best.")]
 Dtype = Annotated[
     str, typer.Option(help="Activations: auto (what the device runs fastest), checkpoint, float32, bfloat16, float16.")
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from qcore.checkpoint.open import Checkpoint
 from qcore.discovery import registry
 from qcore.platform import Device
@@ -9,11 +11,13 @@ from qcore.refusal import Refusal, Refused
 
 
 def find_device(name: str = "auto") -> Device:
-    """The device of this host with the id `name`; `auto` is the first real one that a plugin found, accelerators before
-    CPUs.
+    """The device of this host with the id `name`; `auto` is the one that the environment variable QCORE_DEVICE names, or
+    else the first real one that a plugin found, accelerators before CPUs.
 
     Raises Refused (no-device).
     """
+    if name == "auto":
+        name = os.environ.get("QCORE_DEVICE") or name
     devices = sorted(registry().devices(), key=lambda device: device.torch_device == "cpu")
     for device in devices:
         if device.id == name or (name == "auto" and not device.simulated):
