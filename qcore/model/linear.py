@@ -35,7 +35,7 @@ class QuantizedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.input_multiplier is not None:
-            x = x * self.input_multiplier
+            x = (x * self.input_multiplier).to(x.dtype)  # which the file may have stored in another
         out: torch.Tensor = self.packed(x)
         return out if self.bias is None else out + self.bias
 
