@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from qcore.elements import Float, Group, Int, PerToken
+from qcore.kernels.divide import divide
 from qcore.kernels.llm_int8 import rounded
 from qcore.kernels.minifloat import LARGEST, mx_scale, nv_scale, round_to
 from qcore.scheme import TensorScheme
@@ -86,7 +87,7 @@ def _range(
 
 
 def _symmetric(magnitude: torch.Tensor, steps: float) -> tuple[torch.Tensor, None]:
-    scale = magnitude / steps
+    scale = divide(magnitude, steps)
     # A row of zeros has no scale of its own; any number will do, and this is compressed-tensors'.
     return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale), None
 

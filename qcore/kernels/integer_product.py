@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from qcore.elements import Int, PerChannel, PerTensor, PerToken
+from qcore.kernels.divide import divide
 from qcore.scheme import Scheme
 from qcore.tensor import QuantizedTensor
 
@@ -45,9 +46,9 @@ def product(
         reduced = values if isinstance(given.granularity, PerToken) else values.reshape(1, -1)
         low, high = reduced.amin(1, keepdim=True).clamp(max=0), reduced.amax(1, keepdim=True).clamp(min=0)
         if given.zero is None:
-            scale = (torch.maximum(-low, high) / 127.5).clamp(min=_EPS)
+            scale = divide(torch.maximum(-low, high), 127.5).clamp(min=_EPS)
         else:
-            scale = ((high - low) / 255).clamp(min=_EPS)
+            scale = divide(high - low, 255).clamp(min=_EPS)
             zero = (-128 - (low / scale).round()).clamp(-128, 127)
     assert scale is not None, "a static scheme comes with its scale"
     scale, codes = scale.to(torch.float32), weight.codes

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import torch
 
+from qcore.kernels.divide import divide
+
 _MANTISSA_BITS = {"e2m1": 1, "e2m3": 3, "e3m2": 2, "e4m3fn": 3, "e4m3fnuz": 3, "e5m2": 2}
 _LEAST_EXPONENT = {"e2m1": 0, "e2m3": 0, "e3m2": -2, "e4m3fn": -6, "e4m3fnuz": -7, "e5m2": -14}
 """Exponent of the smallest normal number."""
@@ -33,7 +35,7 @@ def round_to(values: torch.Tensor, name: str) -> torch.Tensor:
 def mx_scale(magnitude: torch.Tensor, name: str, kind: str = "e8m0") -> torch.Tensor:
     """Power-of-two scales for groups whose largest magnitudes are given: 2^-127 .. 2^127."""
     if kind == "e8m0ceil":
-        fraction, exponent = torch.frexp(magnitude / LARGEST[name])
+        fraction, exponent = torch.frexp(divide(magnitude, LARGEST[name]))
         exponent = torch.where(magnitude == 0, -127, exponent - (fraction == 0.5).int())
         return torch.ldexp(torch.ones_like(magnitude), exponent.clamp(-127, 127))
     carry = 1 << (22 - _CARRY_BITS[name]) if kind == "e8m0" else 0
@@ -45,6 +47,6 @@ def mx_scale(magnitude: torch.Tensor, name: str, kind: str = "e8m0") -> torch.Te
 
 def nv_scale(magnitude: torch.Tensor, name: str, whole: torch.Tensor) -> torch.Tensor:
     """Effective scales of groups: e4m3 numbers under the tensor's own scale `whole`."""
-    fine = (magnitude / LARGEST[name] / whole).clamp(max=LARGEST["e4m3fn"])
+    fine = (divide(magnitude, LARGEST[name]) / whole).clamp(max=LARGEST["e4m3fn"])
     stored = fine.to(torch.float8_e4m3fn).to(torch.float32)
     return torch.where(stored == 0, torch.finfo(torch.float8_e4m3fn).eps, stored) * whole

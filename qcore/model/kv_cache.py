@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 )
 
 from qcore.checkpoint.kv_scales import KvScales, Side
+from qcore.kernels.divide import divide
 from qcore.elements import Element, Float
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import TensorScheme
@@ -76,7 +77,7 @@ class Rounding:
     def _dynamic(self, wide: torch.Tensor) -> torch.Tensor:
         """Absmax of each row over the largest code, [batch, heads, tokens, 1]; rows of zeros take any scale."""
         most = torch.finfo(_FLOATS[self.element.format]).max if isinstance(self.element, Float) else 127.0
-        return (wide.abs().amax(-1, keepdim=True) / most).clamp_min(torch.finfo(torch.float32).tiny)
+        return divide(wide.abs().amax(-1, keepdim=True), most).clamp_min(torch.finfo(torch.float32).tiny)
 
     def _follow(self, device: torch.device) -> None:
         """Scales go to the cache's device once, not at each call."""
