@@ -28,8 +28,8 @@ from transformers.cache_utils import (
 )
 
 from qcore.checkpoint.kv_scales import KvScales, Side
-from qcore.kernels.divide import divide
 from qcore.elements import Element, Float
+from qcore.kernels.divide import divide
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import TensorScheme
 
