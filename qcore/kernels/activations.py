@@ -61,6 +61,18 @@ def static_int8(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, tor
     return (x.to(torch.float32) / wide).clamp_(-128, 127).round_().to(torch.int8), wide
 
 
+def dynamic_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 codes of each row and their scales: float8_e4m3fn [..., K] and float32 [..., 1]."""
+    scale, _ = _symmetric(x.to(torch.float32).abs().amax(-1, keepdim=True), LARGEST["e4m3fn"])
+    return static_fp8(x, scale)
+
+
+def static_fp8(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 codes under given scales, which saturate: float8_e4m3fn [..., K], and the scales in float32."""
+    wide, most = scale.to(torch.float32), LARGEST["e4m3fn"]
+    return (x.to(torch.float32) / wide).clamp_(-most, most).to(torch.float8_e4m3fn), wide
+
+
 def _range(
     values: torch.Tensor, scheme: TensorScheme, whole: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -33,7 +33,7 @@ def qcore_kernels() -> Sequence[Kernel]:
                features=_VECTORS, requires=(("torch", "2.8"),), multiples=(16, 32)),
         Kernel("torch_int4pack_gguf", "torch", "linear", _X86,
                Accepts(("gguf:q4_0", "gguf:q4_1", "gguf:q4_k")),
-               ("bfloat16",), cost=0.4, implementation="qcore_cpu.kernels.int4:GgufInt4Linear",
+               ("bfloat16",), cost=0.4, implementation="qcore_cpu.kernels.int4:Int4Linear",
                note="blocks repacked for torch's weight-only int4 operator; scales are rounded to bfloat16",
                features=_VECTORS, requires=(("torch", "2.8"),), multiples=(16, 32)),
         Kernel("torch_int8pack", "torch", "linear", _X86,

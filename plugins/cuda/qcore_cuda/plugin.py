@@ -1,4 +1,4 @@
-"""What this plugin declares: its platforms and this host's devices. The core's portable kernels run on them."""
+"""What this plugin declares: its platforms, the kernels' rows, and this host's devices. The core's portable kernels run on them too."""
 
 from __future__ import annotations
 
@@ -6,16 +6,47 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qcore.hookspecs import hookimpl
+from qcore.kernel import Accepts, Kernel
 from qcore.platform import Device, Platform
 from qcore_cuda.columns import PLATFORMS
 from qcore_cuda.devices import examine
 
 QCORE_API = (1, 0)
 
+_AMPERE_UP = ("ampere", "ada", "hopper", "blackwell")
+_BF16 = (frozenset({"bf16"}),)
+_TORCH = (("torch", "2.8"),)
+
 
 @hookimpl
 def qcore_platforms() -> Sequence[Platform]:
     return PLATFORMS
+
+
+@hookimpl
+def qcore_kernels() -> Sequence[Kernel]:
+    return [
+        Kernel("cuda_int4pack", "torch", "linear", _AMPERE_UP,
+               Accepts(("int4", "uint4"), ("g32", "g64", "g128", "g256"), (None, "stored"), ordered=True),
+               ("bfloat16",), cost=0.4, implementation="qcore_cuda.kernels.int4:Int4Linear",
+               note="torch's weight-only int4 operator; scales and zero points are rounded to bfloat16",
+               features=_BF16, requires=_TORCH, multiples=(8, 32)),
+        Kernel("cuda_int4pack_gguf", "torch", "linear", _AMPERE_UP,
+               Accepts(("gguf:q4_0", "gguf:q4_1", "gguf:q4_k")),
+               ("bfloat16",), cost=0.4, implementation="qcore_cuda.kernels.int4:Int4Linear",
+               note="blocks repacked for torch's weight-only int4 operator; scales are rounded to bfloat16",
+               features=_BF16, requires=_TORCH, multiples=(8, 32)),
+        Kernel("cublas_int8", "cublas", "linear", ("turing", *_AMPERE_UP),
+               Accepts(("int8",), ("channel", "tensor"), inputs=("int8-token-sym-dyn", "int8-tensor-sym")),
+               ("bfloat16", "float16"), cost=0.6, implementation="qcore_cuda.kernels.scaled:Int8Linear",
+               note="cuBLASLt's int8 x int8 product, exact in int32, scales in float32",
+               features=(frozenset({"int8_tensor_core"}),), requires=_TORCH, multiples=(8, 8)),
+        Kernel("cublas_fp8", "cublas", "linear", ("ada", "hopper", "blackwell"),
+               Accepts(("fp8",), ("channel", "tensor"), inputs=("fp8-token-dyn", "fp8-tensor")),
+               ("bfloat16",), cost=0.6, implementation="qcore_cuda.kernels.scaled:Fp8Linear",
+               note="cuBLASLt's fp8 x fp8 product with a scale for each token and channel",
+               features=(frozenset({"fp8"}),), requires=_TORCH, multiples=(16, 16)),
+    ]  # fmt: skip
 
 
 @hookimpl

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs: one file for each family of operators."""
