@@ -7,6 +7,7 @@ from qcore.accuracy import error_bound, worst_error
 from qcore.kernels.activations import quantize_input
 from qcore.scheme import Scheme
 from qcore.testing.layers import random_layer
+from qcore_cuda.kernels.int4 import Int4Linear
 from qcore_cuda.plugin import qcore_kernels
 
 KERNELS = {kernel.name: kernel for kernel in qcore_kernels()}
@@ -31,6 +32,28 @@ def test_eight_bits_by_eight(name: str, scheme: str, rows: int) -> None:
     assert got.shape == (rows, 1, 48) and got.dtype == torch.bfloat16
     wanted = given.double() @ layer.weight.dequantize().double().t()
     assert worst_error(got[:, 0], wanted) < error_bound(kernel, layer.weight.scheme, "bfloat16")
+
+
+class Fragments(Int4Linear):
+    """With a layout of its own: places are shuffled within every 8 rows by 16 tiles."""
+
+    @classmethod
+    def pack(cls, codes: torch.Tensor) -> torch.Tensor:
+        tiles = next(n for n in (8, 4, 2) if codes.shape[1] % (16 * n) == 0)
+        shuffled = torch.randperm(128 * tiles, generator=torch.Generator().manual_seed(tiles))
+        blocks = (
+            codes.view(len(codes) // 8, 8, -1, 16 * tiles).transpose(1, 2).flatten(2)[..., shuffled].to(torch.uint8)
+        )
+        return (blocks[..., ::2] | blocks[..., 1::2] << 4).view(torch.int32).view(*blocks.shape[:2], 32, tiles // 2)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16-g32-asym", "W4A16-g128-sym", "W4A16-g128-asym-actorder", "W4A16-gguf:q4_k"])
+def test_int4_is_dequantized_from_whatever_layout_it_has(scheme: str) -> None:
+    layer = random_layer(Scheme.parse(scheme), 272, 768 if "gguf" in scheme else 384)
+    packed = Fragments.from_layer(layer, torch.bfloat16)
+    x = torch.randn(70, layer.weight.shape[1]).to(torch.bfloat16)
+    assert worst_error(packed(x), x.double() @ layer.weight.dequantize().double().t()) < 0.016
+    assert packed(x[:0]).shape == (0, 272)
 
 
 def test_rows_name_what_exists() -> None:

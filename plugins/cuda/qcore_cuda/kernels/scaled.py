@@ -40,7 +40,7 @@ class _ScaledLinear(torch.nn.Module):
         return cls(layer.weight.codes, scales, layer.input_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         out = self.product(flat) if len(flat) else x.new_empty(0, len(self.codes))
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
