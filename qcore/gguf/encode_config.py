@@ -164,6 +164,9 @@ def _rotary_fields(config: PretrainedConfig, row: Architecture, head_dim: int) -
         fields["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
         fields |= {f"rope.scaling.yarn_{theirs}": float(rope[ours]) for ours, theirs in _YARN
                    if rope.get(ours) is not None}  # fmt: skip
+        if row.name == "gpt-oss":
+            log.warning("llama.cpp rounds the bounds of yarn's blend to whole frequencies, which gpt-oss does not: its logits "
+                        "will differ a little, as with any file of this model")  # fmt: skip
     if row.name == "phi3":
         longest = config.max_position_embeddings
         original = getattr(config, "original_max_position_embeddings", None) or longest
