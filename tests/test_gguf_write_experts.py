@@ -181,6 +181,35 @@ def test_plain_experts_beside_quantized_ones_are_refused_and_are_quantized(tmp_p
     assert torch.allclose(logits(qcore.load_model(path, dtype=torch.float32)), mixture.logits(), atol=1e-5)
 
 
+def test_a_quantized_router_becomes_float32(tmp_path: Path) -> None:
+    mixture = made("llama", num_local_experts=8)
+    tensors = quantized_parts(mixture, gptq)
+    for layer in range(2):
+        spelled = f"model.layers.{layer}.block_sparse_moe.gate"
+        parts, values = gptq(tensors.pop(f"{spelled}.weight"))
+        mixture.rest[f"model.layers.{layer}.mlp.gate.weight"] = values
+        tensors |= {f"{spelled}.{part}": tensor for part, tensor in parts.items()}
+    path = convert(written(tmp_path / "model", mixture, tensors, GPTQ), "gguf", tmp_path / "model.gguf")
+    assert file_of(path).tensors["blk.0.ffn_gate_inp.weight"].dtype == "F32"
+    assert torch.allclose(logits(qcore.load_model(path, dtype=torch.float32)), mixture.logits(), atol=1e-5)
+
+
+def test_experts_are_quantized_in_flight(tmp_path: Path) -> None:
+    mixture = made("qwen3moe")
+    source = open_checkpoint(written(tmp_path / "model", mixture, mixture.tensors()))
+    path = convert(source.quantized("rtn:W4A16-g32-sym"), "gguf", tmp_path / "model.gguf")
+    kinds = {info.dtype for tensor, info in file_of(path).tensors.items() if tensor.endswith("exps.weight")}
+    assert kinds == {"Q4_0"}
+
+
+def test_quantized_inputs_are_refused(tmp_path: Path) -> None:
+    maker, config = FORMATS["fp8"]
+    mixture = made("qwen3moe")
+    source = written(tmp_path / "model", mixture, quantized_parts(mixture, maker), config)
+    refusal = refused(lambda: save_gguf(open_checkpoint(source), tmp_path / "model.gguf", "q8_0"))
+    assert refusal.code == "not-representable" and "experts.0" in refusal.subject
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_are_quantized_each_for_itself(tmp_path: Path, name: str) -> None:
     mixture = made(name)
@@ -278,6 +307,7 @@ def test_one_expert_is_in_memory_at_a_time(tmp_path: Path) -> None:
         ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob"),
         ("qwen3moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
         ("qwen2moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ("qwen2moe", {"qkv_bias": False}, "qkv_bias"),
         ("llama", {"sliding_window": 16}, "sliding_window"),
         ("gpt-oss", {"layer_types": ["full_attention", "full_attention"]}, "layer_types"),
         ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
