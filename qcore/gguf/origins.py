@@ -51,14 +51,17 @@ class Origin:
 
     @property
     def rows(self) -> slice:
+        """`span`, to index with."""
         return slice(*self.span)
 
     @property
     def module(self) -> str:
+        """The parameter's module."""
         return self.name.rpartition(".")[0]
 
     @property
     def part(self) -> str:
+        """Its name within the module: weight, bias, or that of a plain stack."""
         return self.name.rpartition(".")[2]
 
 
