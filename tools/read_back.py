@@ -3,8 +3,8 @@
     python tools/read_back.py TOOLS [--write] [--only READER] [--golden FOLDER ...]
 
 TOOLS is a folder of virtual environments, one for each file of tools/readers/ (with_bitsandbytes.py: bitsandbytes), with what
-the file REQUIRES. The file is run there on each of its CASES: a checkpoint that qcore made of a scheme in flight, or of a golden checkpoint; for
-gguf:TYPE one that it quantized. It dequantizes with the tool's code and saves the weights, which have to equal qcore's, bit for
+the file REQUIRES. The file is run there on each of its CASES: a checkpoint that qcore made of a scheme in flight, or of a golden checkpoint,
+or of a mixture of experts with random weights; for gguf:TYPE one that it quantized. It dequantizes with the tool's code and saves the weights, which have to equal qcore's, bit for
 bit. --write puts the table into docs/formats.md.
 """
 
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tiny_mixtures
 import torch
 
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
@@ -80,10 +81,11 @@ def read_back(reader: Reader, origin: str, format: str, tools: Path, golden: Seq
             Path(scratch) / "out.safetensors",
         )
         try:
+            source = _source(origin, golden, Path(scratch))
             if format.startswith("gguf:"):
-                written = open_checkpoint(save_gguf(_source(origin, golden), path, format.removeprefix("gguf:")))
+                written = open_checkpoint(save_gguf(source, path, format.removeprefix("gguf:")))
             else:
-                written = open_checkpoint(convert(_source(origin, golden), format, path))
+                written = open_checkpoint(convert(source, format, path))
         except Refused as error:
             return Outcome(format, origin, reader.name, 0, None, f"refused: {error.refusal.code}")
         python = tools / reader.name / "bin" / "python"
@@ -103,8 +105,11 @@ def read_back(reader: Reader, origin: str, format: str, tools: Path, golden: Seq
         return Outcome(format, origin, tool, layers, worst)
 
 
-def _source(origin: str, golden: Sequence[Path]) -> Checkpoint:
-    """A golden checkpoint by name, or the unquantized one with a request for quantizing it in flight."""
+def _source(origin: str, golden: Sequence[Path], scratch: Path) -> Checkpoint:
+    """A golden checkpoint by name, a mixture by its model_type, or the unquantized one with a request for quantizing it in
+    flight."""
+    if origin in tiny_mixtures.KINDS:
+        return open_checkpoint(tiny_mixtures.save(origin, scratch / origin, GOLDEN / "base"))
     for folder in golden:
         if (folder / origin).is_dir():
             return open_checkpoint(folder / origin)

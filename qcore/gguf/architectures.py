@@ -55,12 +55,16 @@ _ATTENTION = {key: value for key, value in _COMMON.items() if key.startswith("at
 @dataclass(frozen=True)
 class Experts:
     """What a mixture's config says of its experts. count, inner: transformers' keys of their number and of their width.
-    fixed: what llama.cpp assumes of all models of the architecture. shared: whether an expert runs for every token."""
+    fixed: what llama.cpp assumes of all models of the architecture. shared: whether an expert runs for every token.
+    block: what older checkpoints call the part of a layer that transformers calls mlp. alternating: rows of gate and up take
+    turns where they are in one tensor, which transformers holds transposed, and experts have biases."""
 
     count: str
     inner: str
     fixed: Mapping[str, object]
     shared: bool = False
+    block: str = ""
+    alternating: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.name: row for 
 
 _MIXTURES = (
     Architecture("llama", "mixtral", "MixtralForCausalLM", _ATTENTION | _ROUTED, permuted=True,
-                 experts=Experts("num_local_experts", "intermediate_size", {"sliding_window": None})),
+                 experts=Experts("num_local_experts", "intermediate_size", {"sliding_window": None}, block="block_sparse_moe")),
     Architecture("qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM", _ATTENTION | _ROUTED | _SHARED,
                  experts=Experts("num_experts", "moe_intermediate_size",
                                  {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []}, shared=True)),
@@ -117,11 +121,15 @@ _MIXTURES = (
     Architecture("gpt-oss", "gpt_oss", "GptOssForCausalLM",
                  _ATTENTION | _ROUTED | {"attn_sinks": "self_attn.sinks", "ffn_gate_inp": "mlp.router",
                                          "post_attention_norm": "post_attention_layernorm"},
-                 biases=("attention_bias",), experts=Experts("num_local_experts", "intermediate_size", {})),
+                 biases=("attention_bias",),
+                 experts=Experts("num_local_experts", "intermediate_size", {}, alternating=True)),
 )  # fmt: skip
 
 MIXTURES: Mapping[str, Architecture] = MappingProxyType({row.name: row for row in _MIXTURES})
 """Those of files with an `expert_count`: a llama with one is a Mixtral."""
+
+ROUTERS = ("ffn_gate_inp", "ffn_gate_inp_shexp")
+"""Matrices that choose experts: llama.cpp keeps them in float32."""
 
 UNSUFFIXED = MappingProxyType({"attn_sinks": "self_attn.sinks"})
 """Parameters whose names in transformers do not end in .weight."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcore.checkpoint.source import TensorInfo
-from qcore.gguf.architectures import ARCHITECTURES, Architecture
+from qcore.gguf.architectures import ARCHITECTURES, MIXTURES, Architecture, Experts
 from qcore.gguf.config import model_config
 from qcore.gguf.rope import LLAMA3, llama3_factors
 from qcore.refusal import Refusal, Refused
@@ -29,6 +29,7 @@ Values = Mapping[str, list[float]]
 _UNUSED = frozenset(
     {"initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "use_cache", "pretraining_tp",
      "max_window_layers", "no_rope_layer_interval", "sliding_window_pattern", "_sliding_window_pattern",
+     "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
      "bos_token_id", "eos_token_id", "pad_token_id", "rope_theta", "rope_scaling", "rope_local_base_freq"}
 )  # fmt: skip
 """Keys without a part in a forward pass, or that others repeat. Token ids are the tokenizer's to say."""
@@ -42,10 +43,11 @@ def architecture_of(config: PretrainedConfig, file: Path) -> Architecture:
     kind = config.model_type
     if kind == "mistral" and config.sliding_window is None:
         return ARCHITECTURES["llama"]  # the same network, under the name that llama.cpp's converter gives it
-    for row in ARCHITECTURES.values():
+    rows = (*ARCHITECTURES.values(), *MIXTURES.values())
+    for row in rows:
         if row.model_type == kind:
             return row
-    known = ", ".join(sorted({row.model_type for row in ARCHITECTURES.values()}))
+    known = ", ".join(sorted({row.model_type for row in rows}))
     raise Refused(
         Refusal("unknown-architecture", "notimpl", str(file), "this architecture is not written to GGUF yet",
                 f"found model_type {kind!r}, expected one of {known}", "Keep the model in safetensors.", str(file),
@@ -53,8 +55,8 @@ def architecture_of(config: PretrainedConfig, file: Path) -> Architecture:
     )  # fmt: skip
 
 
-def architecture_fields(config: PretrainedConfig, row: Architecture) -> dict[str, Any]:
-    """The architecture's metadata, as llama.cpp's converter would write them."""
+def architecture_fields(config: PretrainedConfig, row: Architecture, file: Path) -> dict[str, Any]:
+    """The architecture's metadata, as llama.cpp's converter would write them. Raises Refused (not-representable)."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     fields: dict[str, Any] = {
@@ -84,8 +86,25 @@ def architecture_fields(config: PretrainedConfig, row: Architecture) -> dict[str
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             if (cap := getattr(config, key, None)) is not None:
                 fields[key] = float(cap)
+    if row.experts is not None:
+        fields |= _expert_fields(config, row, row.experts, file)
     fields |= _rotary_fields(config, row, head_dim)
     return {f"{row.name}.{key}": value for key, value in fields.items()}
+
+
+def _expert_fields(config: PretrainedConfig, row: Architecture, experts: Experts, file: Path) -> dict[str, Any]:
+    """Raises Refused (not-representable) where llama.cpp would choose or weigh experts otherwise: no field tells it."""
+    for key, assumed in experts.fixed.items():
+        if not _same(found := getattr(config, key, assumed), assumed):
+            raise _unsayable(file, row.name, key, found, assumed)
+    fields = {"expert_count": getattr(config, experts.count), "expert_used_count": config.num_experts_per_tok}
+    if row.name != "llama":
+        fields["expert_feed_forward_length"] = getattr(config, experts.inner)
+    if experts.shared:
+        fields["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    if experts.alternating:
+        fields["attention.sliding_window"] = config.sliding_window
+    return fields
 
 
 def rotary_tensors(config: PretrainedConfig, row: Architecture) -> dict[str, list[float]]:
@@ -109,17 +128,24 @@ def check_config(
 
     found = model_config(metadata, tensors, lambda name: values[name])
     ours, theirs = config.to_dict(), CONFIG_MAPPING[found["model_type"]].from_dict(found).to_dict()
-    for name in _ROPE_KEYS:
-        ours.setdefault("rope_parameters", {}).setdefault(name, ours.get(name))
-        theirs.setdefault("rope_parameters", {}).setdefault(name, theirs.get(name))
+    for said in (ours, theirs):
+        rope = said.setdefault("rope_parameters", {})
+        for name in _ROPE_KEYS:
+            rope.setdefault(name, said.get(name))
+        for yarn in (rope, rope["rope_scaling"] or {}):
+            yarn.setdefault("truncate", True)  # which is what it does where nothing is said
     general = PretrainedConfig().to_dict().keys() - {"tie_word_embeddings"}
     for key in sorted(type(config)().to_dict().keys() - general - _UNUSED | {"rope_parameters", "tie_word_embeddings"}):
         if not _same(ours.get(key), theirs.get(key)):
-            raise Refused(
-                Refusal("not-representable", "never", str(file), "GGUF cannot say this of the model",
-                        f"found {ours.get(key)!r:.200}; llama.cpp's {metadata['general.architecture']} has {theirs.get(key)!r:.200}",
-                        "Keep the model in safetensors.", str(file), field=key)
-            )  # fmt: skip
+            raise _unsayable(file, metadata["general.architecture"], key, ours.get(key), theirs.get(key))
+
+
+def _unsayable(file: Path, architecture: str, key: str, ours: object, theirs: object) -> Refused:
+    return Refused(
+        Refusal("not-representable", "never", str(file), "GGUF cannot say this of the model",
+                f"found {ours!r:.200}; llama.cpp's {architecture} has {theirs!r:.200}",
+                "Keep the model in safetensors.", str(file), field=key)
+    )  # fmt: skip
 
 
 def _rotary_fields(config: PretrainedConfig, row: Architecture, head_dim: int) -> dict[str, Any]:
@@ -138,6 +164,9 @@ def _rotary_fields(config: PretrainedConfig, row: Architecture, head_dim: int) -
         fields["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
         fields |= {f"rope.scaling.yarn_{theirs}": float(rope[ours]) for ours, theirs in _YARN
                    if rope.get(ours) is not None}  # fmt: skip
+        if row.name == "gpt-oss":
+            log.warning("llama.cpp rounds the bounds of yarn's blend to whole frequencies, which gpt-oss does not: its logits "
+                        "will differ a little, as with any file of this model")  # fmt: skip
     if row.name == "phi3":
         longest = config.max_position_embeddings
         original = getattr(config, "original_max_position_embeddings", None) or longest

@@ -6,7 +6,7 @@ they are dequantized, are equal to the weight: nothing here has to be believed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,16 +23,18 @@ _RUN = 32
 """Weights that share a scale in all of these types but nvfp4."""
 
 
-def exact_blocks(weight: QuantizedTensor) -> tuple[str, torch.Tensor] | None:
-    """The type and its blocks, uint8 [N, bytes per row]; None where there is none."""
+def exact_blocks(weight: QuantizedTensor, among: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The types (of `among`, where given) that hold the weight [N, K], the smallest first, with its blocks, uint8 [N, bytes
+    per row]."""
     if isinstance(element := weight.scheme.weight.element, Block):
-        return element.type, weight.codes
+        if among is None or element.type in among:
+            yield element.type, weight.codes
+        return
     expected = weight.dequantize()
     for name, blocks in _candidates(weight):
         rows = blocks.view(weight.shape[0], -1)
-        if torch.equal(dequantize_blocks(name, rows), expected):
-            return name, rows
-    return None
+        if (among is None or name in among) and torch.equal(dequantize_blocks(name, rows), expected):
+            yield name, rows
 
 
 def _candidates(weight: QuantizedTensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,8 @@ from qcore.blocks.types import BLOCK_TYPES
 from qcore.checkpoint.imatrix import read_imatrix
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.writer import atomic_file
-from qcore.gguf.contents import Contents, contents_of
+from qcore.gguf.architectures import ROUTERS
+from qcore.gguf.contents import Contents, contents_of, is_stack
 from qcore.gguf.fields import Fields
 from qcore.gguf.recipes import ALIASES, RECIPES, Place, Recipe, choose, fitting
 from qcore.gguf.write import Progress, write_tensors
@@ -26,6 +29,9 @@ log = logging.getLogger("qcore")
 _FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _UNGUIDED_IN_NEED = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
 """Types that llama.cpp does not make without an importance matrix."""
+_DOWN = re.compile(r"blk\.\d+\.ffn_down\w*\.weight")
+_SUFFIX = re.compile("_(exps|shexp)$")
+"""What experts' parts are called beside the same parts of other models."""
 
 
 def save_gguf(
@@ -46,10 +52,6 @@ def save_gguf(
     recipe = recipe_of(type)
     patterns = _patterns(overrides or {})
     contents = contents_of(source)
-    stacked = next((name for name, shape in contents.shapes.items() if len(shape) > 2), None)
-    if stacked is not None:
-        raise Refused(Refusal("not-representable", "notimpl", contents.original(stacked), "mixtures of experts are not quantized to GGUF yet",
-                              f"found {list(contents.shapes[stacked])}", "Quantize it with llama.cpp."))  # fmt: skip
     weights = read_imatrix(importance) if importance is not None else {}
     types = types_of(contents, recipe, patterns, guided=importance is not None)
     _check_importance(contents, types, weights, importance)
@@ -59,8 +61,11 @@ def save_gguf(
     if importance is not None:
         metadata |= {"quantize.imatrix.file": importance.name, "quantize.imatrix.entries_count": len(weights)}
 
-    def read(tensor: str) -> torch.Tensor:
-        return _quantized(contents, tensor, types[tensor], weights.get(tensor))
+    def read(tensor: str) -> Iterator[torch.Tensor]:
+        given = weights.get(tensor)
+        each = None if given is None else given.view(-1, contents.shapes[tensor][-1])  # experts' follow each other
+        for number, rows in enumerate(contents.rows(tensor)):
+            yield _quantized(contents, tensor, rows, types[tensor], None if each is None else each[number])
 
     def write(path: Path) -> None:
         write_tensors(path, contents, types, read, metadata, progress)
@@ -98,21 +103,21 @@ def types_of(
     contents: Contents, recipe: Recipe, patterns: list[tuple[re.Pattern[str], str]], *, guided: bool
 ) -> dict[str, str]:
     """Each tensor's type; matrices whose rows are no whole blocks of the wanted one get another, which is logged."""
-    tied = "output.weight" not in contents.shapes
-    layers, grouped = _sizes(contents)
+    place = _place(contents, guided=guided)
+    downs = sorted(filter(_DOWN.fullmatch, contents.shapes), key=lambda tensor: (_layer(tensor), tensor))
     types, unguided = {}, set()
     for tensor, shape in contents.shapes.items():
         part = tensor.split(".")[-2]
-        if len(shape) != 2 or not tensor.endswith(".weight"):
+        if len(shape) != (3 if is_stack(tensor) else 2) or not tensor.endswith(".weight") or part in ROUTERS:
             types[tensor] = "f32"
             continue
-        layer = int(tensor.split(".")[1]) if tensor.startswith("blk.") else 0
-        wanted = next((kind for pattern, kind in patterns if pattern.search(tensor)), None)
-        wanted = wanted or choose(recipe, Place(part, layer, layers, shape[1], grouped, tied, guided))
-        types[tensor] = fitting(wanted, shape[1])
+        own = replace(place, part=_SUFFIX.sub("", part), layer=_layer(tensor), columns=shape[-1], stacked=is_stack(tensor),
+                      down=downs.index(tensor) if tensor in downs else 0)  # fmt: skip
+        wanted = next((kind for pattern, kind in patterns if pattern.search(tensor)), None) or choose(recipe, own)
+        types[tensor] = fitting(wanted, shape[-1])
         if types[tensor] != wanted:
             log.warning("%s is stored as %s: its rows of %d are no whole blocks of %s", tensor, types[tensor].upper(),
-                        shape[1], wanted.upper())  # fmt: skip
+                        shape[-1], wanted.upper())  # fmt: skip
         if types[tensor] in _UNGUIDED_IN_NEED and not guided:
             unguided.add(types[tensor])
     if unguided:
@@ -120,16 +125,23 @@ def types_of(
     return types
 
 
-def _sizes(contents: Contents) -> tuple[int, int]:
-    """Layers, and query heads that share a key."""
+def _layer(tensor: str) -> int:
+    return int(tensor.split(".")[1]) if tensor.startswith("blk.") else 0
+
+
+def _place(contents: Contents, *, guided: bool) -> Place:
+    """What all tensors of the model have in common."""
     from qcore.checkpoint.source import TensorInfo
 
     infos = {
         name: TensorInfo(name, "F32", shape, contents.source.path, 0, 0) for name, shape in contents.shapes.items()
     }
     fields = Fields(contents.metadata, infos)
-    heads = fields.size("attention.head_count")
-    return fields.size("block_count"), heads // fields.size("attention.head_count_kv", heads)
+    heads, experts = fields.size("attention.head_count"), fields.size("expert_count", 0, least=0)
+    grouped, layers = heads // fields.size("attention.head_count_kv", heads), fields.size("block_count")
+    # llama.cpp tells a 70B model by its layers, and asks that of no mixture but llama's.
+    large = layers == 80 and grouped > 1 and (not experts or fields.architecture.name == "llama")
+    return Place("", 0, layers, 0, grouped, "output.weight" not in contents.shapes, guided, experts, large)
 
 
 def _check_importance(
@@ -140,21 +152,25 @@ def _check_importance(
         return
     quantized = [tensor for tensor, kind in types.items() if kind in BLOCK_TYPES]
     for tensor in quantized:
-        if tensor in weights and weights[tensor].shape != contents.shapes[tensor][1:]:
+        *experts, _, columns = contents.shapes[tensor]
+        expected = prod(experts) * columns
+        if tensor in weights and weights[tensor].numel() != expected:
             raise bad_file("bad-shape", "the importance matrix belongs to another model", file=file, tensor=tensor,
-                           field="values", found=list(weights[tensor].shape), expected=list(contents.shapes[tensor][1:]),
+                           field="values", found=list(weights[tensor].shape), expected=[expected],
                            fix="Make it with the model that is quantized.")  # fmt: skip
     inner = [tensor for tensor in quantized if tensor.startswith("blk.") and tensor not in weights]
     if inner:
         log.warning("%s tells nothing of %d matrices, such as %s", file, len(inner), inner[0])
 
 
-def _quantized(contents: Contents, tensor: str, kind: str, importance: torch.Tensor | None) -> torch.Tensor:
+def _quantized(
+    contents: Contents, tensor: str, rows: torch.Tensor, kind: str, importance: torch.Tensor | None
+) -> torch.Tensor:
+    """What is stored of a tensor, or of one expert's rows of it."""
     import torch
 
     from qcore.blocks.quantize import quantize_blocks
 
-    rows = contents.rows(tensor)
     finite = bool(rows.isfinite().all())
     if kind in _FLOATS:
         stored = rows.to(getattr(torch, _FLOATS[kind]))

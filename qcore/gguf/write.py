@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,7 +12,7 @@ from qcore.checkpoint.gguf import GgufSource
 from qcore.checkpoint.gguf_writer import GgufTensor, write_gguf
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.writer import atomic_file
-from qcore.gguf.contents import Contents, contents_of
+from qcore.gguf.contents import Contents, contents_of, is_stack, stored_rows
 from qcore.refusal import Refusal, Refused
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ def convert_gguf(source: Checkpoint, out: Path, *, progress: Progress | None = N
     contents = contents_of(source)
     types = {}
     for done, tensor in enumerate(contents.shapes, 1):
-        types[tensor] = contents.exact(tensor)[0]
+        types[tensor] = contents.exact_type(tensor)
         if progress:
             progress(tensor, done, 2 * len(contents.shapes))
 
     def write(path: Path) -> None:
         second = _second_half(progress)
-        write_tensors(path, contents, types, lambda tensor: contents.exact(tensor)[1], {}, second)
+        write_tensors(path, contents, types, lambda tensor: contents.exact(tensor, types[tensor]), {}, second)
         if verify:
             _compare(contents, open_checkpoint(path))
 
@@ -64,11 +65,12 @@ def write_tensors(
     path: Path,
     contents: Contents,
     types: Mapping[str, str],
-    read: Callable[[str], torch.Tensor],
+    read: Callable[[str], Iterable[torch.Tensor]],
     metadata: Mapping[str, Any],
     progress: Progress | None,
 ) -> None:
-    """Writes a file of these types. metadata: fields beside those of the contents, or in their place."""
+    """Writes a file of these types. read: gives a tensor in pieces. metadata: fields beside those of the contents, or in
+    their place."""
     fields = dict(contents.metadata)
     if not isinstance(contents.source.files.source, GgufSource):
         fields["general.file_type"] = _file_type(types, contents.shapes)
@@ -78,7 +80,7 @@ def write_tensors(
     total = len(contents.shapes)
 
     def pieces(done: int, tensor: str) -> Iterator[torch.Tensor]:
-        yield read(tensor)
+        yield from read(tensor)
         if progress:
             progress(tensor, done, total)
 
@@ -97,9 +99,9 @@ def _file_type(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) 
     """Of the type that most weights have."""
     counts: dict[str, int] = {}
     for tensor, shape in shapes.items():
-        if len(shape) == 2:
+        if len(shape) > 1 and tensor.endswith(".weight"):
             kind = types[tensor].upper()
-            counts[kind] = counts.get(kind, 0) + shape[0] * shape[1]
+            counts[kind] = counts.get(kind, 0) + prod(shape)
     return _FILE_TYPES.get(max(counts, key=lambda kind: counts[kind]), 0)
 
 
@@ -122,20 +124,28 @@ def _compare(contents: Contents, written: Checkpoint) -> None:
                 _changed(tensor)
         return
     for name, place in contents.parameters.items():
-        module, _, part = name.rpartition(".")
-        if part == "weight" and module in source.layers:
-            before, after = source.dequantize(module), written.dequantize(module)
-        elif source.plan.get(module) is not None:
-            bias = source.layer(module).bias
+        if is_stack(place.tensor):
+            assert isinstance(written.files.source, GgufSource)
+            pairs = zip(contents.rows(place.tensor), stored_rows(written.files.source, place.tensor), strict=True)
+            if not all(torch.equal(before, after) for before, after in pairs):
+                _changed(contents.original(place.tensor))
+            continue
+        origin = contents.origins[place.tensor][0]
+        if origin.part == "weight" and origin.module in source.layers:
+            module = name.removesuffix(".weight")  # a matrix of one row is a vector in the file
+            before = source.dequantize(origin.module)
+            after = written.dequantize(module) if module in written.layers else written.parameter(name)
+        elif source.plan.get(origin.module) is not None:
+            bias, module = source.layer(origin.module).bias, name.removesuffix(".bias")
             stored = written.parameter(name) if written.plan[module] is None else written.layer(module).bias
             if stored is None:
-                _changed(name)
+                _changed(origin.name)
             before, after = torch.zeros_like(stored) if bias is None else bias, stored
         else:
-            before, after = source.parameter(name), written.parameter(name)
+            before, after = source.parameter(origin.name), written.parameter(name)
         # Gemma's norms lose the last bits of w, and nothing of 1 + w, which is what the model multiplies with.
         if not torch.equal(before.float() - place.add, after.float() - place.add):
-            _changed(name)
+            _changed(origin.name)
     written.load_tokenizer()
 
 

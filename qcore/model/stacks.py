@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qcore.checkpoint.open import Checkpoint
+from qcore.layouts.experts import expert_of
 from qcore.model.experts import Layout, Part, QuantizedExperts
 from qcore.model.pack import Packer, agreed_bias
 from qcore.model.places import Places, Slot
@@ -136,7 +137,7 @@ class _Experts:
         elif everything is not None:
             layers, plain = self._read(everything, (self.layout.count, *shape))
             for expert in range(self.layout.count):
-                yield layers and _expert(layers, expert), None if plain is None else plain[expert]
+                yield layers and expert_of(layers, expert), None if plain is None else plain[expert]
         else:
             for expert in range(self.layout.count):
                 source = self.found.get(Slot(self.module, part, expert, bias))
@@ -168,14 +169,3 @@ class _Experts:
         return bad_file("missing-tensor", "the model needs more of its experts than the checkpoint holds",
                         file=self.checkpoint.path, tensor=name,
                         expected=f"{self.layout.count} experts in {self.module}")  # fmt: skip
-
-
-def _expert(layers: LayerTensors, number: int) -> LayerTensors:
-    """One of stacked experts, sharing their memory; what experts have in common (a table, an index) stays whole."""
-    whole = layers.weight
-    zeros = None if whole.zeros is None else whole.zeros[number]
-    scales = tuple(scale[number] for scale in whole.scales)
-    weight = replace(whole, shape=whole.shape[1:], codes=whole.codes[number], scales=scales, zeros=zeros)
-    names = ("bias", "input_scale", "input_zero", "input_multiplier")
-    own = {name: part[number] for name in names if (part := getattr(layers, name)) is not None}
-    return replace(layers, weight=weight, **own)

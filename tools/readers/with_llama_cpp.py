@@ -25,12 +25,18 @@ CASES = (
     ("base", "gguf:iq2_m"), ("base", "gguf:iq3_xxs"), ("base", "gguf:iq3_xs"), ("base", "gguf:iq3_s"), ("base", "gguf:iq3_m"),
     ("base", "gguf:iq4_nl"), ("base", "gguf:iq4_xs"), ("base", "gguf:tq1_0"), ("base", "gguf:tq2_0"), ("base", "gguf:mxfp4"),
     ("base", "gguf:nvfp4"), ("base", "gguf:q1_0"), ("base", "gguf:q2_0"),
+    ("mixtral", "gguf:q4_0"), ("mixtral", "gguf:q4_k_m"), ("mixtral", "gguf:iq2_xs"), ("mixtral", "gguf:mxfp4_moe"),
+    ("qwen2_moe", "gguf:q8_0"), ("qwen2_moe", "gguf:q3_k_m"), ("qwen3_moe", "gguf:q5_1"), ("qwen3_moe", "gguf:iq4_xs"),
+    ("gpt_oss", "gguf:q6_k"), ("gpt_oss", "gguf:mxfp4_moe"),
 )  # fmt: skip
 PARTS = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "ffn_gate_exps": "mlp.experts.gate_proj", "ffn_up_exps": "mlp.experts.up_proj", "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj", "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }  # fmt: skip
-"""transformers' names of a llama's parts."""
+"""transformers' names of the parts of a llama and of mixtures."""
 _PAIRED = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
 """Parts whose rows stand in the order of ggml's rotary embedding, and the number of their heads."""
 
@@ -76,16 +82,17 @@ def library() -> ctypes.CDLL:
 
 
 def matrices(file: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every matrix by GGUF's name, dequantized by ggml."""
+    """Every matrix, or stack of experts' matrices, by GGUF's name, dequantized by ggml."""
     ggml, context = library(), ctypes.c_void_p()
     held = ggml.gguf_init_from_file(str(file).encode(), Options(False, ctypes.pointer(context)))
     assert held, "ggml does not read the file"
     at = ggml.ggml_get_first_tensor(context)
     while at:
         name, tensor = ggml.ggml_get_name(at).decode(), Tensor.from_address(at)
-        columns, rows = tensor.ne[0], tensor.ne[1]
+        columns, rows, experts, _ = tensor.ne
         if rows > 1:
-            traits, values = ggml.ggml_get_type_traits(tensor.type).contents, np.empty((rows, columns), np.float32)
+            shape = (experts, rows, columns) if experts > 1 else (rows, columns)
+            traits, values = ggml.ggml_get_type_traits(tensor.type).contents, np.empty(shape, np.float32)
             if traits.to_float:
                 traits.to_float(ggml.ggml_get_data(at), values.ctypes.data, values.size)
                 yield name, values
@@ -107,8 +114,10 @@ def main(file: Path, out: Path) -> None:
         if name in outer:
             weights[outer[name]] = matrix
             continue
-        _, layer, part, _ = name.split(".")
-        if part in _PAIRED:
+        _, layer, part, last = name.split(".")
+        if part not in PARTS or last != "weight":
+            continue  # biases of experts, and what chooses them
+        if part in _PAIRED and _PAIRED[part] in model.metadata:
             heads = int(model.metadata[_PAIRED[part]])
             matrix = matrix.reshape(heads, -1, 2, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
         weights[f"model.layers.{layer}.{PARTS[part]}.weight"] = np.ascontiguousarray(matrix)
