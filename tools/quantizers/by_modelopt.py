@@ -41,7 +41,7 @@ def config(case: str) -> Any:
 
 
 def main(case: str, model: Path, tokens: Path, out: Path) -> None:
-    made = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    made = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
     def calibrate(running: Any) -> None:
         for window in calibration(tokens):
@@ -49,7 +49,7 @@ def main(case: str, model: Path, tokens: Path, out: Path) -> None:
 
     with torch.no_grad():
         mtq.quantize(made, config(case), calibrate)
-        value = perplexity(copy.deepcopy(made).float(), tokens)
+        value = perplexity(made, tokens)
         export_hf_checkpoint(made, export_dir=out)
     AutoTokenizer.from_pretrained(model).save_pretrained(out)
     tell(f"nvidia-modelopt {version('nvidia-modelopt')}", value)
