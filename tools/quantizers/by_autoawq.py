@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from awq import AutoAWQForCausalLM
 from perplexity import calibration, perplexity, tell
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 REQUIRES = "autoawq==0.2.9 transformers==4.51.3 torch==2.13.0"
 CASES = ("4 bits by 64, gemm",)
@@ -17,14 +17,12 @@ CASES = ("4 bits by 64, gemm",)
 
 def main(case: str, model: Path, tokens: Path, out: Path) -> None:
     assert case in CASES
-    tokenizer = AutoTokenizer.from_pretrained(model)
     made = AutoAWQForCausalLM.from_pretrained(str(model), device_map="cpu", torch_dtype=torch.float32)
     wanted = {"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}
     windows = calibration(tokens)
-    made.quantize(tokenizer, quant_config=wanted, calib_data=windows, max_calib_seq_len=len(windows[0]),
+    made.quantize(None, quant_config=wanted, calib_data=windows, max_calib_seq_len=len(windows[0]),
                   max_calib_samples=len(windows))  # fmt: skip
     made.save_quantized(str(out))
-    tokenizer.save_pretrained(out)
     again = AutoModelForCausalLM.from_pretrained(out, torch_dtype=torch.float32, device_map="cpu")
     tell(f"autoawq {version('autoawq')}", perplexity(again.float(), tokens))
 

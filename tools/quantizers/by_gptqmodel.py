@@ -42,7 +42,7 @@ def main(case: str, model: Path, tokens: Path, out: Path) -> None:
     made.quantize(rows, batch_size=1)
     made.save(str(out))
     backend = BACKEND.AWQ_TORCH if awq else BACKEND.GPTQ_TORCH
-    again = GPTQModel.load(str(out), backend=backend, device="cpu", dtype=torch.float32)
+    again = GPTQModel.load(str(out), backend=backend, device="cpu", dtype=torch.float16)  # float32 is refused at load
     tell(f"gptqmodel {gptqmodel.__version__}", perplexity(again.model.float(), tokens))
 
 

@@ -1,12 +1,16 @@
-"""Quantizes with NVIDIA ModelOpt, which cannot open its exports: its perplexity is that of the model in memory, in float32.
+"""Quantizes with NVIDIA ModelOpt, which cannot open its exports: what it exported is put back into its model, in float32.
 
-python tools/quantizers/by_modelopt.py CASE MODEL TOKENS OUT
+    python tools/quantizers/by_modelopt.py CASE MODEL TOKENS OUT
+
+Weights are the exported ones, dequantized by ModelOpt's own classes (tools/readers/with_modelopt.py), and its quantizers round the
+inputs. The model as it is in memory after quantizing has other numbers: some weights round otherwise than in the export.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,8 @@ import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.export import export_hf_checkpoint
 from perplexity import calibration, perplexity, tell
+from readers.with_modelopt import main as read
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REQUIRES = "nvidia-modelopt[hf]==0.47.0 transformers==5.14.1 torch==2.13.0"
@@ -40,6 +46,28 @@ def config(case: str) -> Any:
     return made
 
 
+def put_back(exported: Path, running: Any) -> None:
+    """What the export says, in the model with its quantizers: weights, scales of inputs, multipliers of inputs, norms."""
+    with tempfile.TemporaryDirectory() as folder:
+        read(exported, Path(folder) / "weights.safetensors")
+        weights = load_file(Path(folder) / "weights.safetensors")
+    tensors = {name: tensor for file in exported.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for name, parameter in running.named_parameters():
+        module = name.removesuffix(".weight")
+        if name in weights:
+            layer = running.get_submodule(module)
+            layer.weight_quantizer.disable()
+            inputs = layer.input_quantizer
+            if hasattr(inputs, "_pre_quant_scale"):
+                delattr(inputs, "_pre_quant_scale")
+            if f"{module}.pre_quant_scale" in tensors:
+                inputs.pre_quant_scale = tensors[f"{module}.pre_quant_scale"].float()
+            if f"{module}.input_scale" in tensors:
+                inputs.amax = tensors[f"{module}.input_scale"].float() * inputs.maxbound
+        if name in weights or name in tensors:
+            parameter.copy_(weights[name] if name in weights else tensors[name])
+
+
 def main(case: str, model: Path, tokens: Path, out: Path) -> None:
     made = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
@@ -49,8 +77,10 @@ def main(case: str, model: Path, tokens: Path, out: Path) -> None:
 
     with torch.no_grad():
         mtq.quantize(made, config(case), calibrate)
-        value = perplexity(made, tokens)
+        running = copy.deepcopy(made)
         export_hf_checkpoint(made, export_dir=out)
+        put_back(out, running)
+        value = perplexity(running, tokens)
     AutoTokenizer.from_pretrained(model).save_pretrained(out)
     tell(f"nvidia-modelopt {version('nvidia-modelopt')}", value)
 
