@@ -132,6 +132,7 @@ CONFIGS: dict[str, list[Row]] = {
         *each("bad-shape", "weight_block_size", None, ABSENT),
         *each("unknown-variant", "fmt", "e5m2", "", "abacus"),
         *each("unknown-variant", "scale_fmt", "abacus", ""),
+        *each("bad-field", "dequantize", "x", 2, None, []),
         *each("bad-field", "activation_scheme", "abacus", 3, None, []),
         *each("missing-tensor", "activation_scheme", "static"),
         *each("bad-field", "ignored_layers", "x", 3, [3]),

@@ -7,10 +7,13 @@
     fbgemm_fp8        weight e4m3 [N, K], weight_scale f32 [N, 1]; inputs by token, their scales those of magnitudes up to
                       activation_scale_ub
 
+Under scale_fmt ue8m0 the scales of inputs in groups are rounded up to powers of two, as the weight's are. Under `dequantize`
+transformers multiplies the weights out while it loads, and inputs stay whole.
+
 w = q * scale. The scale's name is the writer's choice: weight_scale_inv (transformers, DeepSeek-V3), weight_scale (AutoFP8,
 vLLM), scale (DeepSeek-V4), qscale_weight (Mistral); so is the input's. Experts may be stacked: <experts>.gate_up_proj
-[E, N, K] and <experts>.gate_up_proj_scale_inv. Sources: DeepSeek-V3's config and weight_dequant, transformers'
-FineGrainedFP8 and FbgemmFp8 quantizers.
+[E, N, K] and <experts>.gate_up_proj_scale_inv. Sources: DeepSeek-V3's config, weight_dequant and act_quant,
+transformers' FineGrainedFP8 and FbgemmFp8 quantizers.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ class Fp8Config(Settings):
     weight_block_size: tuple[int, int] | None = None
     fmt: str = "e4m3"
     scale_fmt: str | None = None
+    dequantize: bool = False
     activation_scale_ub: float | None = Field(None, gt=0)
     ignored_layers: list[str] | None = None
     modules_to_not_convert: list[str] | None = None
@@ -179,11 +183,14 @@ class Fp8(Method):
             weight = TensorScheme(element, (Level(PerTensor(), kind),))
         return Scheme(weight, None if whole else self._input(config))
 
-    def _input(self, config: Fp8Config) -> TensorScheme:
+    def _input(self, config: Fp8Config) -> TensorScheme | None:
+        if config.dequantize:
+            return None
         element, dynamic = Float("e4m3fn"), config.activation_scheme == "dynamic"
-        by_group = dynamic and config.weight_block_size is not None
-        grid = Group(config.weight_block_size[1]) if by_group and config.weight_block_size else PerTensor()
-        return TensorScheme(element, (Level(grid),), dynamic=dynamic)
+        if not dynamic or config.weight_block_size is None:
+            return TensorScheme(element, (Level(PerTensor()),), dynamic=dynamic)
+        kind: ScaleType = "e8m0ceil" if config.scale_fmt == "ue8m0" else "float"
+        return TensorScheme(element, (Level(Group(config.weight_block_size[1]), kind),), dynamic=True)
 
     def _stacked_scheme(self, files: CheckpointFiles, name: str) -> Scheme:
         """That of experts [E, N, K], once all headers agree. Raises Refused (bad-shape, bad-dtype, missing-tensor)."""
@@ -200,7 +207,7 @@ class Fp8(Method):
             require_tensor(files, scale.name, shape=wanted)
         require_tensor(files, scale.name, dtypes=SCALE_DTYPES[kind])
         given = self._input(config)
-        if not given.dynamic:
+        if given is not None and not given.dynamic:
             require_tensor(files, fp8.stacked_input(name), shape=(count,), dtypes=SCALE_DTYPES["float"])
         return Scheme(TensorScheme(Float("e4m3fn"), (Level(grid, kind),)), given)
 
@@ -211,8 +218,8 @@ class Fp8(Method):
         fine = scheme.weight.scales[0]
         scales = read_scale(files, fp8.stacked_scale(name), fine.type)
         scales = scales.reshape(shape[0], *scale_shape(fine.granularity, *shape[1:]))
-        assert scheme.input is not None
-        given = None if scheme.input.dynamic else read_scale(files, fp8.stacked_input(name)).reshape(-1, 1)
+        static = scheme.input is not None and not scheme.input.dynamic
+        given = read_scale(files, fp8.stacked_input(name)).reshape(-1, 1) if static else None
         weight = QuantizedTensor(scheme, shape, files.source.read(name), (scales,))
         return LayerTensors(weight, input_scale=given)
 
