@@ -164,6 +164,9 @@ CONFIGS: dict[str, list[Row]] = {
         *each("limit-exceeded", "exclude", ["re:" + BOMB], [LONG], ["?" * 5000], MANY, [f"*{i}*" for i in range(40_000)]),
         *each("limit-exceeded", "layer_quant_config", {f"*{i}*": {} for i in range(40_000)}),
         *each("bad-field", "export", 3, [], {"pack_method": "abacus"}, {"pack_method": 3}, {"kv_cache_group": 3}),
+        *each("bad-field", "algo_config", 3, "x", [3], {"name": 3}, {"name": "rotation", "r4": "x"}),
+        *each("unknown-variant", "algo_config", {}, [{}], {"name": "svdquant"}, {"name": "quarot"}, {"name": "rotation", "r4": True}),
+        *each("bad-field", "softmax_quant_spec", 3, "x", [], {"dtype": 3}),
     ],
     "torchao-Int8Tensor-dynamic": [
         *each("unknown-variant", "record:_type", "Mystery", "", "x" * 100_000),
