@@ -156,6 +156,12 @@ class Method(ABC):
         """The scheme that the checkpoint declares for the kv cache."""
         return None
 
+    def kv_scales(self, files: CheckpointFiles) -> dict[str, KvScales]:
+        """The kv cache's calibrated scales, by attention module: those of the tensors that any tool's names are of."""
+        from qcore.checkpoint.kv_scales import read_kv_scales
+
+        return read_kv_scales(files.source)
+
     @abstractmethod
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         """One quantized module of the plan. Raises Refused (bad-content and others)."""
