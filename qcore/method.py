@@ -69,12 +69,15 @@ class ModulePlan:
 
     Experts of a mixture are layers of their own, or one entry [E, N, K] where the checkpoint stacks them.
     algorithm: what quantizes the weight while it is read; empty where it is stored quantized.
+    computes: the type that the format's tool multiplies in, whatever the model's (bfloat16, float16); empty where it is the
+    model's own.
     """
 
     scheme: Scheme | None
     reason: str
     shape: tuple[int, ...]
     algorithm: str = ""
+    computes: str = ""
 
     @property
     def matrix(self) -> tuple[int, int]:

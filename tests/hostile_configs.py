@@ -94,6 +94,8 @@ CONFIGS: dict[str, list[Row]] = {
     "bitsandbytes-nf4": [
         *each("bad-field", "llm_int8_threshold", "x", -1, NAN, float("inf"), None, []),
         *each("bad-field", "load_in_4bit", "x", 2, []),
+        *each("bad-field", "load_in_8bit", True, "x", None),
+        *each("bad-field", "bnb_4bit_compute_dtype", "int8", "torch.float32", 3, [], ""),
         *each("bad-field", "llm_int8_skip_modules", "x", 3, [3]),
         *each("bad-field", "state:quant_type", "nf3", "", None, ABSENT, 3, "fp4"),
         *each("bad-field", "state:blocksize", 0, -1, 31, 4097, HUGE, "x", None, []),
