@@ -151,6 +151,39 @@ def test_scales_have_the_names_of_several_tools(tmp_path: Path, scale: str, give
     assert opened.layer(UP).input_scale == parts["input_scale"]
 
 
+@pytest.mark.parametrize("kind", ["tensor", "row", "block"])
+def test_gptqmodels_scales_divide(tmp_path: Path, kind: str) -> None:
+    """weight_scale_inv as its name says; inputs stay whole."""
+    codes = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    shape: tuple[int, ...] = {"tensor": (), "row": (ROWS,), "block": (3, 2)}[kind]
+    inverse = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 900 + 100
+    wide = inverse.repeat_interleave(32, 0).repeat_interleave(32, 1) if kind == "block" else inverse.reshape(-1, 1)
+    config: dict[str, Any] = {
+        "method": "fp8", "bits": 8, "format": "float8_e4m3fn", "weight_scale_method": kind, "group_size": -1,
+        "weight_block_size": [32, 32] if kind == "block" else None, "weight_scale_semantics": "inverse",
+        "dynamic": {"-:.*mlp.gate_proj": {}}, "activation": None, "rotation": None, "lm_head": False,
+    }  # fmt: skip
+    parts = {"weight": codes, "weight_scale_inv": inverse}
+    opened = qcore.open_checkpoint(checkpoint(tmp_path / "a", parts, **config))
+    grid = {"tensor": "tensor", "row": "channel", "block": "block32"}[kind]
+    assert opened.plan[UP] == opened.weight(UP).scheme == Scheme.parse(f"W8A16-fp8-{grid}")
+    assert torch.equal(opened.dequantize(UP), codes.float() / wide)
+    assert bool(qcore.load_model(opened, dtype="float32")(torch.tensor([[1, 5]])).logits.isfinite().all())
+    for change, code in (
+        ({"weight_scale_semantics": "direct"}, "bad-field"),
+        ({"format": "float8_e5m2"}, "unknown-variant"),
+        ({"dynamic": {"+:.*up_proj": {"weight_scale_method": "tensor"}}}, "unknown-variant"),
+        ({"rotation": "hadamard"}, "unknown-variant"),
+    ):
+        with pytest.raises(qcore.Refused) as caught:
+            qcore.open_checkpoint(checkpoint(tmp_path / "b", parts, **{**config, **change}))
+        assert caught.value.refusal.code == code and next(iter(change)) in str(caught.value)
+    with pytest.raises(qcore.Refused, match="this scale divides"):
+        qcore.open_checkpoint(
+            checkpoint(tmp_path / "c", {**parts, "weight_scale_inv": inverse * 0}, **config)
+        ).dequantize(UP)
+
+
 def test_blocks_of_one_row_are_groups(tmp_path: Path) -> None:
     parts, weight = made("block", (1, 32))
     opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, weight_block_size=[1, 32]))

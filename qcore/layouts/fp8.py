@@ -6,11 +6,13 @@ Sources: transformers' FineGrainedFP8Config and FP8Linear, FbgemmFp8Config and F
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qcore.elements import Float, Granularity, Group, Level, PerChannel, PerTensor, PerToken, ScaleType, Tile
 from qcore.layouts.affine import exactly, unholdable
-from qcore.method import ModulePlan, is_embedding
+from qcore.method import CheckpointFiles, ModulePlan, is_embedding
+from qcore.refusal import bad_file
 from qcore.scheme import Scheme, TensorScheme
 
 if TYPE_CHECKING:
@@ -51,6 +53,16 @@ def stacked_input(name: str) -> str:
 def stacked_parts(name: str) -> tuple[str, str]:
     """What stands beside stacked experts."""
     return stacked_scale(name), stacked_input(name)
+
+
+def divided(files: CheckpointFiles, name: str, layer: LayerTensors) -> LayerTensors:
+    """The layer whose scales, in the tensor of this name, divide: 1 / s in float64, with which a float32 product is as exact
+    as the division. Raises Refused (bad-content)."""
+    (stored,) = layer.weight.scales
+    if not bool((stored > 0).all()):
+        raise bad_file("bad-content", "this scale divides, and is positive", file=files.source.tensors[name].file,
+                       tensor=name, field="values", found=float(stored.min()), expected="a positive number")  # fmt: skip
+    return replace(layer, weight=replace(layer.weight, scales=(1 / stored.double(),)))
 
 
 def config_of(plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
