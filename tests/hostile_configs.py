@@ -57,7 +57,7 @@ CONFIGS: dict[str, list[Row]] = {
     ],
     "gptq-marlin": [*each("unknown-variant", "bits", 8, 3), *each("unknown-variant", "sym", False),
                     *each("unknown-variant", "desc_act", True), *each("bad-shape", "group_size", 48, 128)],
-    "gptq-bitblas": [*each("bad-field", "bits", 3, 16), *each("bad-field", "zeros_mode", "x", 3),
+    "gptq-bitblas": [*each("unknown-variant", "desc_act", True), *each("bad-field", "bits", 3, 16), *each("bad-field", "zeros_mode", "x", 3),
                      *each("bad-shape", "group_size", 48), *each("bad-field", "fast_decoding", "x", [])],
     "awq-gemm": [
         *each("bad-field", "bits", *NUMBERS, 1, 9),
@@ -75,6 +75,7 @@ CONFIGS: dict[str, list[Row]] = {
         *each("bad-shape", "group_size", 48, 7),
         *each("bad-field", "zeros_mode", "abacus", 3, None, "RESCALE"),
         *each("bad-shape", "zeros_mode", "quantized"),
+        *each("bad-field", "desc_act", True, "x", []),
     ],
     "auto-round-": [
         *each("bad-field", "bits", *NUMBERS, 0, 1, 9, 16),
@@ -146,6 +147,7 @@ CONFIGS: dict[str, list[Row]] = {
         *each("bad-field", "exclude_modules", "x", 3, [3], {}),
         *each("limit-exceeded", "exclude_modules", ["[" * 5000], ["*" * 5000], [*MANY, *MANY] * 4),
         *each("bad-field", "quantized_layers", 3, [], {"a": 3}),
+        *each("unknown-variant", "has_zero_point", True),
         *each("unknown-variant", "kv_cache_quant_algo", "NVFP4", "abacus"),
         *each("bad-field", "kv_cache_quant_algo", 3, []),
         *each("unknown-variant", "kv_cache_scheme", {"num_bits": 4}, "abacus", {"strategy": [1]}, {"type": {}}),
