@@ -193,7 +193,7 @@ class CompressedConfig(Settings):
     def as_run(self, scheme: Scheme) -> Scheme:
         """The scheme as transformers runs it: without rounded inputs where it multiplies the weights out while it loads.
 
-        Raises ValueError where that depends on its release: only since its fifth is `run_compressed: false` the same.
+        Raises ValueError for the older word `run_compressed: false`, under which its releases differ.
         """
         if scheme.input is None or self.dequantize:
             return Scheme(scheme.weight)
