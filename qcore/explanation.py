@@ -71,7 +71,8 @@ def explain(
     for module, op, entry in _modules(checkpoint):
         selection = evidence = None
         if entry.scheme is not None:
-            request = LayerRequest(op, entry.scheme, entry.matrix, computed, exact)
+            stated = entry.computes if op == "linear" and dtype == "checkpoint" else ""
+            request = LayerRequest(op, entry.scheme, entry.matrix, stated or computed, exact)
             selection = select(request, where, kernels, found)
         if selection and selection.kernel:
             evidence = proved.get((where, selection.kernel.name, str(entry.scheme)), "declared")

@@ -69,12 +69,15 @@ class ModulePlan:
 
     Experts of a mixture are layers of their own, or one entry [E, N, K] where the checkpoint stacks them.
     algorithm: what quantizes the weight while it is read; empty where it is stored quantized.
+    computes: the type that the format's tool multiplies in, whatever the model's (bfloat16, float16); empty where it is the
+    model's own.
     """
 
     scheme: Scheme | None
     reason: str
     shape: tuple[int, ...]
     algorithm: str = ""
+    computes: str = ""
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -155,6 +158,12 @@ class Method(ABC):
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
         """The scheme that the checkpoint declares for the kv cache."""
         return None
+
+    def kv_scales(self, files: CheckpointFiles) -> dict[str, KvScales]:
+        """The kv cache's calibrated scales, by attention module: those of the tensors that any tool's names are of."""
+        from qcore.checkpoint.kv_scales import read_kv_scales
+
+        return read_kv_scales(files.source)
 
     @abstractmethod
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:

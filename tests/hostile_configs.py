@@ -57,7 +57,7 @@ CONFIGS: dict[str, list[Row]] = {
     ],
     "gptq-marlin": [*each("unknown-variant", "bits", 8, 3), *each("unknown-variant", "sym", False),
                     *each("unknown-variant", "desc_act", True), *each("bad-shape", "group_size", 48, 128)],
-    "gptq-bitblas": [*each("bad-field", "bits", 3, 16), *each("bad-field", "zeros_mode", "x", 3),
+    "gptq-bitblas": [*each("unknown-variant", "desc_act", True), *each("bad-field", "bits", 3, 16), *each("bad-field", "zeros_mode", "x", 3),
                      *each("bad-shape", "group_size", 48), *each("bad-field", "fast_decoding", "x", [])],
     "awq-gemm": [
         *each("bad-field", "bits", *NUMBERS, 1, 9),
@@ -75,6 +75,7 @@ CONFIGS: dict[str, list[Row]] = {
         *each("bad-shape", "group_size", 48, 7),
         *each("bad-field", "zeros_mode", "abacus", 3, None, "RESCALE"),
         *each("bad-shape", "zeros_mode", "quantized"),
+        *each("bad-field", "desc_act", True, "x", []),
     ],
     "auto-round-": [
         *each("bad-field", "bits", *NUMBERS, 0, 1, 9, 16),
@@ -94,6 +95,8 @@ CONFIGS: dict[str, list[Row]] = {
     "bitsandbytes-nf4": [
         *each("bad-field", "llm_int8_threshold", "x", -1, NAN, float("inf"), None, []),
         *each("bad-field", "load_in_4bit", "x", 2, []),
+        *each("bad-field", "load_in_8bit", True, "x", None),
+        *each("bad-field", "bnb_4bit_compute_dtype", "int8", "torch.float32", 3, [], ""),
         *each("bad-field", "llm_int8_skip_modules", "x", 3, [3]),
         *each("bad-field", "state:quant_type", "nf3", "", None, ABSENT, 3, "fp4"),
         *each("bad-field", "state:blocksize", 0, -1, 31, 4097, HUGE, "x", None, []),
@@ -132,6 +135,7 @@ CONFIGS: dict[str, list[Row]] = {
         *each("bad-shape", "weight_block_size", None, ABSENT),
         *each("unknown-variant", "fmt", "e5m2", "", "abacus"),
         *each("unknown-variant", "scale_fmt", "abacus", ""),
+        *each("bad-field", "dequantize", "x", 2, None, []),
         *each("bad-field", "activation_scheme", "abacus", 3, None, []),
         *each("missing-tensor", "activation_scheme", "static"),
         *each("bad-field", "ignored_layers", "x", 3, [3]),
@@ -143,6 +147,7 @@ CONFIGS: dict[str, list[Row]] = {
         *each("bad-field", "exclude_modules", "x", 3, [3], {}),
         *each("limit-exceeded", "exclude_modules", ["[" * 5000], ["*" * 5000], [*MANY, *MANY] * 4),
         *each("bad-field", "quantized_layers", 3, [], {"a": 3}),
+        *each("unknown-variant", "has_zero_point", True),
         *each("unknown-variant", "kv_cache_quant_algo", "NVFP4", "abacus"),
         *each("bad-field", "kv_cache_quant_algo", 3, []),
         *each("unknown-variant", "kv_cache_scheme", {"num_bits": 4}, "abacus", {"strategy": [1]}, {"type": {}}),
@@ -163,6 +168,9 @@ CONFIGS: dict[str, list[Row]] = {
         *each("limit-exceeded", "exclude", ["re:" + BOMB], [LONG], ["?" * 5000], MANY, [f"*{i}*" for i in range(40_000)]),
         *each("limit-exceeded", "layer_quant_config", {f"*{i}*": {} for i in range(40_000)}),
         *each("bad-field", "export", 3, [], {"pack_method": "abacus"}, {"pack_method": 3}, {"kv_cache_group": 3}),
+        *each("bad-field", "algo_config", 3, "x", [3], {"name": 3}, {"name": "rotation", "r4": "x"}),
+        *each("unknown-variant", "algo_config", {}, [{}], {"name": "svdquant"}, {"name": "quarot"}, {"name": "rotation", "r4": True}),
+        *each("bad-field", "softmax_quant_spec", 3, "x", [], {"dtype": 3}),
     ],
     "torchao-Int8Tensor-dynamic": [
         *each("unknown-variant", "record:_type", "Mystery", "", "x" * 100_000),

@@ -110,6 +110,7 @@ def test_names_of_the_method(tmp_path: Path, name: str) -> None:
         ({"act_bits": 8}, "unknown-variant"),
         ({"packing_format": "abacus"}, "unknown-variant"),
         ({"rotation_config": {"algorithm": "hadamard", "block_size": 32}}, "unknown-variant"),
+        ({"extra_config": {UP: {"rotation_config": {"algorithm": "hadamard"}}}}, "unknown-variant"),
         ({"spinquant_config": {"r1": True}}, "unknown-variant"),
         ({"bits": 9}, "bad-field"),
         ({"bits": None}, "bad-field"),
@@ -223,3 +224,30 @@ def test_float_forms_that_are_not_read_are_refused(tmp_path: Path, config: dict[
     with pytest.raises(qcore.Refused, match="unknown-variant"):
         qcore.open_checkpoint(checkpoint(tmp_path, layers, **stated, **config) if not stated.keys() & config.keys()
                               else checkpoint(tmp_path, layers, **{**stated, **config}))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "cache"),
+    [
+        ({}, None),
+        ({"static_kv_dtype": "bfloat16"}, None),
+        ({"static_kv_dtype": "fp8", "static_kv_granularity": "tensor"}, "fp8-tensor"),
+        ({"static_kv_dtype": "float8_e4m3fn", "static_kv_granularity": "head"}, "fp8-channel"),
+        ({"static_kv_dtype": "nvfp4"}, "static_kv_dtype"),
+        ({"static_kv_dtype": "fp8", "static_kv_granularity": "token"}, "static_kv_dtype"),
+        ({"static_kv_dtype": "fp8", "static_attention_dtype": "fp8"}, "static_attention_dtype"),
+    ],
+)
+def test_a_cache_is_as_it_is_declared(tmp_path: Path, config: dict[str, Any], cache: str | None) -> None:
+    """Queries that are rounded too, and caches in 4 bits, are refused, but not where the cache is to stay whole."""
+    parts = layer(UP, 4, 32, "auto_round:auto_gptq", sym=True)[0]
+    heads = 2 if "head" in config.values() else 1
+    scales = {f"{PREFIX}self_attn.{part}_scale": torch.rand(heads) + 0.1 for part in "kv"} if config else {}
+    opened = qcore.open_checkpoint(checkpoint(tmp_path, {UP: {**parts, **scales}}, **config))
+    if cache is None or cache.startswith("fp8"):
+        assert str(opened.kv_cache) == str(cache)
+        return
+    with pytest.raises(qcore.Refused) as caught:
+        qcore.load_model(opened, dtype="float32")
+    assert caught.value.refusal.field == f"quantization_config.{cache}"
+    qcore.load_model(opened, dtype="float32", kv_cache="none")

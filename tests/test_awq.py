@@ -173,6 +173,7 @@ def nan_scales() -> torch.Tensor:
         ({"bits": 8, "version": "gemv"}, {}, "bad-field"),
         ({"dynamic": {"+:.*down_proj": {"bits": 8}}}, {}, "bad-shape"),
         ({"rotation": "hadamard"}, {}, "unknown-variant"),
+        ({"spinquant_config": {"r4": True}}, {}, "unknown-variant"),
         ({"bits": "four"}, {}, "bad-field"),
         ({"group_size": 0}, {}, "bad-field"),
         ({"group_size": 64}, {}, "bad-shape"),

@@ -10,6 +10,7 @@ import torch
 import qcore
 from makers import dense_llama, write
 from qcore.convert import convert
+from qcore.explanation import explain
 from qcore.kernels.activations import quantize_input
 from qcore.kernels.reference import ReferenceLinear
 from qcore.scheme import Scheme, TensorScheme
@@ -52,7 +53,9 @@ def checkpoint(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) ->
     whole = dense_llama()
     del whole[f"{UP}.weight"]
     whole |= tensors
-    return write(folder, whole, {"quant_method": "bitsandbytes", "load_in_4bit": True, **config})
+    return write(
+        folder, whole, {"quant_method": "bitsandbytes", "load_in_4bit": not config.get("load_in_8bit"), **config}
+    )
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -133,6 +136,45 @@ def test_codes_are_multiplied_as_integers(dtype: torch.dtype) -> None:
 def test_a_model_runs(tmp_path: Path, made: dict[str, torch.Tensor]) -> None:
     model = qcore.load_model(checkpoint(tmp_path, made), dtype="float32")
     assert bool(model(torch.tensor([[1, 5, 9]])).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("computes", ["bfloat16", "float16", "float32", None])
+@pytest.mark.parametrize("asked", [False, True])
+def test_layers_multiply_in_the_stated_type_unless_another_is_asked_for(
+    tmp_path: Path, computes: str | None, asked: bool
+) -> None:
+    """As Linear4bit.forward: input, weight and bias in bnb_4bit_compute_dtype, the answer in the input's type again."""
+    tensors, weight = four_bits()
+    path = checkpoint(tmp_path / "a", tensors, bnb_4bit_compute_dtype=computes)
+    model = qcore.load_model(path, dtype="float32" if asked else None)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    layer = model.get_submodule(UP)
+    assert model.dtype == torch.float32
+    narrow = torch.float32 if asked or computes is None else getattr(torch, computes)
+    expected = torch.nn.functional.linear(x.to(narrow), weight.to(narrow)).float()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-5)
+    plain = torch.nn.functional.linear(x, weight)
+    assert (narrow == torch.float32) == torch.allclose(layer(x), plain, rtol=1e-6, atol=1e-5)
+    again = json.loads((convert(path, "bitsandbytes", tmp_path / "b") / "config.json").read_text())
+    assert again["quantization_config"]["bnb_4bit_compute_dtype"] == (computes or "float32")
+
+
+def test_a_request_for_4_bits_states_what_it_computes_in(tmp_path: Path) -> None:
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    path = write(tmp_path, dense_llama(), config)
+    assert qcore.open_checkpoint(path).layers[UP].computes == "bfloat16"
+    rows = explain(path, dtype="checkpoint").layers
+    kernel = next(row.selection.kernel for row in rows if row.module == UP and row.selection)
+    assert kernel is not None and "bfloat16" in kernel.dtypes
+
+
+@pytest.mark.parametrize("first", ["load_in_4bit", "load_in_8bit"])
+def test_4_and_8_bits_at_once_are_refused(tmp_path: Path, first: str) -> None:
+    both = {first: True, "load_in_4bit": True, "load_in_8bit": True}
+    with pytest.raises(qcore.Refused) as caught:
+        qcore.open_checkpoint(write(tmp_path, dense_llama(), {"quant_method": "bitsandbytes", **both}))
+    refusal = caught.value.refusal
+    assert (refusal.code, refusal.field) == ("bad-field", "quantization_config.load_in_8bit")
 
 
 def changed(name: str, tensor: torch.Tensor | None, **how: Any) -> dict[str, torch.Tensor]:

@@ -219,6 +219,31 @@ def test_fp8(tmp_path: Path, strategy: str) -> None:
     assert torch.equal(opened.dequantize(MODULE), codes.float() * wide)
 
 
+@pytest.mark.parametrize("static", [True, False])
+def test_weights_that_are_multiplied_out_leave_inputs_whole(tmp_path: Path, static: bool) -> None:
+    """transformers' dequantize; what run_compressed means depends on its release, but not where inputs are whole."""
+    codes = (torch.randn(ROWS, COLUMNS) * 50).to(torch.float8_e4m3fn)
+    parts = {"weight": codes, "weight_scale": scales_for("tensor"), "input_scale": torch.tensor([0.1])}
+    given, inputs = {"num_bits": 8, "type": "float", "strategy": "tensor"}, {"num_bits": 8, "type": "float"}
+    group = {"input_activations": {**inputs, "strategy": "tensor" if static else "token", "dynamic": not static}}
+    if not static:
+        del parts["input_scale"]
+
+    def opened(name: str, **config: Any) -> qcore.Checkpoint:
+        return qcore.open_checkpoint(checkpoint(tmp_path / name, parts, given, layout="float-quantized", **config))
+
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    whole = opened("a", group=group, dequantize=True, kv_cache_scheme=cache)
+    assert str(whole.plan[MODULE]) == "W8A16-fp8-tensor" and whole.kv_cache is None
+    x = torch.randn(3, COLUMNS)
+    expected = x @ whole.dequantize(MODULE).t()
+    torch.testing.assert_close(qcore.load_model(whole, dtype="float32").get_submodule(MODULE)(x), expected)
+    assert str(opened("b", group=group, run_compressed=True, kv_cache_scheme=cache).kv_cache) == "fp8-tensor"
+    assert opened("c", run_compressed=False).plan[MODULE] == whole.plan[MODULE]
+    with pytest.raises(qcore.Refused, match="run_compressed false"):
+        opened("d", group=group, run_compressed=False)
+
+
 @pytest.mark.parametrize("strategy", ["token", "tensor", "group"])
 @pytest.mark.parametrize("kind", ["int", "float"])
 @pytest.mark.parametrize("symmetric", [True, False])

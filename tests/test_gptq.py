@@ -211,6 +211,7 @@ def test_an_embedding_is_stored_with_the_vocabulary_for_inputs(
         ("unknown-variant", {"config": {"pack_dtype": "int4"}}),
         ("unknown-variant", {"config": {"activation": {"mode": "w4afp8"}}}),
         ("unknown-variant", {"config": {"rotation": "hadamard"}}),
+        ("unknown-variant", {"config": {"rotation_config": {"algorithm": "hadamard"}}}),
         ("unknown-variant", {"config": {"adapter": {"name": "lora", "path": "adapter", "rank": 8}}}),
         ("unknown-variant", {"config": {"checkpoint_format": "gptq_p", "pack_dtype": "int16"}}),
     ],

@@ -13,6 +13,7 @@ import qcore
 import test_auto_round
 from makers import LINEARS, dense_llama, write
 from qcore.convert import convert
+from qcore.model.kv_cache import kv_cache_of
 from qcore.scheme import Scheme
 
 UP, QUERY = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"
@@ -249,6 +250,41 @@ def test_layers_that_were_measured_as_one_share_a_scale(tmp_path: Path) -> None:
     assert float(opened.weight("model.layers.0.mlp.down_proj").scales[0]) < up_to_power(1.75 / 224)
 
 
+@pytest.mark.parametrize("home", ["self_attn", "self_attn.attn", "self_attn.attn.impl"])
+def test_a_measured_cache_is_declared_and_its_scales_are_those_of_inputs(tmp_path: Path, home: str) -> None:
+    largest = {"k": 3.0, "v": 8.0}
+    found = nodes() | {f"model.layers.0.{home}.{part}_cache": {"inputs": [[[x]]]} for part, x in largest.items()}
+    opened = qcore.open_checkpoint(measured(tmp_path / "a", found=found))
+    assert str(opened.kv_cache) == "fp8-tensor"
+    own = opened.kv_scales["model.layers.0.self_attn"]
+    assert (own.k.scale.tolist(), own.v.scale.tolist()) == ([up_to_power(3 / 112)], [up_to_power(8 / 112)])
+    model = qcore.load_model(opened, dtype="float32")
+    assert str(kv_cache_of(model)) == "fp8-tensor"
+    again = qcore.open_checkpoint(convert(opened, "inc", tmp_path / "b"))
+    assert again.kv_cache == opened.kv_cache and again.kv_scales["model.layers.0.self_attn"].v.scale == own.v.scale
+    (opened.path / "measure_hooks_maxabs_MAXABS_HW.json").write_text(
+        json.dumps({"Nodes": nodes(0.5) | {f"model.layers.0.{home}.k_cache": {"inputs": [0.25]}}})
+    )
+    own = qcore.open_checkpoint(opened.path).kv_scales["model.layers.0.self_attn"]
+    assert own.k.scale.tolist() == own.v.scale.tolist() == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("config", "cached"),
+    [
+        ({"blocklist": {"types": ["KVCache"]}}, False),
+        ({"blocklist": {"names": ["lm_head", "k_cache", "v_cache"]}}, False),
+        ({"allowlist": {"types": ["Linear"]}}, False),
+        ({"allowlist": {"types": ["Linear", "VLLMKVCache"]}}, True),
+        ({"allowlist": {"names": ["self_attn"]}}, True),
+    ],
+)
+def test_lists_choose_caches(tmp_path: Path, config: dict[str, Any], cached: bool) -> None:
+    found = nodes() | {f"model.layers.0.self_attn.{part}_cache": {"inputs": [[[3.0]]]} for part in "kv"}
+    opened = qcore.open_checkpoint(measured(tmp_path, found=found, **config))
+    assert (opened.kv_cache is not None) == bool(opened.kv_scales) == cached
+
+
 @pytest.mark.parametrize(
     ("config", "kept"),
     [
@@ -289,6 +325,8 @@ def test_layers_without_measurements_are_refused_or_kept(tmp_path: Path) -> None
         ({"scale_method": {"default": "maxabs_hw"}}, "unknown-variant"),
         ({"device_for_scales": "ABACUS"}, "unknown-variant"),
         ({"dynamic_quantization": True}, "unknown-variant"),
+        ({"scale_params": {"input_backoff": 0.5}}, "unknown-variant"),
+        ({"scale_params": 3}, "bad-field"),
         ({"fp8_config": "E3M4"}, "bad-field"),
         ({"blocklist": {"names": ["re:("]}}, "bad-field"),
         ({"dump_stats_path": "../../elsewhere"}, "path-not-found"),

@@ -264,6 +264,75 @@ def test_a_quantized_kv_cache_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["kv_cache_quant_config", "layer_quant_config"])
+@pytest.mark.parametrize("post_rope", [True, False])
+def test_a_kv_cache_needs_no_group(tmp_path: Path, where: str, post_rope: bool) -> None:
+    """Groups serve the export; what Quark loads is told by the specs of outputs."""
+    parts, _ = made("fp8_e4m3", "per_tensor")
+    own = {"weight": spec("fp8_e4m3"), "output_tensors": spec("fp8_e4m3")}
+    path = checkpoint(
+        tmp_path,
+        parts,
+        spec("fp8_e4m3"),
+        **{where: {"*k_proj": own}},
+        kv_cache_post_rope=post_rope,
+        softmax_quant_spec=None,
+    )
+    assert str(qcore.open_checkpoint(path).kv_cache) == "fp8-tensor"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"softmax_quant_spec": spec("fp8_e4m3")}, "attention probabilities in fp8_e4m3 per_tensor"),
+        (
+            {"layer_quant_config": {"*q_proj": {"weight": spec("fp8_e4m3"), "output_tensors": spec("fp8_e4m3")}}},
+            "queries",
+        ),
+    ],
+)
+def test_attention_in_fp8_is_refused_but_by_who_wants_it_whole(tmp_path: Path, change: Any, named: str) -> None:
+    parts, _ = made("fp8_e4m3", "per_tensor")
+    path = checkpoint(tmp_path, parts, spec("fp8_e4m3"), **change)
+    with pytest.raises(qcore.Refused, match=named) as caught:
+        qcore.load_model(path, dtype="float32")
+    assert str(caught.value.refusal.field).endswith(next(iter(change)))
+    qcore.load_model(path, dtype="float32", kv_cache="none")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "named"),
+    [
+        ({"name": "rotation", "r1": True, "r4": True}, "rotation r4"),
+        ({"name": "rotation", "r3": True}, "rotation r3"),
+        ({"name": "rotation", "r1": True, "online_r1_rotation": True}, "online_r1_rotation"),
+        ({"name": "quarot"}, "quarot r3, quarot r4"),
+        ({"name": "svdquant", "svd_rank": 32}, "svdquant"),
+        ({"name": "mine"}, "mine"),
+        ({"name": "rotation", "r1": True, "r2": True, "r3": False, "r4": False, "online_r1_rotation": False}, ""),
+        ({"name": "smooth", "alpha": 1}, ""),
+    ],
+)
+@pytest.mark.parametrize("old", [True, False])
+def test_what_algorithms_leave_to_run_time_is_refused(tmp_path: Path, algorithm: Any, named: str, old: bool) -> None:
+    parts, weight = made("fp8_e4m3", "per_tensor")
+    path = checkpoint(tmp_path, parts, spec("fp8_e4m3"), algo_config=algorithm if old else [{"name": "awq"}, algorithm])
+    if not named:
+        assert torch.equal(qcore.open_checkpoint(path).dequantize(UP), weight)
+        return
+    with pytest.raises(qcore.Refused, match=named):
+        qcore.open_checkpoint(path)
+
+
+def test_a_quantized_bias_is_refused_where_there_is_one(tmp_path: Path) -> None:
+    parts, weight = made("fp8_e4m3", "per_tensor")
+    own = {"global_quant_config": {"weight": spec("fp8_e4m3"), "bias": spec("fp8_e4m3")}}
+    path = checkpoint(tmp_path / "a", parts, None, **own)
+    assert torch.equal(qcore.open_checkpoint(path).dequantize(UP), weight)
+    with pytest.raises(qcore.Refused, match="a quantized bias"):
+        qcore.open_checkpoint(checkpoint(tmp_path / "b", {**parts, "bias": torch.ones(ROWS)}, None, **own))
+
+
+@pytest.mark.parametrize("where", ["kv_cache_quant_config", "layer_quant_config"])
 @pytest.mark.parametrize("output", [spec("int8"), spec("fp8_e4m3", is_dynamic=True), [spec("fp8_e4m3", "per_channel")]])
 def test_a_kv_cache_of_another_type_is_refused(tmp_path: Path, where: str, output: Any) -> None:
     parts, _ = made("fp8_e4m3", "per_tensor")

@@ -208,7 +208,7 @@ def test_every_class_is_exact_and_runs(tmp_path: Path, kind: str) -> None:
         ("Int4TilePackedTo4dTensor", {"qdata": torch.zeros(2, 8, 32, 4, dtype=torch.int32)}, {}, "bad-shape"),
         ("MXTensor", {}, {"elem_dtype": dtype("float6_e3m2")}, "unknown-variant"),
         ("MXTensor", {"scale": torch.full((ROWS, 2), 255, dtype=torch.uint8)}, {}, "bad-content"),
-        ("MXTensor-inputs", {}, {"act_quant_kwargs": kwargs("x", elem_dtype=dtype("float8_e4m3fn"), scaling_mode="CEIL")},
+        ("MXTensor-inputs", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToMXKwargs", elem_dtype=dtype("float8_e4m3fn"), scaling_mode="CEIL")},
          "unknown-variant"),
         ("NVFP4Tensor-swizzled", {"scale": torch.zeros(ROWS, 4).to(torch.float8_e4m3fn)}, {}, "bad-shape"),
         ("NVFP4Tensor", {"per_tensor_scale": torch.zeros(3)}, {}, "bad-shape"),
@@ -216,12 +216,18 @@ def test_every_class_is_exact_and_runs(tmp_path: Path, kind: str) -> None:
         ("Float8Tensor-row", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToFloat8Kwargs", ROW, hp_value_ub="9")}, "unknown-variant"),
         ("Int8Tensor-dynamic", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToInt8Kwargs", {"_type": "PerRow", "_data": {"dim": 0}})},
          "unknown-variant"),
-        ("Float8Tensor-row", {}, {"act_quant_kwargs": kwargs("x", ROW, float8_dtype=dtype("float8_e8m0fnu"))}, "unknown-variant"),
-        ("Int8Tensor-dynamic", {}, {"act_quant_kwargs": kwargs("x", ROW, mapping_type={"_data": "SYMMETRIC_NO_CLIPPING_ERR"})}, "unknown-variant"),
-        ("Float8Tensor-row", {}, {"act_quant_kwargs": kwargs("x", {"_type": "PerBlock", "_data": {"block_size": [4, 64]}})}, "unknown-variant"),
+        ("Float8Tensor-row", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToFloat8Kwargs", ROW, float8_dtype=dtype("float8_e8m0fnu"))}, "unknown-variant"),
+        ("Int8Tensor-dynamic", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToInt8Kwargs", ROW, mapping_type={"_data": "SYMMETRIC_NO_CLIPPING_ERR"})}, "unknown-variant"),
+        ("Float8Tensor-row", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToFloat8Kwargs", {"_type": "PerBlock", "_data": {"block_size": [4, 64]}})}, "unknown-variant"),
         ("Int8Tensor", {}, {"_tensor_data_names": ["qdata", "scale", "act_pre_scale"]}, "missing-tensor"),
         ("Int8Tensor-dynamic", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToInt8Kwargs", ROW, reduce_range=True)},
          "unknown-variant"),
+        ("Int8Tensor-dynamic", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToInt8Kwargs", ROW, clip=0.9)}, "unknown-variant"),
+        ("Int8Tensor-dynamic", {}, {"act_quant_kwargs": kwargs("Abacus", ROW)}, "unknown-variant"),
+        ("Int8Tensor", {}, {"rotation": "hadamard"}, "unknown-variant"),
+        ("NVFP4Tensor", {}, {"act_quant_kwargs": kwargs("QuantizeTensorToNVFP4Kwargs", block_size=32)}, "unknown-variant"),
+        ("Int4Tensor", {}, {"activation_dtype": dtype("int8")}, "unknown-variant"),
+        ("IntxUnpackedToInt8Tensor-4", {}, {"apply_int8_act_asym_per_token_quant": "yes"}, "unknown-variant"),
     ],
 )  # fmt: skip
 def test_what_is_broken_or_not_read_is_refused(
@@ -275,9 +281,13 @@ def test_codes_are_multiplied_as_integers_before_they_are_scaled(tmp_path: Path,
 @pytest.mark.parametrize(
     ("kind", "change", "scheme"),
     [
-        ("Float8Tensor-row", {"act_quant_kwargs": kwargs("x", ROW, hp_value_ub=1200.0)}, "W8A8-fp8-channel/fp8-token-dyn-bound1200.0"),
-        ("Float8Tensor-row", {"act_quant_kwargs": kwargs("x", ROW, float8_dtype=dtype("float8_e5m2"))}, "W8A8-fp8-channel/e5m2-token-dyn"),
-        ("NVFP4Tensor", {"act_quant_kwargs": kwargs("x", use_dynamic_per_tensor_scale=False)},
+        ("Float8Tensor-row", {"act_quant_kwargs": kwargs("QuantizeTensorToFloat8Kwargs", ROW, hp_value_ub=1200.0)}, "W8A8-fp8-channel/fp8-token-dyn-bound1200.0"),
+        ("Float8Tensor-row", {"act_quant_kwargs": kwargs("QuantizeTensorToFloat8Kwargs", ROW, float8_dtype=dtype("float8_e5m2"))}, "W8A8-fp8-channel/e5m2-token-dyn"),
+        ("IntxUnpackedToInt8Tensor-4", {"apply_int8_act_asym_per_token_quant": True, "activation_quantization": None},
+         "W4A8-uint4-g32-asym/int8-token-asym-dyn"),
+        ("IntxUnpackedToInt8Tensor-4", {"apply_int8_act_asym_per_token_quant": False}, "W4A16-g32-asym"),
+        ("Int8Tensor", {"reduce_range": True, "dtype": dtype("bfloat16"), "later": None}, "W8A16-channel-sym"),
+        ("NVFP4Tensor", {"act_quant_kwargs": kwargs("QuantizeTensorToNVFP4Kwargs", use_dynamic_per_tensor_scale=False)},
          "W4A4-e2m1-g16:e4m3fn+tensor/e2m1-g16:e4m3fn-dyn"),
     ],
 )  # fmt: skip
@@ -289,7 +299,7 @@ def test_inputs_are_bounded_and_scaled_as_they_say(
 
 
 def test_calibrated_inputs_of_nvfp4_have_their_scale(tmp_path: Path) -> None:
-    given = kwargs("x", use_dynamic_per_tensor_scale=False)
+    given = kwargs("QuantizeTensorToNVFP4Kwargs", use_dynamic_per_tensor_scale=False)
     parts = ["qdata", "scale", "per_tensor_scale", "act_per_tensor_scale"]
     opened = qcore.open_checkpoint(
         checkpoint(tmp_path, "NVFP4Tensor", {"act_per_tensor_scale": torch.tensor(0.02)},

@@ -11,7 +11,7 @@ largest numbers are taken. Read from neural_compressor 3.10, torch/algorithms/fp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +23,7 @@ _LARGEST = 1e38
 """No value of a bfloat16 model is larger."""
 _LONGEST_NAME = 255
 """Characters of the path, which is relative."""
+_CACHE = re.compile(r"(.{1,1000}?)(?:\.attn)?(?:\.impl)?\.([kv])_cache")
 _RANK = r"(_\d+_\d+)?"
 _FIX = 'Write it as JSON where it was made: python -c "import json, numpy, sys; json.dump(numpy.load(sys.argv[1], allow_pickle=True)[\'arr_0\'].item(), open(sys.argv[2], \'w\'), default=lambda a: a.tolist())" FILE.npz FILE.json'  # fmt: skip
 
@@ -62,6 +63,12 @@ def read_nodes(folder: Path, stem: str, suffix: str) -> dict[str, Node] | None:
                     nodes[layer] = nodes[layer].merged(node) if layer in nodes else node
             return nodes
     return None
+
+
+def caches(nodes: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Of the layers that are kv caches, the attention module and whose cache it is: k or v. vLLM has them in <attention>.attn.impl."""
+    found = {name: _CACHE.fullmatch(name) for name in nodes}
+    return {name: (match[1], match[2]) for name, match in found.items() if match}
 
 
 def _inside(folder: Path, way: PurePosixPath) -> bool:

@@ -133,8 +133,11 @@ def _both(attention: str, sides: Mapping[tuple[Part, bool], tuple[torch.Tensor, 
         scale, zero = sides.get((part, False)), sides.get((part, True))
         if scale is not None:
             made[part] = Side(scale[0], zero[0] if zero is not None and bool(zero[0].any()) else None, scale[1])
-    if not made:
-        return None
+    return both_sides(attention, made) if made else None
+
+
+def both_sides(attention: str, made: Mapping[str, Side]) -> KvScales:
+    """Keys' and values', of which one may be for both."""
     if len(made) == 1:  # as vLLM does
         log.warning("%s has a scale for %s alone; it is used for both keys and values", attention, *made)
     one = next(iter(made.values()))

@@ -12,7 +12,7 @@ from qcore.checkpoint.contents import check_layer
 from qcore.checkpoint.gguf import GgufSource
 from qcore.checkpoint.in_flight import UNTOUCHED, InFlight, made
 from qcore.checkpoint.json_file import read_json
-from qcore.checkpoint.kv_scales import KvScales, read_kv_scales, spelled
+from qcore.checkpoint.kv_scales import KvScales, spelled
 from qcore.checkpoint.safetensors import SafetensorsSource
 from qcore.checkpoint.source import TensorInfo, TensorSource
 from qcore.discovery import registry
@@ -78,7 +78,7 @@ class Checkpoint:
     @cached_property
     def kv_scales(self) -> dict[str, KvScales]:
         """The kv cache's calibrated scales, by attention module."""
-        return read_kv_scales(self.files.source)
+        return self._method.kv_scales(self.files)
 
     @cached_property
     def config(self) -> dict[str, Any]:

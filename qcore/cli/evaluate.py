@@ -63,13 +63,13 @@ def _evaluate(
     device: str, dtype: str, activations: str,
 ) -> Evaluation:  # fmt: skip
     from qcore.evaluation import evaluate
-    from qcore.model.devices import compute_dtype, find_device
+    from qcore.model.devices import find_device, wanted_dtype
     from qcore.model.load import load_model
 
     target = find_device(device)
 
     def loaded(which: Checkpoint) -> PreTrainedModel:
-        computed = compute_dtype(dtype, target, which)
+        computed = wanted_dtype(dtype, target, which)
         return load_model(which, target, computed, activations=activations, progress=progress)
 
     tokens = list(checkpoint.load_tokenizer()(words)["input_ids"])[:max_tokens]

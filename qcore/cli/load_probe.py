@@ -18,7 +18,7 @@ def measure(path: str, device: str, dtype: str) -> dict[str, Any]:
     baseline_rss_mib: resident memory with all libraries imported, before a weight is read. limit_mib: what loading may
     peak at, quantized size + 1.1 x the largest tensor + 150 MiB; above_baseline_mib is held against it."""
     from qcore.checkpoint.open import open_checkpoint
-    from qcore.model.devices import compute_dtype, find_device
+    from qcore.model.devices import find_device, wanted_dtype
 
     checkpoint = open_checkpoint(path)
     target = find_device(device)
@@ -29,7 +29,7 @@ def measure(path: str, device: str, dtype: str) -> dict[str, Any]:
     model_class(checkpoint)
     baseline = memory_mib("VmRSS")
     began = time.perf_counter()
-    load_model(checkpoint, target, compute_dtype(dtype, target, checkpoint))
+    load_model(checkpoint, target, wanted_dtype(dtype, target, checkpoint))
     seconds = time.perf_counter() - began
     peak = peak_rss_mib()
     largest = max(info.nbytes for info in checkpoint.files.source.tensors.values())

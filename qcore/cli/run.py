@@ -40,7 +40,7 @@ def run(
     options.checked_prompt(text)
 
     from qcore.checkpoint.open import open_checkpoint
-    from qcore.model.devices import compute_dtype, find_device
+    from qcore.model.devices import find_device, wanted_dtype
 
     checkpoint = open_checkpoint(path)
     if quantize is not None:
@@ -53,7 +53,7 @@ def run(
 
     began = time.perf_counter()
     with progress_bar("loading") as progress:
-        wanted = compute_dtype(dtype, target, checkpoint)
+        wanted = wanted_dtype(dtype, target, checkpoint)
         model = load_model(
             checkpoint, target, wanted, kernel=kernel, activations=activations, kv_cache=kv_cache, progress=progress
         )

@@ -40,6 +40,7 @@ def config_of(plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, An
     thresholds = {_threshold(entry.scheme): module for module, entry in plan.items() if entry.scheme is not None}
     if len(thresholds) > 1:
         unholdable(NAME, min(thresholds.values()), f"thresholds {sorted(thresholds)}", "one for all layers")
+    computes = {entry.computes or "float32" for entry in plan.values() if entry.scheme is not None}
     kept = [module for module, entry in plan.items() if entry.scheme is None and not is_embedding(module)]
     # An output layer that shares the embedding's weight is no module of the checkpoint, and is to be left alone too.
     skipped = list(dict.fromkeys([*kept, *(() if "lm_head" in kinds else ("lm_head",))]))
@@ -47,7 +48,7 @@ def config_of(plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, An
         "quant_method": NAME, "load_in_4bit": common != "int8", "load_in_8bit": common == "int8",
         "bnb_4bit_quant_type": common if common != "int8" else "fp4", "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_use_double_quant": any(e.scheme and len(e.scheme.weight.scales) == 2 for e in plan.values()),
-        "bnb_4bit_compute_dtype": "float32", "llm_int8_threshold": next(iter(thresholds), 6.0),
+        "bnb_4bit_compute_dtype": computes.pop() if len(computes) == 1 else "float32", "llm_int8_threshold": next(iter(thresholds), 6.0),
         "llm_int8_skip_modules": skipped,
     }  # fmt: skip
 

@@ -181,12 +181,25 @@ class CompressedConfig(Settings):
     moe_sparsity_config: dict[str, Any] | None = None
     attention_input_activations: Any = None
     fp8_dtype_flavor: str | None = None
+    dequantize: bool = False
+    run_compressed: bool | None = None
     version: str = ""
 
     @field_validator("transform_config", mode="before")
     @classmethod
     def _none(cls, value: object) -> object:
         return value or None
+
+    def as_run(self, scheme: Scheme) -> Scheme:
+        """The scheme as transformers runs it: without rounded inputs where it multiplies the weights out while it loads.
+
+        Raises ValueError for the older word `run_compressed: false`, under which its releases differ.
+        """
+        if scheme.input is None or self.dequantize:
+            return Scheme(scheme.weight)
+        if self.run_compressed is False:
+            raise ValueError("run_compressed false, under which tools round inputs or not")
+        return scheme
 
     @property
     def omits_order(self) -> bool:

@@ -6,11 +6,13 @@ Sources: transformers' FineGrainedFP8Config and FP8Linear, FbgemmFp8Config and F
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qcore.elements import Float, Granularity, Group, Level, PerChannel, PerTensor, PerToken, Tile
+from qcore.elements import Float, Granularity, Group, Level, PerChannel, PerTensor, PerToken, ScaleType, Tile
 from qcore.layouts.affine import exactly, unholdable
-from qcore.method import ModulePlan, is_embedding
+from qcore.method import CheckpointFiles, ModulePlan, is_embedding
+from qcore.refusal import bad_file
 from qcore.scheme import Scheme, TensorScheme
 
 if TYPE_CHECKING:
@@ -24,6 +26,12 @@ DEFAULT_BOUND = 1200.0
 LARGEST = 3.4028234663852886e38
 """float32's largest number."""
 _KINDS: dict[type[Granularity], str] = {Tile: "block", Group: "block", PerTensor: "tensor", PerChannel: "channel"}
+_AT_RUN_TIME: dict[tuple[str, ScaleType], tuple[ScaleType, ...]] = {
+    ("tensor", "float"): ("float",),
+    ("block", "float"): ("float", "e8m0ceil"),  # the second as DeepSeek-V3.1, whose powers of two are stored as floats
+    ("block", "e8m0"): ("e8m0ceil",),
+}
+"""How inputs may be scaled at run time, by the variant and the type of the weight's scales: scale_fmt is one for both."""
 _FP8 = Float("e4m3fn")
 
 
@@ -45,6 +53,16 @@ def stacked_input(name: str) -> str:
 def stacked_parts(name: str) -> tuple[str, str]:
     """What stands beside stacked experts."""
     return stacked_scale(name), stacked_input(name)
+
+
+def divided(files: CheckpointFiles, name: str, layer: LayerTensors) -> LayerTensors:
+    """The layer whose scales, in the tensor of this name, divide: 1 / s in float64, with which a float32 product is as exact
+    as the division. Raises Refused (bad-content)."""
+    (stored,) = layer.weight.scales
+    if not bool((stored > 0).all()):
+        raise bad_file("bad-content", "this scale divides, and is positive", file=files.source.tensors[name].file,
+                       tensor=name, field="values", found=float(stored.min()), expected="a positive number")  # fmt: skip
+    return replace(layer, weight=replace(layer.weight, scales=(1 / stored.double(),)))
 
 
 def config_of(plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
@@ -70,7 +88,8 @@ def config_of(plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, An
     fine = scheme.weight.scales[0]
     return {
         "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic" if given.dynamic else "static",
-        "weight_block_size": _block(fine.granularity), "scale_fmt": "ue8m0" if fine.type == "e8m0" else "float",
+        "weight_block_size": _block(fine.granularity),
+        "scale_fmt": "float" if {fine.type, given.scales[0].type} == {"float"} else "ue8m0",
         "modules_to_not_convert": skipped,
     }  # fmt: skip
 
@@ -97,7 +116,11 @@ def _kind(module: str, scheme: Scheme, variant: str) -> str:
     if kind == "channel":
         inputs = [TensorScheme(_FP8, (Level(PerToken()),), dynamic=True, bound=None if given is None else given.bound)]
     else:
-        inputs = [TensorScheme(_FP8, (Level(PerTensor()),)), TensorScheme(_FP8, (Level(_by_run(grid)),), dynamic=True)]
+        levels = [Level(_by_run(grid), type) for type in _AT_RUN_TIME[kind, weight.scales[0].type]]
+        inputs = [
+            TensorScheme(_FP8, (Level(PerTensor()),)),
+            *(TensorScheme(_FP8, (own,), dynamic=True) for own in levels),
+        ]
     if given not in inputs:
         unholdable("fp8", module, scheme, f"inputs of {' or '.join(map(str, inputs))}")
     return kind

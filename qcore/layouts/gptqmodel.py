@@ -21,8 +21,10 @@ _COMPUTED = {
     "activation": "quantizes the inputs of some layers",
     "rotation": "rotates the inputs of down_proj while the model runs",
     "adapter": "adds a LoRA to the layers",
+    "rotation_config": "rotates the inputs of layers while the model runs",
+    "spinquant_config": "rotates the inputs of layers while the model runs",
 }
-"""Keys under which a model computes more than its weights say."""
+"""Keys under which a model computes more than its weights say; the last two are AutoRound's, whatever it exports to."""
 
 
 def refuse_computed(files: CheckpointFiles, config: Mapping[str, Any]) -> None:
@@ -30,7 +32,7 @@ def refuse_computed(files: CheckpointFiles, config: Mapping[str, Any]) -> None:
     for key, what in _COMPUTED.items():
         if config.get(key):
             raise Refused(
-                Refusal("unknown-variant", "notimpl", str(files.path), f"GPTQModel {what}, which is not read",
+                Refusal("unknown-variant", "notimpl", str(files.path), f"the tool that wrote it {what}, which is not read",
                         f"found {key} {config[key]!r}, expected none", f"Quantize the model without {key}.",
                         str(files.quantization_file), field=f"quantization_config.{key}")
             )  # fmt: skip

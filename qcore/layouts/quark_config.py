@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -105,6 +105,33 @@ class LayerSpec(Settings):
     weight: Specs = None
     input_tensors: Specs = None
     output_tensors: Output | list[Output] | None = None
+    bias: Any = None
+
+    @property
+    def outputs(self) -> list[Output]:
+        given = self.output_tensors
+        return given if isinstance(given, list) else [given] if given else []
+
+
+class Algorithm(Settings):
+    """One of algo_config: what was done to the weights, and, of rotations, also what is to be done to inputs."""
+
+    name: str = ""
+    r3: bool | None = None
+    r4: bool | None = None
+    online_r1_rotation: bool | None = None
+
+    @property
+    def at_run_time(self) -> list[str]:
+        """What of it a layer computes while it runs; offline rotations, as all else, are in the weights."""
+        name = self.name.lower()
+        stated = [*(part for part in ("r3", "r4") if getattr(self, part) or (name == "quarot" and getattr(self, part) is None)),
+                  *(("online_r1_rotation",) if self.online_r1_rotation else ())]  # fmt: skip
+        return [f"{name} {part}" for part in stated] + ([] if name in _FOLDED else [name or "unnamed"])
+
+
+_FOLDED = frozenset(["awq", "autoround", "autosmoothquant", "gptaq", "gptq", "qronos", "quarot", "rotation", "smooth"])
+"""Algorithms whose work is in the weights, once rotations of inputs are set aside. Others (svdquant) add terms to a layer."""
 
 
 class Export(Settings):
@@ -123,8 +150,15 @@ class QuarkConfig(Settings):
     layer_type_quant_config: dict[str, LayerSpec] | None = None
     exclude: list[str] | None = None
     export: Export = Field(default_factory=Export)
-    kv_cache_quant_config: dict[str, LayerSpec] = Field(default_factory=dict)
+    kv_cache_quant_config: dict[str, LayerSpec] | None = None
+    softmax_quant_spec: Output | None = None
+    algo_config: Algorithm | list[Algorithm] | None = None
     version: str | None = None
+
+    @property
+    def algorithms(self) -> list[Algorithm]:
+        given = self.algo_config
+        return given if isinstance(given, list) else [given] if given else []
 
 
 def weight_scheme(specs: Specs) -> TensorScheme | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from qcore.checkpoint.settings import Settings
-from qcore.elements import Group, Int, Level
+from qcore.elements import Granularity, Group, Int, Level, PerChannel, PerTensor, Tile
 from qcore.method import SCALE_DTYPES, CheckpointFiles, read_scale, require_tensor
 from qcore.refusal import Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme, integer_weight
@@ -21,6 +21,49 @@ INT4 = ("Int4Tensor", "Int4PlainInt32Tensor", "Int4TilePackedTo4dTensor")
 LANES = 32
 _STEPS = (0, 8, 16, 24, 1, 9, 17, 25)
 """The input channel, after a lane's first, of each nibble of a word from the lowest on."""
+
+
+_KWARGS = "act_quant_kwargs"
+_KNOWN: dict[str, frozenset[str]] = {
+    "Int8Tensor": frozenset(["block_size", "dtype", _KWARGS, "reduce_range"]),
+    "IntxUnpackedToInt8Tensor": frozenset(
+        ["target_dtype", "block_size", "dtype", "activation_quantization", "apply_int8_act_asym_per_token_quant"]
+    ),
+    "Float8Tensor": frozenset(
+        ["block_size", "mm_config", _KWARGS, "kernel_preference", "dtype", "hp_value_lb", "hp_value_ub"]
+    ),
+    "Int4Tensor": frozenset(["block_size", "shape", "activation_dtype"]),
+    "Int4PlainInt32Tensor": frozenset(["block_size", "shape"]),
+    "Int4TilePackedTo4dTensor": frozenset(["block_size", "shape"]),
+    "MXTensor": frozenset(
+        [
+            "elem_dtype",
+            "block_size",
+            "orig_dtype",
+            "kernel_preference",
+            "gemm_kernel_choice",
+            _KWARGS,
+            "is_swizzled_scales",
+        ]
+    ),
+    "NVFP4Tensor": frozenset(["block_size", "orig_dtype", "is_swizzled_scales", "use_triton_kernel", _KWARGS]),
+    "QuantizeTensorToInt8Kwargs": frozenset(["granularity", "mapping_type", "reduce_range"]),
+    "QuantizeTensorToFloat8Kwargs": frozenset(
+        ["float8_dtype", "granularity", "mm_config", "hp_value_lb", "hp_value_ub", "kernel_preference"]
+    ),
+    "QuantizeTensorToMXKwargs": frozenset(
+        ["elem_dtype", "block_size", "scaling_mode", "kernel_preference", "gemm_kernel_choice", "is_swizzled_scales"]
+    ),
+    "QuantizeTensorToNVFP4Kwargs": frozenset(
+        ["block_size", "is_swizzled_scales", "use_triton_kernel", "use_dynamic_per_tensor_scale"]
+    ),
+}
+"""The attributes of each class that are read, or that say how a product is made, how a weight was, or which kernel makes it:
+a weight's reduce_range and hp_value_* are in its codes and its scale."""
+_INT4_INPUTS = {None: None, "bfloat16": None, "float8_e4m3fn": "fp8-token-dyn"}
+"""Int4Tensor's activation_dtype, which is bfloat16 where nothing is said: inputs stay whole."""
+_INTX_INPUTS = {None: None, "int8_asym_per_token": "int8-token-asym-dyn", "int8_sym_per_token": "int8-token-sym-dyn"}
+"""IntxUnpackedToInt8Tensor's activation_quantization."""
 
 
 class Record(Settings):
@@ -37,6 +80,46 @@ class Record(Settings):
     def sizes(self, key: str) -> tuple[int, ...]:
         """An attribute that is a list of sizes. Raises ValueError."""
         return sizes(self.data.get(key))
+
+
+def check_attributes(record: Record) -> None:
+    """An attribute that nobody knows might change the numbers. Raises ValueError."""
+    given = record.data.get(_KWARGS)
+    inner = given.get("_data") if isinstance(given, dict) else None
+    kind = str(given.get("_type")) if isinstance(given, dict) else ""
+    for owner, data in ((record.type, record.data), (kind, inner if isinstance(inner, dict) else {})):
+        if unknown := [
+            name for name, value in data.items() if value not in (None, False) and name not in _KNOWN.get(owner, ())
+        ]:
+            raise ValueError(f"{owner} with {', '.join(sorted(unknown))}")
+
+
+def activation_words(record: Record) -> str | None:
+    """How an IntxUnpackedToInt8Tensor rounds inputs, as a scheme's words; its first version had a flag. Raises ValueError."""
+    mode = record.value("activation_quantization")
+    flag = record.data.get("apply_int8_act_asym_per_token_quant")
+    if not isinstance(flag, bool | None) or (flag and mode is not None):
+        raise ValueError(f"apply_int8_act_asym_per_token_quant {flag!r:.20} beside activation_quantization {mode}")
+    mode = "int8_asym_per_token" if flag else mode
+    return _looked_up(_INTX_INPUTS, mode, "activation_quantization")
+
+
+def _looked_up(known: dict[str | None, str | None], word: str | None, what: str) -> str | None:
+    if word not in known:
+        raise ValueError(f"{what} {word}")
+    return known[word]
+
+
+def granularity_of(block: tuple[int, ...], shape: tuple[int, int]) -> Granularity:
+    """What a block_size means for a weight of `shape`. Raises ValueError."""
+    if len(block) != 2:
+        raise ValueError(f"block_size {list(block)}")
+    rows, columns = block
+    if rows >= shape[0] and columns >= shape[1] and shape[0] > 1:
+        return PerTensor()
+    if rows == 1:
+        return PerChannel() if columns >= shape[1] else Group(columns)
+    return Tile(rows, columns)
 
 
 def bare(found: object) -> str | None:
@@ -83,8 +166,8 @@ def int4_headers(files: CheckpointFiles, module: str, record: Record) -> tuple[S
         weight = integer_weight(4, Group(size), symmetric=False)
         if not plain:
             weight = TensorScheme(Int(4, signed=True), (Level(Group(size)),), "float")
-        if record.value("activation_dtype") == "float8_e4m3fn":
-            given = TensorScheme.parse("fp8-token-dyn")
+        if words := _looked_up(_INT4_INPUTS, record.value("activation_dtype"), "activation_dtype"):
+            given = TensorScheme.parse(words)
     return Scheme(weight, given), (rows, columns)
 
 

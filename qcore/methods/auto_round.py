@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from qcore.checkpoint.kv_scales import unknown_kv_cache
 from qcore.checkpoint.patterns import check_count, matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.elements import Float, Granularity, Group, Level, PerChannel, PerTensor, PerToken, ScaleType, Tile
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 _INTEGERS = ("int", "int_sym", "int_asym")
 _FLOATS = ("mx_fp", "nv_fp", "fp")
 _CODES = (".qweight", ".weight_packed")
+_PLAIN_CACHES = (None, "float16", "bfloat16", "float32", "float")
+_CACHE_GRIDS: dict[str | None, Granularity] = {None: PerTensor(), "tensor": PerTensor(), "head": PerChannel()}
+"""What shares a scale of keys, by static_kv_granularity."""
 
 
 class AutoRoundConfig(Settings):
@@ -56,6 +60,9 @@ class AutoRoundConfig(Settings):
     packing_format: str = "auto_round:auto_gptq"
     rotation_config: Any = None
     spinquant_config: Any = None
+    static_kv_dtype: str | None = None
+    static_kv_granularity: str | None = None
+    static_attention_dtype: str | None = None
     extra_config: dict[str, dict[str, Any]] | None = None
 
 
@@ -116,6 +123,18 @@ class AutoRound(Method):
             kept = f"extra_config {named!r} keeps {own.bits} bits" if "bits" in overrides and own.bits >= 16 else ""
             plan.setdefault(module, ModulePlan(None, kept or "stored unquantized", entry.shape))
         return plan
+
+    def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
+        config = self._config(files)
+        if config.static_attention_dtype not in _PLAIN_CACHES:
+            raise unknown_kv_cache(files, "static_attention_dtype", f"attention in {config.static_attention_dtype}")
+        if config.static_kv_dtype in _PLAIN_CACHES:
+            return None
+        grid = _CACHE_GRIDS.get(config.static_kv_granularity)
+        if config.static_kv_dtype not in ("fp8", "float8_e4m3fn") or grid is None:
+            found = f"{config.static_kv_dtype}, granularity {config.static_kv_granularity}"
+            raise unknown_kv_cache(files, "static_kv_dtype", found)
+        return TensorScheme(Float("e4m3fn"), (Level(grid),))
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         settings, _ = self._module(files, module)
@@ -210,7 +229,8 @@ def _check_types(files: CheckpointFiles, config: AutoRoundConfig, where: str) ->
             )  # fmt: skip
 
 
-_DECISIVE = ("bits", "group_size", "sym", "data_type", "act_bits", "act_data_type", "act_group_size", "act_dynamic")
+_DECISIVE = ("bits", "group_size", "sym", "data_type", "act_bits", "act_data_type", "act_group_size", "act_dynamic",
+             "rotation_config")  # fmt: skip
 
 
 def _float_scheme(files: CheckpointFiles, module: str, config: AutoRoundConfig) -> tuple[Scheme, scaled.Names]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, ValidationInfo, field_validator
 
 from qcore.checkpoint.settings import check
 from qcore.layouts.affine import integer_of, plain_inputs, unholdable
@@ -23,6 +23,14 @@ class BitblasConfig(BitblasSettings):
     """The same numbers in the spellings of a config."""
 
     sym: bool = Field(False, validation_alias=AliasChoices("sym", "is_sym"))
+    desc_act: bool = False
+
+    @field_validator("desc_act")
+    @classmethod
+    def _in_order(cls, ordered: bool, others: ValidationInfo) -> bool:
+        if ordered and others.data.get("group_size", -1) > 0:
+            raise ValueError("BitBLAS keeps no order of the columns, so that groups are of neighbours")
+        return ordered
 
 
 class Bitblas(Method):

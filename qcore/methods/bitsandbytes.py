@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qcore.checkpoint.json_file import parse_json
 from qcore.checkpoint.patterns import skips
@@ -63,6 +64,19 @@ class BitsAndBytesConfig(Settings):
     llm_int8_skip_modules: list[str] | None = None
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "fp4"
     bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_compute_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+    @field_validator("load_in_8bit")
+    @classmethod
+    def _one_of_two(cls, eight: bool, others: ValidationInfo) -> bool:
+        if eight and others.data.get("load_in_4bit"):
+            raise ValueError("load_in_4bit is true already, and a model is loaded in one of both")
+        return eight
+
+    @property
+    def computes(self) -> str:
+        """The type that 4-bit layers round their inputs to before they multiply; empty where they do not: in float32."""
+        return self.bnb_4bit_compute_dtype if self.bnb_4bit_compute_dtype in ("float16", "bfloat16") else ""
 
     @property
     def skipped(self) -> list[str]:
@@ -123,7 +137,7 @@ class BitsAndBytes(Method):
                 module = name.partition(_STATE)[0]
                 state = self._state(files, module)
                 self._check_four_bits(files, module, state)
-                plan[module] = ModulePlan(state.scheme(), "quantization_config", state.shape)
+                plan[module] = ModulePlan(state.scheme(), "quantization_config", state.shape, computes=config.computes)
             elif name.endswith(".SCB"):
                 module = name.removesuffix(".SCB")
                 plan[module] = ModulePlan(_int8_scheme(config), "quantization_config", _int8_shape(files, module))
@@ -145,7 +159,8 @@ class BitsAndBytes(Method):
                 plan.setdefault(module, ModulePlan(None, "llm_int8_skip_modules", entry.shape))
             elif marked and not is_embedding(module):
                 algorithm, scheme = config.request()
-                plan[module] = in_flight(algorithm, scheme, "quantized while loading, as the config asks", entry.shape)
+                asked = in_flight(algorithm, scheme, "quantized while loading, as the config asks", entry.shape)
+                plan[module] = replace(asked, computes="" if config.load_in_8bit else config.computes)
             else:
                 plan.setdefault(module, ModulePlan(None, "stored unquantized", entry.shape))
         return plan

@@ -89,7 +89,7 @@ class CompressedTensors(Method):
         if config.attention_input_activations:
             raise unknown_kv_cache(files, "attention_input_activations", "queries in 8 bits")
         given = config.kv_cache_scheme
-        if given is None:
+        if given is None or config.dequantize:
             return None
         stated = given.model_dump() | {"strategy": given.stated_strategy}
         return declared_scheme(files, "kv_cache_scheme", stated)
@@ -222,7 +222,7 @@ class CompressedTensors(Method):
         if layout not in _FORMATS:
             raise self._variant(files, f"config_groups ({name}).format", layout)
         try:
-            scheme = group.scheme()
+            scheme = config.as_run(group.scheme())
         except ValueError as error:
             raise self._variant(files, f"config_groups ({name})", error) from error
         if scheme.weight.ordered and config.omits_order and f"{module}.weight_g_idx" not in files.source.tensors:

@@ -4,13 +4,17 @@
     fp8, in blocks    weight e4m3 [N, K], weight_scale_inv f32 or e8m0 [ceil(N / r), ceil(K / c)]: multiplied, despite
                       its name; inputs by groups of c, scaled at run time, or static as above
     fp8, fp4 experts  weight int8 [N, K / 2], e2m1, first code low; scale e8m0 or f32 [N, K / 32]
+    fp8, GPTQModel's  weight e4m3 [N, K], weight_scale_inv f32 [], [N] or in blocks, which divides; inputs stay whole
     fbgemm_fp8        weight e4m3 [N, K], weight_scale f32 [N, 1]; inputs by token, their scales those of magnitudes up to
                       activation_scale_ub
 
+Under scale_fmt ue8m0 the scales of inputs in groups are rounded up to powers of two, as the weight's are. Under `dequantize`
+transformers multiplies the weights out while it loads, and inputs stay whole.
+
 w = q * scale. The scale's name is the writer's choice: weight_scale_inv (transformers, DeepSeek-V3), weight_scale (AutoFP8,
 vLLM), scale (DeepSeek-V4), qscale_weight (Mistral); so is the input's. Experts may be stacked: <experts>.gate_up_proj
-[E, N, K] and <experts>.gate_up_proj_scale_inv. Sources: DeepSeek-V3's config and weight_dequant, transformers'
-FineGrainedFP8 and FbgemmFp8 quantizers.
+[E, N, K] and <experts>.gate_up_proj_scale_inv. Sources: DeepSeek-V3's config, weight_dequant and act_quant,
+transformers' FineGrainedFP8 and FbgemmFp8 quantizers, GPTQModel's FP8Config and TorchFP8Linear.
 """
 
 from __future__ import annotations
@@ -18,13 +22,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from qcore.checkpoint.patterns import skips
 from qcore.checkpoint.settings import Settings, check
 from qcore.checkpoint.source import TensorInfo
 from qcore.elements import Float, Group, Level, PerChannel, PerTensor, PerToken, ScaleType, scale_shape
-from qcore.layouts import fp8
+from qcore.layouts import fp8, gptqmodel
 from qcore.layouts.scaled import Names, read_layer, shape_of
 from qcore.method import (
     SCALE_DTYPES,
@@ -55,11 +59,20 @@ class Fp8Config(Settings):
 
     activation_scheme: Literal["static", "dynamic"] = "dynamic"
     weight_block_size: tuple[int, int] | None = None
-    fmt: str = "e4m3"
+    fmt: str = Field("e4m3", validation_alias=AliasChoices("fmt", "format"))
     scale_fmt: str | None = None
+    dequantize: bool = False
+    weight_scale_semantics: Literal["inverse"] | None = None
+    weight_scale_method: Literal["tensor", "row", "block"] | None = None
+    dynamic: dict[str, Any] | None = None
     activation_scale_ub: float | None = Field(None, gt=0)
     ignored_layers: list[str] | None = None
     modules_to_not_convert: list[str] | None = None
+
+    @property
+    def divides(self) -> bool:
+        """Whether it is GPTQModel's: scales are the reciprocals of what multiplies, and inputs stay whole."""
+        return self.weight_scale_semantics is not None
 
 
 class Fp8(Method):
@@ -103,10 +116,11 @@ class Fp8(Method):
 
         info = files.source.tensors[f"{module}.weight"]
         packed = files.source.read(info.name).view(torch.uint8) if info.dtype == "I8" else None
-        return read_layer(
-            files, module, self._scheme(files, module), self._names(files, module),
-            shape=self._halved(files, info), codes=packed,
-        )  # fmt: skip
+        names = self._names(files, module)
+        layer = read_layer(
+            files, module, self._scheme(files, module), names, shape=self._halved(files, info), codes=packed
+        )
+        return fp8.divided(files, f"{module}.{names.scale}", layer) if self._config(files).divides else layer
 
     def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
         return fp8.config_of(plan, variant)
@@ -125,10 +139,17 @@ class Fp8(Method):
 
     def _checked(self, files: CheckpointFiles) -> Fp8Config:
         config = check(Fp8Config, files.quantization or {}, file=files.quantization_file)
+        gptqmodel.refuse_computed(files, files.quantization or {})
+        own = [pattern for pattern, entry in (config.dynamic or {}).items() if entry and not pattern.startswith("-:")]
         found = [
             f"{name} {value!r}"
             for name, value, known in (
-                ("fmt", config.fmt, config.fmt in ("e4m3", "e4m3fn", "float8_e4m3fn")),
+                (
+                    "fmt" if "fmt" in (files.quantization or {}) else "format",
+                    config.fmt,
+                    config.fmt in ("e4m3", "e4m3fn", "float8_e4m3", "float8_e4m3fn"),
+                ),
+                ("dynamic", own, not own),
                 ("scale_fmt", config.scale_fmt, config.scale_fmt in (None, "float", "ue8m0")),
                 ("weight_block_size", config.weight_block_size, min(config.weight_block_size or (1,)) > 0),
             )
@@ -137,7 +158,7 @@ class Fp8(Method):
         if found:
             raise Refused(
                 Refusal("unknown-variant", "notimpl", str(files.path), "this form of fp8 is not read yet",
-                        f"found {found[0]}, expected e4m3, float or ue8m0 scales, blocks of some size",
+                        f"found {found[0]}, expected e4m3, float or ue8m0 scales, blocks of some size, the same for all",
                         "Export the model as fp8 e4m3.", str(files.quantization_file),
                         field=f"quantization_config.{found[0].split()[0]}")
             )  # fmt: skip
@@ -145,7 +166,8 @@ class Fp8(Method):
 
     def _names(self, files: CheckpointFiles, module: str) -> Names:
         """What the module's scales are called. Raises Refused (duplicate)."""
-        inverse = self._config(files).weight_block_size is not None
+        config = self._config(files)
+        inverse = config.weight_block_size is not None or config.divides
         return Names(
             scale=_only(files, module, _SCALES, default=_SCALES[0 if inverse else 1]),
             input=_only(files, module, _INPUTS, default=_INPUTS[0]),
@@ -176,14 +198,18 @@ class Fp8(Method):
         if config.weight_block_size and not whole:
             weight = TensorScheme(element, (Level(fp8.grid_of(config.weight_block_size), kind),))
         else:
-            weight = TensorScheme(element, (Level(PerTensor(), kind),))
+            grid = PerChannel() if config.weight_scale_method == "row" else PerTensor()
+            weight = TensorScheme(element, (Level(grid, kind),))
         return Scheme(weight, None if whole else self._input(config))
 
-    def _input(self, config: Fp8Config) -> TensorScheme:
+    def _input(self, config: Fp8Config) -> TensorScheme | None:
+        if config.dequantize or config.divides:
+            return None
         element, dynamic = Float("e4m3fn"), config.activation_scheme == "dynamic"
-        by_group = dynamic and config.weight_block_size is not None
-        grid = Group(config.weight_block_size[1]) if by_group and config.weight_block_size else PerTensor()
-        return TensorScheme(element, (Level(grid),), dynamic=dynamic)
+        if not dynamic or config.weight_block_size is None:
+            return TensorScheme(element, (Level(PerTensor()),), dynamic=dynamic)
+        kind: ScaleType = "e8m0ceil" if config.scale_fmt == "ue8m0" else "float"
+        return TensorScheme(element, (Level(Group(config.weight_block_size[1]), kind),), dynamic=True)
 
     def _stacked_scheme(self, files: CheckpointFiles, name: str) -> Scheme:
         """That of experts [E, N, K], once all headers agree. Raises Refused (bad-shape, bad-dtype, missing-tensor)."""
@@ -200,7 +226,7 @@ class Fp8(Method):
             require_tensor(files, scale.name, shape=wanted)
         require_tensor(files, scale.name, dtypes=SCALE_DTYPES[kind])
         given = self._input(config)
-        if not given.dynamic:
+        if given is not None and not given.dynamic:
             require_tensor(files, fp8.stacked_input(name), shape=(count,), dtypes=SCALE_DTYPES["float"])
         return Scheme(TensorScheme(Float("e4m3fn"), (Level(grid, kind),)), given)
 
@@ -211,8 +237,8 @@ class Fp8(Method):
         fine = scheme.weight.scales[0]
         scales = read_scale(files, fp8.stacked_scale(name), fine.type)
         scales = scales.reshape(shape[0], *scale_shape(fine.granularity, *shape[1:]))
-        assert scheme.input is not None
-        given = None if scheme.input.dynamic else read_scale(files, fp8.stacked_input(name)).reshape(-1, 1)
+        static = scheme.input is not None and not scheme.input.dynamic
+        given = read_scale(files, fp8.stacked_input(name)).reshape(-1, 1) if static else None
         weight = QuantizedTensor(scheme, shape, files.source.read(name), (scales,))
         return LayerTensors(weight, input_scale=given)
 

@@ -169,6 +169,7 @@ class Gptq(Method):
             layout not in _FORMATS
             or config.pack_dtype not in WORDS
             or (config.pack_dtype != "int32" and layout not in ("gptq", "gptq_v2"))
+            or (layout == "bitblas" and config.desc_act and config.group_size > 0)
             or (layout == "marlin" and not (config.bits == 4 and config.sym and not config.desc_act))
         )
         if unknown:
@@ -176,7 +177,7 @@ class Gptq(Method):
             raise Refused(
                 Refusal(
                     "unknown-variant", "notimpl", str(files.path), "this layout of GPTQ is not read",
-                    f"found {found}, expected checkpoint_format {', '.join(_FORMATS)}; of marlin 4 bits, symmetric, no desc_act",
+                    f"found {found}, expected checkpoint_format {', '.join(_FORMATS)}; of marlin 4 bits, symmetric; of marlin and bitblas no desc_act",
                     "Save the model again with GPTQModel as format=gptq.",
                     str(files.quantization_file), field="quantization_config.checkpoint_format",
                 )

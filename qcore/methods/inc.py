@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from qcore.checkpoint.inc_measurements import Node, read_nodes
+from qcore.checkpoint.inc_measurements import Node, caches, read_nodes
 from qcore.checkpoint.patterns import check_count, matches
 from qcore.checkpoint.settings import Settings, check
 from qcore.checkpoint.source import TensorInfo
 from qcore.elements import Float, Granularity, Level, PerChannel, PerTensor
 from qcore.layouts import inc_writer
+from qcore.layouts.inc_scales import METHODS, RANGES, Rounding, positive, rounded
 from qcore.layouts.inc_writer import FORMS
 from qcore.method import (
     CheckpointFiles,
@@ -49,51 +49,10 @@ if TYPE_CHECKING:
     from qcore.checkpoint.kv_scales import KvScales
     from qcore.tensor import LayerTensors
 
-Rounding = Literal["one", "single", "hw", "pow2", "none"]
-"""one: the scale is 1. single: the range's largest. hw: up to one of the range's. pow2: up to a power of two."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """largest: an e4m3 value. The scales that cost nothing are 2^low, 2^(low + step), ... 2^high."""
-
-    largest: float
-    low: int
-    high: int
-    step: int
-
-
-RANGES: dict[str | None, Range] = {
-    None: Range(448.0, -55, 7, 1),
-    "GAUDI3": Range(448.0, -55, 7, 1),
-    "GAUDI2": Range(240.0, -8, 4, 4),
-}
-"""By `device_for_scales`."""
-
-
-@dataclass(frozen=True)
-class ScaleMethod:
-    """How scales of weights and of inputs are rounded, and whether weights have one for each output channel."""
-
-    weight: Rounding
-    input: Rounding
-    channels: bool = False
-
-
-METHODS: dict[str, ScaleMethod] = {
-    "UNIT_SCALE": ScaleMethod("one", "one"),
-    "HW_ALIGNED_SINGLE_SCALE": ScaleMethod("single", "single"),
-    "MAXABS_HW": ScaleMethod("hw", "hw"),
-    "MAXABS_POW2": ScaleMethod("pow2", "pow2"),
-    "MAXABS_ARBITRARY": ScaleMethod("none", "none"),
-    "ACT_MAXABS_HW_WEIGHTS_PCS_MAXABS_POW2": ScaleMethod("pow2", "hw", channels=True),
-    "ACT_MAXABS_POW2_WEIGHTS_PCS_MAXABS_POW2": ScaleMethod("pow2", "pow2", channels=True),
-}
-"""By `scale_method`; those that search scales with a device's own kernels, and those for run time, are not read."""
-
 _KEYS = ("fp8_config", "dump_stats_path", "scale_method", "observer")
 """Keys of INC's configs, one of which is always there."""
-_BACKOFF = {"weight": 0.5, "input": 0.25}
+_KINDS = {"linear": frozenset(["linear"]), "cache": frozenset(["kvcache", "vllmkvcache"])}
+"""INC's classes, in lower case, of what is quantized; that of a linear layer stands in the names of vLLM's kinds of it."""
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
 """Layers that vLLM, for which most models are measured, has in one."""
 _SIDE = re.compile(
@@ -125,6 +84,7 @@ class IncConfig(Settings):
     dynamic_quantization: bool = False
     ignore_modules_wo_measures: bool = False
     recalc_scales: bool = False
+    scale_params: dict[str, Any] = Field(default_factory=dict)
     allowlist: Names = Field(default_factory=Names)
     blocklist: Names = Field(default_factory=Names)
 
@@ -151,7 +111,28 @@ class Inc(Method):
 
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
         cached = any(re.search(r"\.[kv]_cache\.", name) for name in files.source.tensors)
-        return TensorScheme(self._element(files), (Level(PerTensor()),)) if cached else None
+        measured = not _form(files) and bool(self.kv_scales(files))
+        return TensorScheme(self._element(files), (Level(PerTensor()),)) if cached or measured else None
+
+    def kv_scales(self, files: CheckpointFiles) -> dict[str, KvScales]:
+        """Those of a saved model's tensors; or those that a cache's measured largest magnitudes give, as inputs have them."""
+        from qcore.checkpoint.kv_scales import Side, both_sides
+
+        if _form(files):
+            return super().kv_scales(files)
+        import torch
+
+        nodes, are_scales = self._measured(files)
+        how, dtype = METHODS[self._config(files).scale_method].input, _torch(self._config(files).hp_dtype)
+        found: dict[str, dict[str, Side]] = {}
+        for name, (attention, part) in caches(nodes).items():
+            largest = nodes[name].input
+            if largest is None or self._listed(files, name, "cache"):
+                continue
+            given = torch.tensor([largest], dtype=dtype)
+            scale = positive(given) if are_scales else self._rounded(files, given, how, "input")
+            found.setdefault(attention, {})[part] = Side(scale.float(), None, name)
+        return {attention: both_sides(attention, sides) for attention, sides in found.items()}
 
     def plan(self, files: CheckpointFiles) -> dict[str, ModulePlan]:
         plan: dict[str, ModulePlan] = {}
@@ -228,12 +209,15 @@ class Inc(Method):
         config = check(IncConfig, found, file=files.quantization_file)
         for name, entries in (("allowlist", config.allowlist), ("blocklist", config.blocklist)):
             check_count(entries.names, file=files.quantization_file, field=f"{name}.names")
+        # INC writes its two types there; older ones took backoffs from it, which saved scales have in them already.
+        params = set() if _form(files) else config.scale_params.keys() - {"hp_dtype", "lp_dtype"}
         for field, value, known in (
             ("mode", config.mode, config.mode in ("QUANTIZE", "LOAD", "AUTO")),
             ("observer", config.observer, config.observer in ("maxabs", "maxabs_per_channel")),
             ("scale_method", config.scale_method, bool(_form(files)) or config.scale_method in METHODS),
             ("device_for_scales", config.device_for_scales, config.device_for_scales in RANGES),
             ("dynamic_quantization", "true", not config.dynamic_quantization),
+            ("scale_params", ", ".join(sorted(params)), not params),
         ):
             if not known:
                 raise self._variant(files, field, str(value))
@@ -308,19 +292,8 @@ class Inc(Method):
     def _kept(self, files: CheckpointFiles, module: str) -> str:
         """Why a linear layer is not quantized; empty where it is."""
         config = self._config(files)
-
-        def named(names: list[str], field: str) -> bool:
-            where = f"{field}.names"
-            return any(matches(n, module, file=files.quantization_file, field=where, anywhere=True) for n in names)
-
-        if named(config.blocklist.names, "blocklist") or any(
-            kind.lower() == "linear" for kind in config.blocklist.types
-        ):
-            return "in the blocklist"
-        allowed = config.allowlist
-        linear = any("linear" in kind.lower() for kind in allowed.types)
-        if (allowed.names or allowed.types) and not linear and not named(allowed.names, "allowlist"):
-            return "not in the allowlist"
+        if why := self._listed(files, module, "linear"):
+            return why
         fixed = METHODS[config.scale_method].input in ("one", "single")
         node = self._node(files, module)
         if not fixed and (node is None or node.input is None):
@@ -329,6 +302,22 @@ class Inc(Method):
             raise bad_file("bad-field", "a layer that the config has quantized was not measured", file=files.folder,
                            field=f"Nodes.{module}", found="no entry", expected="its largest input",
                            fix="Put it on the blocklist, or set ignore_modules_wo_measures.")  # fmt: skip
+        return ""
+
+    def _listed(self, files: CheckpointFiles, module: str, what: str) -> str:
+        """Why the lists leave the module, which is one of _KINDS, as it is; empty where they do not."""
+        config, kinds = self._config(files), _KINDS[what]
+
+        def named(names: list[str], field: str) -> bool:
+            where = f"{field}.names"
+            return any(matches(n, module, file=files.quantization_file, field=where, anywhere=True) for n in names)
+
+        blocked, allowed = config.blocklist, config.allowlist
+        if named(blocked.names, "blocklist") or any(kind.lower() in kinds for kind in blocked.types):
+            return "in the blocklist"
+        meant = any(own in kind.lower() for kind in allowed.types for own in kinds)
+        if (allowed.names or allowed.types) and not meant and not named(allowed.names, "allowlist"):
+            return "not in the allowlist"
         return ""
 
     def _node(self, files: CheckpointFiles, module: str) -> Node | None:
@@ -351,7 +340,7 @@ class Inc(Method):
             if scale.numel() not in ((weight.shape[0],) if method.channels else (1,)):
                 raise bad_file("bad-shape", "a scale file does not fit the weight", file=files.folder,
                                field=f"Nodes.{module}.params.weight", found=scale.numel(), expected=weight.shape[0])  # fmt: skip
-            return _positive(scale.reshape(-1, 1)), _positive(given)
+            return positive(scale.reshape(-1, 1)), positive(given)
         largest = weight.abs().amax(1, keepdim=True) if method.channels else weight.abs().amax().reshape(1, 1)
         if module not in nodes and node is not None and node.weight and not method.channels:
             largest = largest.clamp(min=max(node.weight))  # layers that were measured as one share a scale
@@ -361,29 +350,13 @@ class Inc(Method):
         )
 
     def _rounded(self, files: CheckpointFiles, largest: torch.Tensor, how: Rounding, what: str) -> torch.Tensor:
-        """The scale of a largest magnitude, in its dtype; zeros have 1."""
-        bounds = RANGES[self._config(files).device_for_scales]
-        if how in ("one", "single"):
-            return largest.new_full(largest.shape, 1.0 if how == "one" else 2.0**bounds.high)
-        scale = _positive(largest / (self._largest(files) * _BACKOFF[what]))
-        if how == "none":
-            return scale
-        power = scale.log2().ceil()
-        if how == "hw":
-            power = ((power / bounds.step).ceil() * bounds.step).clamp(bounds.low, bounds.high)
-        return power.exp2()
+        return rounded(largest, how, what, self._largest(files), RANGES[self._config(files).device_for_scales])
 
 
 def _form(files: CheckpointFiles) -> str:
     """Which of FORMS a saved model is in; empty where the model is measured."""
     tensors = files.source.tensors
     return next((form for form, (part, _) in FORMS.items() if any(n.endswith(f".{part}") for n in tensors)), "")
-
-
-def _positive(scale: torch.Tensor) -> torch.Tensor:
-    """Zeros, and what has no finite reciprocal, become 1."""
-    filled: torch.Tensor = scale.masked_fill(scale.float() < 2.0**-126, 1.0)
-    return filled
 
 
 def _torch(name: str) -> torch.dtype:

@@ -70,6 +70,7 @@ class ModelOptConfig(Settings):
     kv_cache_scheme: dict[str, Any] | str | None = None
     ignore: list[str] = Field(default_factory=list, validation_alias=AliasChoices("ignore", "exclude_modules"))
     quantized_layers: dict[str, dict[str, Any]] | None = None
+    has_zero_point: bool = False
 
 
 class ModelOpt(Method):
@@ -143,6 +144,8 @@ class ModelOpt(Method):
         algorithm = str(config.quant_algo).upper()  # those that ModelOpt has no name for stand in lower case
         if algorithm not in (*_ALGORITHMS, "MIXED_PRECISION"):
             raise self._variant(files, str(config.quant_algo))
+        if config.has_zero_point:
+            raise self._variant(files, f"{algorithm} with zero points (has_zero_point)")
         return config.model_copy(update={"quant_algo": algorithm})
 
     def _algorithm(self, files: CheckpointFiles, module: str) -> str:

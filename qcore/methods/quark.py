@@ -81,13 +81,20 @@ class Quark(Method):
 
     def kv_cache(self, files: CheckpointFiles) -> TensorScheme | None:
         config = self._config(files)
+        if config.softmax_quant_spec is not None:
+            raise unknown_kv_cache(
+                files, "softmax_quant_spec", f"attention probabilities in {config.softmax_quant_spec}"
+            )
         layers = {name: spec for name, spec in (config.layer_quant_config or {}).items() if _of_cache(name)}
-        for spec in (*config.kv_cache_quant_config.values(), *layers.values()):
-            given = spec.output_tensors
-            for output in given if isinstance(given, list) else [given]:
-                if output is not None and str(output).strip() not in ("", "fp8_e4m3 per_tensor"):
+        declared = bool(config.export.kv_cache_group)
+        for name, spec in (*(config.kv_cache_quant_config or {}).items(), *layers.items()):
+            for output in spec.outputs:
+                if name.endswith("q_proj"):
+                    raise unknown_kv_cache(files, "layer_quant_config", f"{name!r}, queries in {output}")
+                if str(output).strip() not in ("", "fp8_e4m3 per_tensor"):
                     raise unknown_kv_cache(files, "kv_cache_quant_config", str(output))
-        return TensorScheme.parse("fp8-tensor") if config.export.kv_cache_group else None
+                declared = True
+        return TensorScheme.parse("fp8-tensor") if declared else None
 
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         scheme, _ = self._scheme(files, module)
@@ -120,6 +127,8 @@ class Quark(Method):
             raise self._variant(files, "export.weight_format", found)
         if other := (config.layer_type_quant_config or {}).keys() - {"Linear"}:
             raise self._variant(files, "layer_type_quant_config", f"layers of type {', '.join(sorted(other))}")
+        if online := [part for algorithm in config.algorithms for part in algorithm.at_run_time]:
+            raise self._variant(files, "algo_config", f"inputs that layers transform themselves ({', '.join(online)})")
         patterns = [*(config.layer_quant_config or {})]
         for field, entries in (("exclude", config.exclude or []), ("layer_quant_config", patterns)):
             where: dict[str, Any] = {"file": files.quantization_file, "field": f"quantization_config.{field}"}
@@ -146,6 +155,8 @@ class Quark(Method):
             raise self._variant(files, "output_tensors", f"outputs of {module}, {spec.output_tensors}")
         if weight is None:
             raise self._variant(files, "weight", _told(spec.weight))
+        if spec.bias is not None and f"{module}.bias" in files.source.tensors:
+            raise self._variant(files, "bias", f"a quantized bias of {module}")
         if spec.input_tensors is not None and (given := input_scheme(spec.input_tensors)) is None:
             raise self._variant(files, "input_tensors", _told(spec.input_tensors))
         return Scheme(weight, given), where

@@ -34,15 +34,25 @@ from qcore.elements import (
     Group,
     Int,
     Level,
-    PerChannel,
     PerTensor,
     PerToken,
     ScaleType,
-    Tile,
     scale_shape,
 )
 from qcore.layouts import torchao_writer
-from qcore.layouts.torchao import INT4, Record, bare, int4_headers, out_of_range, read_int4, sizes, unswizzle_scales
+from qcore.layouts.torchao import (
+    INT4,
+    Record,
+    activation_words,
+    bare,
+    check_attributes,
+    granularity_of,
+    int4_headers,
+    out_of_range,
+    read_int4,
+    sizes,
+    unswizzle_scales,
+)
 from qcore.method import SCALE_DTYPES, CheckpointFiles, Method, ModulePlan, dense_modules, read_scale, require_tensor
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme, Zero, integer_weight
@@ -172,6 +182,7 @@ class TorchAo(Method):
             if part in record.parts:
                 require_tensor(files, f"{module}._weight_{part}")
         try:
+            check_attributes(record)
             if record.type in INT4:
                 return int4_headers(files, module, record)
             if record.type in ("MXTensor", "NVFP4Tensor"):
@@ -179,18 +190,6 @@ class TorchAo(Method):
             return _affine_headers(files, module, record)
         except ValueError as error:
             raise self._variant(files, f"{module}.weight", str(error)) from error
-
-
-def _granularity(block: tuple[int, ...], shape: tuple[int, int]) -> Granularity:
-    """What a block_size means for a weight of `shape`. Raises ValueError."""
-    if len(block) != 2:
-        raise ValueError(f"block_size {list(block)}")
-    rows, columns = block
-    if rows >= shape[0] and columns >= shape[1] and shape[0] > 1:
-        return PerTensor()
-    if rows == 1:
-        return PerChannel() if columns >= shape[1] else Group(columns)
-    return Tile(rows, columns)
 
 
 def _matrix(files: CheckpointFiles, name: str, dtypes: tuple[str, ...]) -> tuple[int, int]:
@@ -206,7 +205,7 @@ def _affine_headers(files: CheckpointFiles, module: str, record: Record) -> tupl
     prefix = f"{module}._weight_"
     floats = record.type == "Float8Tensor"
     shape = _matrix(files, f"{prefix}qdata", ("F8_E4M3", "F8_E5M2") if floats else ("I8",))
-    granularity = _granularity(record.sizes("block_size"), shape)
+    granularity = granularity_of(record.sizes("block_size"), shape)
     grid = scale_shape(granularity, *shape)
     scale = require_tensor(files, f"{prefix}scale", dtypes=SCALE_DTYPES["float"])
     if scale.shape not in (grid, () if grid == (1, 1) else grid):
@@ -225,10 +224,7 @@ def _affine_headers(files: CheckpointFiles, module: str, record: Record) -> tupl
         if not target.removeprefix("int").isdigit() or not 1 <= int(target.removeprefix("int")) <= 8:
             raise ValueError(f"target_dtype {target}")
         bits = int(target.removeprefix("int"))
-        known = {None: None, "int8_asym_per_token": "int8-token-asym-dyn", "int8_sym_per_token": "int8-token-sym-dyn"}
-        if (mode := record.value("activation_quantization")) not in known:
-            raise ValueError(f"activation_quantization {mode}")
-        words = known[mode]
+        words = activation_words(record)
         given = TensorScheme.parse(words) if words else None
     if given is not None and not given.dynamic:
         require_tensor(files, f"{prefix}act_quant_scale", dtypes=SCALE_DTYPES["float"])
@@ -379,6 +375,8 @@ def _block_inputs(kwargs: object, *, nv: bool, static: bool) -> TensorScheme:
     if not isinstance(data, dict):
         raise ValueError("act_quant_kwargs")
     if nv:
+        if data.get("block_size", 16) != 16:
+            raise ValueError(f"activations in blocks of {data['block_size']}")
         whole = (Level(PerTensor()),) if static or data.get("use_dynamic_per_tensor_scale") else ()
         return TensorScheme(Float("e2m1"), (Level(Group(16), "e4m3fn"), *whole), dynamic=True)
     name, mode = bare(data.get("elem_dtype")), bare(data.get("scaling_mode"))

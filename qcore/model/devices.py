@@ -28,6 +28,11 @@ def find_device(name: str = "auto") -> Device:
                           f"found {found or 'none'}", fix))  # fmt: skip
 
 
+def wanted_dtype(name: str, device: Device | None, checkpoint: Checkpoint) -> str | None:
+    """What `load_model` is to be asked for: None for the checkpoint's own, which may differ from layer to layer."""
+    return None if name == "checkpoint" else compute_dtype(name, device, checkpoint)
+
+
 def compute_dtype(name: str, device: Device | None, checkpoint: Checkpoint) -> str:
     """What to compute in: auto is the device's fastest (bfloat16 where no device is known), checkpoint the checkpoint's
     own, and any other name itself."""

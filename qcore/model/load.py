@@ -57,8 +57,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A transformers model of the checkpoint, ready to run, on one device.
 
-    dtype: of activations and unquantized weights; None means the checkpoint's own (`Checkpoint.own_dtype`). kernel: run every
-    layer that takes it with this kernel. activations: `exact` keeps them in `dtype` unless the scheme quantizes them;
+    dtype: of activations and unquantized weights; None means the checkpoint's own (`Checkpoint.own_dtype`, and of layers what
+    `ModulePlan.computes` states beside it). kernel: run every layer that takes it with this kernel. activations: `exact` keeps them in `dtype` unless the scheme quantizes them;
     `int8` lets kernels round them. quantize: how unquantized layers are quantized while they are loaded, in the words of
     `Checkpoint.quantized`. kv_cache: `auto` as the checkpoint declares; none, fp8, fp8_e4m3, fp8_e5m2 or int8.
     Raises Refused.
@@ -77,7 +77,8 @@ def load_model(
 
         quantize_kv_cache(model, scheme, checkpoint.kv_scales, checkpoint.path)
     with released_buffers():
-        _Loader(checkpoint, model, target, wanted, kernel, exact, progress).run()
+        packer = Packer(target, wanted, kernel, exact, own=dtype is None)
+        _Loader(checkpoint, model, packer, progress).run()
     return model
 
 
@@ -138,12 +139,10 @@ class _Loader:
     """Fills a skeleton."""
 
     def __init__(
-        self, checkpoint: Checkpoint, model: PreTrainedModel, device: Device, dtype: torch.dtype,
-        kernel: str | None, exact: bool, progress: Progress | None,
-    ) -> None:  # fmt: skip
-        self.checkpoint, self.model, self.device, self.dtype = checkpoint, model, device, dtype
-        self.progress = progress
-        self.packer = Packer(device, dtype, kernel, exact)
+        self, checkpoint: Checkpoint, model: PreTrainedModel, packer: Packer, progress: Progress | None
+    ) -> None:
+        self.checkpoint, self.model, self.packer, self.progress = checkpoint, model, packer, progress
+        self.device, self.dtype = packer.device, packer.dtype
         self.done = 0
         self.places = Places(model)
         self.missing = set(self.places.state)
@@ -193,11 +192,15 @@ class _Loader:
         else:
             bias = agreed_bias(self.checkpoint, module, layer.bias, wanted=getattr(old, "bias", None) is not None)
             if isinstance(old, torch.nn.Linear):
-                setattr(parent, name, self.packer.linear(replace(layer, bias=bias)))
+                setattr(parent, name, self.packer.linear(replace(layer, bias=bias), self._computes(module)))
             else:  # a mixture's router, beside its experts, is no linear layer of transformers
                 old.weight = self.packer.parameter(layer.weight.dequantize())
                 old.bias = None if bias is None else self.packer.parameter(bias)
         self.missing -= {f"{place}.weight", f"{place}.bias"}
+
+    def _computes(self, module: str) -> str:
+        """What the plan of the module, or of the embedding that a tied head shares, states."""
+        return self.checkpoint.layers[module].computes
 
     def _dense(self, name: str, tied: str | None) -> None:
         place = self.places.parameter(name)

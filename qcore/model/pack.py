@@ -22,12 +22,15 @@ log = logging.getLogger("qcore")
 
 class Packer:
     """Kernels for the layers of one model on one device. kernel: the one that linear layers run on where it takes them.
+    own: layers compute in the types that their plan states; else all do in `dtype`.
 
     Raises Refused (unknown-kernel).
     """
 
-    def __init__(self, device: Device, dtype: torch.dtype, kernel: str | None, exact: bool) -> None:
-        self.device, self.dtype, self.kernel, self.exact = device, dtype, kernel, exact
+    def __init__(
+        self, device: Device, dtype: torch.dtype, kernel: str | None, exact: bool, *, own: bool = False
+    ) -> None:
+        self.device, self.dtype, self.kernel, self.exact, self.own = device, dtype, kernel, exact, own
         self.kernels = registry().kernels
         self.trusted: set[tuple[str, Scheme]] = set()
         names = sorted({known.name for known, _ in self.kernels if known.op == "linear"})
@@ -35,11 +38,13 @@ class Packer:
             raise Refused(Refusal("unknown-kernel", "usage", kernel, "no registered kernel has this name",
                                   fix=f"Name one of: {', '.join(names)}."))  # fmt: skip
 
-    def linear(self, layer: LayerTensors) -> QuantizedLinear:
-        """The layer [N, K] with its bias, on the device."""
-        kernel, packed, shape = self._pack("linear", layer)
-        bias = None if layer.bias is None else layer.bias.to(self.dtype)
-        new = QuantizedLinear(layer.weight.scheme, shape, kernel, packed, bias, layer.input_multiplier)
+    def linear(self, layer: LayerTensors, computes: str = "") -> QuantizedLinear:
+        """The layer [N, K] with its bias, on the device. computes: what its plan states."""
+        dtype: torch.dtype = getattr(torch, computes) if computes and self.own else self.dtype
+        kernel, packed, shape = self._pack("linear", layer, dtype)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        new = QuantizedLinear(layer.weight.scheme, shape, kernel, packed, bias, layer.input_multiplier,
+                              None if dtype == self.dtype else dtype)  # fmt: skip
         return new.to(self.device.torch_device)
 
     def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Linear:
@@ -57,13 +62,15 @@ class Packer:
 
     def embedding(self, layer: LayerTensors, scale: float | None) -> QuantizedEmbedding:
         """The embedding [N, K], on the device."""
-        kernel, packed, shape = self._pack("embedding", layer)
+        kernel, packed, shape = self._pack("embedding", layer, self.dtype)
         return QuantizedEmbedding(layer.weight.scheme, shape, kernel, packed, scale).to(self.device.torch_device)
 
-    def _pack(self, op: Op, layer: LayerTensors) -> tuple[Kernel, torch.nn.Module, tuple[int, int]]:
+    def _pack(
+        self, op: Op, layer: LayerTensors, computed: torch.dtype
+    ) -> tuple[Kernel, torch.nn.Module, tuple[int, int]]:
         """A kernel that refuses the tensors' contents gives way to the next, and it is said."""
         named = self.kernel if op == "linear" else None
-        dtype, kernels = str(self.dtype).removeprefix("torch."), self.kernels
+        dtype, kernels = str(computed).removeprefix("torch."), self.kernels
         rows, columns = layer.weight.shape
         while True:
             request = LayerRequest(op, layer.weight.scheme, (rows, columns), dtype, self.exact, named)
@@ -76,23 +83,23 @@ class Packer:
                 named = None
                 continue
             chosen = selection.kernel
-            packed = self._packed(chosen, layer)
+            packed = self._packed(chosen, layer, computed)
             if isinstance(packed, torch.nn.Module):
                 return chosen, packed, (rows, columns)
             log.warning("%s", packed)
             kernels = [row for row in kernels if row[0] is not chosen]
 
-    def _packed(self, kernel: Kernel, layer: LayerTensors) -> torch.nn.Module | Refusal:
+    def _packed(self, kernel: Kernel, layer: LayerTensors, dtype: torch.dtype) -> torch.nn.Module | Refusal:
         """The layer on the kernel, or why the kernel cannot have it after all."""
         try:
-            packed = kernel.load().from_layer(layer, self.dtype).to(self.device.torch_device)
+            packed = kernel.load().from_layer(layer, dtype).to(self.device.torch_device)
         except Refused as error:
             return error.refusal
         except Exception as fault:  # a plugin's fault is to harm nobody
             return failed(kernel, fault)
         trusted = (kernel.name, layer.weight.scheme)
         if trusted not in self.trusted and kernel.family != "reference":
-            if wrong := wrong_answer(kernel, packed, layer, self.dtype, self.device.torch_device):
+            if wrong := wrong_answer(kernel, packed, layer, dtype, self.device.torch_device):
                 self.kernels = [row for row in self.kernels if row[0] is not kernel]
                 return wrong
             self.trusted.add(trusted)

@@ -123,7 +123,8 @@ class _Experts:
                 bias = layer.bias
             bias = agreed_bias(self.checkpoint, self._name(part, expert), bias, wanted=self.layout.biased)
             if layer is not None:
-                yield self.packer.linear(replace(layer, bias=bias))
+                planned = self.checkpoint.layers.get(self._name(part, expert))
+                yield self.packer.linear(replace(layer, bias=bias), planned.computes if planned else "")
             else:
                 assert weight is not None, "every weight is there"
                 yield self.packer.plain(weight, bias)
