@@ -9,6 +9,7 @@ inputs. The model as it is in memory after quantizing has other numbers: some we
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -19,11 +20,11 @@ import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.export import export_hf_checkpoint
 from perplexity import calibration, perplexity, tell
-from readers.with_modelopt import main as read
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REQUIRES = "nvidia-modelopt[hf]==0.47.0 transformers==5.14.1 torch==2.13.0"
+READ = Path(__file__).parents[1] / "readers" / "with_modelopt.py"
 CASES = (
     "FP8_DEFAULT_CFG",
     "FP8_DEFAULT_CFG, FP8_KV_CFG",
@@ -49,8 +50,9 @@ def config(case: str) -> Any:
 def put_back(exported: Path, running: Any) -> None:
     """What the export says, in the model with its quantizers: weights, scales of inputs, multipliers of inputs, norms."""
     with tempfile.TemporaryDirectory() as folder:
-        read(exported, Path(folder) / "weights.safetensors")
-        weights = load_file(Path(folder) / "weights.safetensors")
+        dequantized = Path(folder) / "weights.safetensors"
+        subprocess.run([sys.executable, READ, exported, dequantized], check=True, stdout=subprocess.DEVNULL)
+        weights = load_file(dequantized)
     tensors = {name: tensor for file in exported.glob("*.safetensors") for name, tensor in load_file(file).items()}
     for name, parameter in running.named_parameters():
         module = name.removesuffix(".weight")
