@@ -31,6 +31,8 @@ _INPUTS = (
 _ANY = Accepts(elements=("*",), zeros=(None, "stored", "float"), ordered=True, inputs=_INPUTS)
 _ROWS = Accepts(elements=("*",), scales=("[!f]*",), zeros=(None, "stored", "float"), ordered=True, inputs=_INPUTS)
 """All but flat groups, which cross row ends: their rows cannot be taken apart."""
+_KV_CACHE = Accepts(("fp8", "e5m2", "int8"), ("tensor", "channel"), (None, "stored"))
+"""One stored scale, or one for each head, or at run time one for each token and head."""
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that bitsandbytes has; nested scales come in blocks of 256."""
 _BLOCKWISE = tuple(text for n in _BLOCKS for text in (f"g{n}", f"flat{n}", f"flat{n}:dynamic8+flat{256 * n}"))
@@ -72,4 +74,7 @@ def qcore_kernels() -> Sequence[Kernel]:
         Kernel("reference_embedding", "reference", "embedding", ("*",), _ROWS, _DTYPES, cost=1.0,
                implementation="qcore.kernels.reference:ReferenceEmbedding",
                note="dequantizes the rows that are looked up", ragged=True),
+        Kernel("reference_kv_cache", "reference", "kv_cache", ("*",), _KV_CACHE, _DTYPES, cost=1.0,
+               implementation="qcore.kernels.kv_cache:KvRounding",
+               note="holds keys and values in 8 bits, and hands attention all of them dequantized"),
     ]  # fmt: skip

@@ -101,7 +101,8 @@ class LayerKernel(Protocol):
 
     Its tensors are buffers, so that the model moves and counts them like any other. A linear maps [..., K] to [..., N]
     in the activations' dtype; bias and input multiplier are added by QuantizedLinear around it. An embedding maps
-    integer indices [...] to [..., K].
+    integer indices [...] to [..., K]. A kv cache maps states [..., heads, head_dim] to what attention sees of them
+    (qcore.kernels.kv_cache); its weight [heads, head_dim] stands for one token.
     """
 
     @classmethod

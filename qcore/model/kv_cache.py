@@ -28,68 +28,18 @@ from transformers.cache_utils import (
 )
 
 from qcore.checkpoint.kv_scales import KvScales, Side
-from qcore.elements import Element, Float
-from qcore.kernels.divide import divide
+from qcore.elements import Float
+from qcore.kernels.kv_cache import KvRounding
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import TensorScheme
 
 log = logging.getLogger("qcore")
 
-_FLOATS = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-_SCALE_BYTES = 4
-
-
-@dataclass
-class Rounding:
-    """Keys or values to bytes and back. scale, zero: float32 [1] or [heads, 1, 1]; scale None is dynamic, one for each
-    token and head."""
-
-    element: Element
-    scale: torch.Tensor | None = None
-    zero: torch.Tensor | None = None
-
-    def encode(self, states: torch.Tensor) -> torch.Tensor:
-        """float [batch, heads, tokens, head_dim] -> uint8 rows. Values out of range saturate."""
-        self._follow(states.device)
-        wide = states.to(torch.float32)
-        scale = self._dynamic(wide) if self.scale is None else self.scale
-        scaled = wide / scale
-        if isinstance(self.element, Float):
-            kind = _FLOATS[self.element.format]
-            most = torch.finfo(kind).max
-            codes = scaled.clamp(-most, most).to(kind).view(torch.uint8)
-        else:
-            shifted = scaled.round() if self.zero is None else scaled.round() + self.zero
-            codes = shifted.clamp(-128, 127).to(torch.int8).view(torch.uint8)
-        return codes if self.scale is not None else torch.cat([codes, scale.view(torch.uint8)], -1)
-
-    def decode(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The numbers that the rows stand for, in the dtype to compute in."""
-        self._follow(rows.device)
-        scale = self.scale
-        if scale is None:
-            rows, tail = rows[..., :-_SCALE_BYTES], rows[..., -_SCALE_BYTES:]
-            scale = tail.contiguous().view(torch.float32)
-        kind = _FLOATS[self.element.format] if isinstance(self.element, Float) else torch.int8
-        wide = rows.view(kind).to(torch.float32)
-        return ((wide if self.zero is None else wide - self.zero) * scale).to(dtype)
-
-    def _dynamic(self, wide: torch.Tensor) -> torch.Tensor:
-        """Absmax of each row over the largest code, [batch, heads, tokens, 1]; rows of zeros take any scale."""
-        most = torch.finfo(_FLOATS[self.element.format]).max if isinstance(self.element, Float) else 127.0
-        return divide(wide.abs().amax(-1, keepdim=True), most).clamp_min(torch.finfo(torch.float32).tiny)
-
-    def _follow(self, device: torch.device) -> None:
-        """Scales go to the cache's device once, not at each call."""
-        if self.scale is not None and self.scale.device != device:
-            self.scale = self.scale.to(device)
-            self.zero = None if self.zero is None else self.zero.to(device)
-
 
 class _Rounded:
     """What is added to transformers' layers, whose `keys` and `values` hold bytes then."""
 
-    rounding: tuple[Rounding, Rounding]
+    rounding: tuple[KvRounding, KvRounding]
     is_initialized: bool
 
     def lazy_initialization(self, *states: torch.Tensor) -> None:  # keys; and values since transformers 5
@@ -123,8 +73,8 @@ class KvRoundings:
     """Keys' and values' roundings by the layer's number; `default` is for layers without calibrated scales."""
 
     scheme: TensorScheme
-    layers: Mapping[int, tuple[Rounding, Rounding]]
-    default: tuple[Rounding, Rounding]
+    layers: Mapping[int, tuple[KvRounding, KvRounding]]
+    default: tuple[KvRounding, KvRounding]
 
 
 class QuantizedKvCache(DynamicCache):  # type: ignore[misc]
@@ -150,7 +100,9 @@ def cache_bytes(cache: Cache) -> int:
     return sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values) if part is not None)
 
 
-def quantize_kv_cache(model: PreTrainedModel, scheme: TensorScheme, scales: Mapping[str, KvScales], file: Path) -> None:
+def quantize_kv_cache(
+    model: PreTrainedModel, scheme: TensorScheme, scales: Mapping[str, KvScales], file: Path, kernel: type[KvRounding]
+) -> None:
     """From now on every forward of the model, and `generate`, run with such a cache. Scales are by attention module.
 
     Raises Refused: unexpected-tensor, bad-shape and bad-content where scales do not fit the model or the scheme; bad-argument
@@ -168,9 +120,9 @@ def quantize_kv_cache(model: PreTrainedModel, scheme: TensorScheme, scales: Mapp
             raise bad_file("unexpected-tensor", "a kv cache's scale belongs to no attention layer", file=file,
                            tensor=found.k.source, expected=f"an attention layer of {type(model).__name__}")  # fmt: skip
         if not scheme.dynamic:
-            keys, values = (_static(side, scheme, config, file) for side in (found.k, found.v))
+            keys, values = (kernel(scheme.element, *_static(side, scheme, config, file)) for side in (found.k, found.v))
             calibrated[numbers[name]] = (keys, values)
-    default = Rounding(scheme.element, torch.ones(1) if isinstance(scheme.element, Float) else None)
+    default = kernel(scheme.element, torch.ones(1) if isinstance(scheme.element, Float) else None)
     roundings = KvRoundings(scheme, calibrated, (default, default))
     cache = QuantizedKvCache(config, roundings)  # refuses what it cannot hold
     bare = sum(isinstance(layer, _Rounded) and number not in calibrated for number, layer in enumerate(cache.layers))
@@ -245,8 +197,10 @@ class _Hook:
             cache.activate_past_recording()
 
 
-def _static(side: Side, scheme: TensorScheme, config: Any, file: Path) -> Rounding:
-    """Stored numbers. Raises Refused: bad-shape, bad-content."""
+def _static(
+    side: Side, scheme: TensorScheme, config: Any, file: Path
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Stored scale and zero point. Raises Refused: bad-shape, bad-content."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     for values in (side.scale, side.zero):
         if values is not None and len(values) not in (1, heads):
@@ -255,7 +209,7 @@ def _static(side: Side, scheme: TensorScheme, config: Any, file: Path) -> Roundi
     if side.zero is not None and scheme.zero is None:
         raise bad_file("bad-content", "a symmetric kv cache has a zero point", file=file, tensor=side.source,
                        field="values", found=side.zero.flatten()[:4].tolist(), expected="0")  # fmt: skip
-    return Rounding(scheme.element, side.scale, side.zero)
+    return side.scale, side.zero
 
 
 def _unsupported(found: str) -> Refused:

@@ -71,13 +71,13 @@ def load_model(
     wanted = _torch_dtype(checkpoint.own_dtype if dtype is None else dtype)
     _check_memory(checkpoint, target)
     scheme = chosen_scheme(kv_cache, checkpoint)
+    packer = Packer(target, wanted, kernel, exact, own=dtype is None)
     model = _skeleton(checkpoint, wanted)
     if scheme is not None:
         from qcore.model.kv_cache import quantize_kv_cache
 
-        quantize_kv_cache(model, scheme, checkpoint.kv_scales, checkpoint.path)
+        quantize_kv_cache(model, scheme, checkpoint.kv_scales, checkpoint.path, packer.kv_cache(scheme))
     with released_buffers():
-        packer = Packer(target, wanted, kernel, exact, own=dtype is None)
         _Loader(checkpoint, model, packer, progress).run()
     return model
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from qcore.checkpoint.open import Checkpoint
 from qcore.discovery import registry
+from qcore.elements import Level, PerChannel
 from qcore.kernel import Kernel, Op
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.model.probe import failed, wrong_answer
 from qcore.platform import Device
 from qcore.refusal import Refusal, Refused, bad_file
-from qcore.scheme import Scheme
+from qcore.scheme import Scheme, TensorScheme
 from qcore.select import LayerRequest, select
 from qcore.tensor import LayerTensors
+
+if TYPE_CHECKING:
+    from qcore.kernels.kv_cache import KvRounding
 
 log = logging.getLogger("qcore")
 
@@ -64,6 +70,18 @@ class Packer:
         """The embedding [N, K], on the device."""
         kernel, packed, shape = self._pack("embedding", layer, self.dtype)
         return QuantizedEmbedding(layer.weight.scheme, shape, kernel, packed, scale).to(self.device.torch_device)
+
+    def kv_cache(self, scheme: TensorScheme) -> type[KvRounding]:
+        """What holds keys and values. Raises Refused (no-kernel)."""
+        computed = torch.float32 if self.dtype == torch.float64 else self.dtype  # no kernel rounds from more
+        # A weight's words have none for scales of run time: what takes a scale for each head computes one for each token too.
+        held = replace(scheme, scales=(Level(PerChannel()),), dynamic=False) if scheme.dynamic else scheme
+        request = LayerRequest("kv_cache", Scheme(held), (1, 1), str(computed).removeprefix("torch."))
+        selection = select(request, self.device.platform, self.kernels, self.device)
+        if selection.kernel is None:
+            assert selection.refusal is not None
+            raise Refused(selection.refusal)
+        return cast("type[KvRounding]", selection.kernel.load())
 
     def _pack(
         self, op: Op, layer: LayerTensors, computed: torch.dtype

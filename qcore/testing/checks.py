@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -23,6 +24,9 @@ from qcore.refusal import Refused
 from qcore.scheme import Scheme
 from qcore.tensor import LayerTensors
 from qcore.testing.layers import random_layer, smallest_columns
+
+if TYPE_CHECKING:
+    from qcore.kernels.kv_cache import KvRounding
 
 BATCHES = (*range(1, 18), 512)
 """Rows of activations: decoding with one to sixteen sequences and one more, and a prompt."""
@@ -53,6 +57,8 @@ class Bench:
         rows, columns = smallest_shape(self.kernel, self.scheme)
         if self.size == "tiny":
             return rows, columns
+        if self.size == "large" and self.kernel.op == "kv_cache":
+            return 32, 128  # heads, head_dim
         if self.size == "large":
             return -(-1024 // rows) * rows, -(-2048 // columns) * columns
         return rows * 5 if rows > 1 else 37, columns * 3 if columns > 1 else 203
@@ -80,14 +86,22 @@ class Bench:
         return error_bound(self.kernel, self.scheme, self.dtype)
 
     def input(self, *leading: int, seed: int = 1) -> torch.Tensor:
-        """Random activations [*leading, K] on the CPU; one column is larger than the others, as in real models."""
-        x = torch.randn(*leading, self.shape[1], generator=torch.Generator().manual_seed(seed))
+        """Random activations [*leading, K] on the CPU, or states [*leading, N, K] for a kv cache; one column is larger than the
+        others, as in real models."""
+        own = self.shape if self.kernel.op == "kv_cache" else self.shape[1:]
+        x = torch.randn(*leading, *own, generator=torch.Generator().manual_seed(seed))
         x[..., :1] *= 8
         return x.to(DTYPES[self.dtype])
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """float64 [..., N]: what the layer should give, without bias."""
+        """float64 [..., N]: what the layer should give, without bias; of a kv cache [..., N, K]."""
         given, layer = x.float(), self.layer
+        if self.kernel.op == "kv_cache":
+            scale, zero = layer.weight.scales[0].float(), layer.weight.zeros
+            if zero is None:
+                return quantize_input(given, self.scheme.weight, scale).double()
+            shift = zero.double()  # whole codes are shifted, so that halves go where they go without a zero point
+            return (((given / scale).round().double() + shift).clamp(-128, 127) - shift) * scale.double()
         if self.scheme.input is not None:
             given = quantize_input(given, self.scheme.input, layer.input_scale, layer.input_zero)
         return given.double() @ self.weight.t()
@@ -141,7 +155,7 @@ def numbers(bench: Bench) -> float:
 def largest_codes(bench: Bench) -> float:
     """Weights and activations of the largest codes, all of one sign: pairs of 8-bit products do not fit into 16 bits."""
     element = bench.scheme.weight.element
-    if bench.kernel.op == "embedding" or not isinstance(element, Int):
+    if bench.kernel.op != "linear" or not isinstance(element, Int):
         return 0.0
     weight = bench.layer.weight
     codes = weight.codes.clone()
@@ -168,7 +182,7 @@ def strided_input(bench: Bench) -> float:
     wide = torch.stack([bench.input(3), bench.input(3, seed=2)], -1).to(bench.device.torch_device)
     before, x = wide.clone(), wide[..., 0]
     error = bench.compare("strided input", bench.packed(x).cpu(), bench.product(x.cpu().contiguous()))
-    turned = bench.input(3).to(bench.device.torch_device).t().contiguous().t()
+    turned = bench.input(3).to(bench.device.torch_device).transpose(0, 1).contiguous().transpose(0, 1)
     error = max(error, bench.compare("transposed input", bench.packed(turned).cpu(), bench.product(turned.cpu())))
     if not torch.equal(wide, before):
         raise AssertionError(f"{bench}: the kernel changed its input of {columns} columns")
@@ -179,7 +193,8 @@ def empty_input(bench: Bench) -> float:
     """No rows in, no rows out."""
     if bench.kernel.op == "embedding":
         return bench.compare("no tokens", bench.run(torch.zeros(0, dtype=torch.int64)), bench.weight[:0])
-    return bench.compare("empty input", bench.run(bench.input(0)), bench.weight.new_zeros(0, bench.shape[0]))
+    x = bench.input(0)
+    return bench.compare("empty input", bench.run(x), bench.product(x))
 
 
 def bias_and_multiplier(bench: Bench) -> float:
@@ -199,7 +214,14 @@ def bias_and_multiplier(bench: Bench) -> float:
 
 
 def packed_size(bench: Bench) -> float:
-    """The packed weight is not held dense: at most 1.5 times the canonical size, and something for padding."""
+    """The packed weight is not held dense: at most 1.5 times the canonical size, and something for padding. A kv cache holds
+    a byte for each number, and at most a scale for each token and head."""
+    if bench.kernel.op == "kv_cache":
+        packed = cast("KvRounding", bench.packed)
+        rows, states = packed.encode(bench.input(2).to(bench.device.torch_device)), 2 * bench.shape[0]
+        if rows.nbytes > states * (bench.shape[1] + 4):
+            raise AssertionError(f"{bench}: {states} states take {rows.nbytes:,} bytes")
+        return 0.0
     held = sum(part.numel() * part.element_size() for part in bench.packed.buffers())
     allowed = 1.5 * bench.layer.weight.nbytes + 65536
     if held > allowed:

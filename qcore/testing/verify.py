@@ -97,7 +97,7 @@ def examine(plugin: Plugin, device: Device, kernel: Kernel, scheme: Scheme) -> F
 
 def applies(check: str, kernel: Kernel, size: str) -> bool:
     """Numbers are checked at every size, what a weight takes at the large one, and everything else at the odd one."""
-    if check == "strided_input" and kernel.op == "embedding":
+    if (check, kernel.op) in (("strided_input", "embedding"), ("bias_and_multiplier", "kv_cache")):
         return False
     return check == "numbers" or size == ("large" if check == "packed_size" else "odd")
 
