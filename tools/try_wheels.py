@@ -2,9 +2,9 @@
 
     python tools/try_wheels.py [--keep FOLDER] [PLUGIN ...]
 
-The first plugin is installed as users do it, by the core's extra; the others beside the core with --no-deps, for their
-vendors' SDKs cannot be installed everywhere and do not share an environment. In each, `qcore doctor` and `qcore plugins`
-must answer, and the fast part of the conformance suite must pass. Last, `qcore plugins new` makes a package, which is built,
+The first plugin is installed as users do it, by the core's extra; the others with --no-deps, for their vendors' SDKs cannot be
+installed everywhere and do not share an environment: each has one of its own, above one that has the core and torch. In each,
+`qcore doctor` and `qcore plugins` must answer, and the fast part of the conformance suite must pass. Last, `qcore plugins new` makes a package, which is built,
 installed, run through its suite, and removed.
 """
 
@@ -36,12 +36,18 @@ def vendor():
 
 
 class Environment:
-    """A virtual environment."""
+    """A virtual environment. base: another, whose packages it sees too."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, base: Environment | None = None) -> None:
         venv.create(folder, with_pip=True)
         self.folder = folder
         self.python = folder / "bin" / "python"
+        if base is not None:
+            (self.packages / "base.pth").write_text(str(base.packages))
+
+    @property
+    def packages(self) -> Path:
+        return next(self.folder.glob("lib/python3*/site-packages"))
 
     def pip(self, *arguments: object) -> None:
         self.run("-m", "pip", "install", *QUIET, "--constraint", ROOT / "constraints.txt", *arguments)
@@ -62,15 +68,23 @@ def build(folders: list[Path], dist: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def try_plugin(plugin: str, dist: Path, scratch: Path, *, by_extra: bool) -> None:
-    environment = Environment(scratch / plugin)
-    environment.pip("torch", "pytest")  # the pinned torch first, so that nothing takes a larger build of it
-    wheels = ("--find-links", dist)
-    if by_extra:
-        environment.pip(*wheels, f"qcore[{plugin}]>=2")
+def core(dist: Path, scratch: Path) -> Environment:
+    """The core alone."""
+    environment = Environment(scratch / "core")
+    environment.pip(
+        "torch", "pytest", "hatchling"
+    )  # the pinned torch first, so that nothing takes a larger build of it
+    environment.pip("--find-links", dist, "qcore>=2")
+    return environment
+
+
+def try_plugin(plugin: str, dist: Path, scratch: Path, base: Environment | None) -> None:
+    environment = Environment(scratch / plugin, base)
+    if base is None:
+        environment.pip("torch", "pytest")
+        environment.pip("--find-links", dist, f"qcore[{plugin}]>=2")
     else:
-        environment.pip(*wheels, "qcore>=2")
-        environment.pip(*wheels, "--no-deps", f"qcore-{plugin}>=2")
+        environment.pip("--find-links", dist, "--no-deps", f"qcore-{plugin}>=2")
     found = {row["name"]: row for row in json.loads(environment.run("-m", "qcore", "plugins", "--json"))}
     if found[plugin]["status"] != "loaded" or str(ROOT) in str(found[plugin]["evidence"]):
         sys.exit(f"{plugin}: not loaded from its wheel: {found[plugin]}")
@@ -83,11 +97,8 @@ def try_plugin(plugin: str, dist: Path, scratch: Path, *, by_extra: bool) -> Non
     print(f"{plugin}: {found[plugin]['version']} loaded beside the core, {devices}; suite: {summary}", flush=True)
 
 
-def try_template(dist: Path, scratch: Path) -> None:
-    """In the first environment, which has the core."""
-    environment = Environment(scratch / "template")
-    environment.pip("torch", "pytest", "hatchling")
-    environment.pip("--find-links", dist, "qcore>=2")
+def try_template(scratch: Path, base: Environment) -> None:
+    environment = Environment(scratch / "template", base)
     environment.run("-m", "qcore", "plugins", "new", "acme", "--title", "Acme NPU", "--out", scratch)
     made = scratch / "qcore-acme"
     environment.run("-m", "pip", "wheel", *QUIET, "--no-deps", "--no-build-isolation", "--wheel-dir", scratch, made)
@@ -111,11 +122,12 @@ def main() -> None:
         scratch = Path(temporary)
         dist = (arguments.keep or scratch / "dist").absolute()
         build([ROOT, *(ROOT / "plugins" / plugin for plugin in arguments.plugins)], dist)
+        base = core(dist, scratch)
         for plugin in arguments.plugins:
             began = time.monotonic()
-            try_plugin(plugin, dist, scratch, by_extra=plugin == "cpu")
+            try_plugin(plugin, dist, scratch, None if plugin == "cpu" else base)
             print(f"  {time.monotonic() - began:.0f} s", flush=True)
-        try_template(dist, scratch)
+        try_template(scratch, base)
 
 
 if __name__ == "__main__":
