@@ -139,13 +139,18 @@ def current_records(plugins: Registry) -> tuple[list[Record], dict[str, Refusal]
 
 def proofs(plugins: Registry) -> dict[tuple[str, str, str], str]:
     """The best grade of current evidence by (platform, kernel, scheme)."""
-    digests = {kernel.name: source_digest(kernel) for kernel, _ in plugins.kernels}
+    digests = _digests(plugins)
     found: dict[tuple[str, str, str], str] = {}
     for record in sorted(current_records(plugins)[0], key=lambda record: GRADES.index(record.grade)):
         if digests.get(record.kernel) == record.source:
             for scheme in record.schemes:
                 found.setdefault((record.platform, record.kernel, scheme), record.grade)
     return found
+
+
+def _digests(plugins: Registry) -> dict[str, str]:
+    """What every kernel's evidence is tied to, by its name."""
+    return {kernel.name: source_digest(kernel) for kernel, _ in plugins.kernels}
 
 
 class _Computation:
@@ -159,7 +164,7 @@ class _Computation:
         self.readable = {name for method in plugins.methods for name in method.readable}
         records, self.broken = current_records(plugins)
         self.records = {record.place: record for record in records}
-        self.digests = {kernel.name: source_digest(kernel) for kernel, _ in plugins.kernels}
+        self.digests = _digests(plugins)
         self.taken: dict[tuple[Scheme, str], bool] = {}
 
     def run(self) -> Matrix:

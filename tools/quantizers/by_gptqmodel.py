@@ -32,6 +32,7 @@ def main(case: str, model: Path, tokens: Path, out: Path) -> None:
         bits=int(case.removeprefix("AWQ ")[0]),
         group_size=-1 if "channel" in case else 64,
         desc_act="desc_act" in case,
+        act_group_aware=False if "channel" in case else None,  # it orders groups, of which there have to be some
         sym="asymmetric" not in case and not awq,
         method=METHOD.AWQ if awq else METHOD.GPTQ,
         format=FORMAT.GEMM if awq else FORMAT.GPTQ_V2 if "v2" in case else FORMAT.GPTQ,
