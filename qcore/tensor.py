@@ -5,7 +5,8 @@
     Int         w = (q - z) * s            with a float zero point: w = q * s + z
     Float       w = q * s
     Codebook    w = table[q] * s           nested scales: s = scale_table[q_s] * s2 + offset
-    levels      s = s0 * s1; a scale that divides in its file is kept as 1 / s1 in float64, and s is rounded once
+    levels      s = s0 * s1; a scale that divides in its file is kept as 1 / s1 in float64, and s is rounded once. Coarse
+                scales first, w = (q * s1) * s0, where the tool multiplies so (AutoRound's NVFP4)
     float64     a single level that is no float32 number: the product is rounded once (LLM.int8's absmax / 127)
     Block       ggml's definition of the block type
 """
@@ -47,6 +48,7 @@ class QuantizedTensor:
     index     int32 [K], the group of each column, when the scheme is ordered.
     table     float32 [2^bits], a codebook's values. scale_table, offset: the same for nested scales.
     first_row the row of the whole weight that row 0 is (FlatGroup counts elements from there).
+    coarse_first  codes are multiplied by the second level of scales (PerTensor) before the first: another last bit.
     """
 
     scheme: Scheme
@@ -59,6 +61,7 @@ class QuantizedTensor:
     scale_table: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     first_row: int = 0
+    coarse_first: bool = False
 
     def __post_init__(self) -> None:
         rows, columns = self.shape[-2:]
@@ -128,6 +131,8 @@ class QuantizedTensor:
         values = self.values()
         if not self.scales:
             return values.to(dtype)
+        if self.coarse_first:
+            values = values * self.scales[1].to(torch.float32)
         scale = self._scale()
         if self.zeros is None:
             return self._apply(values, scale).to(dtype)
@@ -155,6 +160,8 @@ class QuantizedTensor:
         """float32 product of the levels, in the shape of the finest one."""
         levels = self.scheme.weight.scales
         scale = _widen(self.scales[0], levels[0], self.scale_table)
+        if self.coarse_first:
+            return scale
         for level, coarse in zip(levels[1:], self.scales[1:], strict=True):
             other = coarse if coarse.dtype == torch.float64 else coarse.to(torch.float32)
             if isinstance(level.granularity, FlatGroup):  # counts weight elements; here they are finest-level scales
@@ -248,10 +255,11 @@ def _cut(granularity: Granularity, part: torch.Tensor, start: int, stop: int) ->
     return part[start:stop]
 
 
-Order = Literal["dequantized", "reciprocal", "integers"]
+Order = Literal["dequantized", "reciprocal", "integers", "inverses"]
 """How a tool multiplies quantized inputs. The numbers are the same but for a last bit, which decides how the next layer rounds its
 input; so the reference keeps to it. dequantized: inputs are divided by their scale and rounded, and both sides dequantized.
-reciprocal: inputs are multiplied by 1 / scale instead. integers: the same, and codes are multiplied before they are scaled."""
+reciprocal: inputs are multiplied by 1 / scale instead. integers: the same, and codes are multiplied before they are scaled.
+inverses: codes are multiplied by the inverse of what inputs are multiplied by (qcore/kernels/inverses.py)."""
 
 
 @dataclass(frozen=True)

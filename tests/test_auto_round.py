@@ -162,7 +162,8 @@ def float_layer(kind: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[
                   "act_data_type": "nv_fp4_with_static_gs"}  # fmt: skip
         parts = {"weight_packed": packed, "weight_scale": fine, "weight_global_scale": whole,
                  "input_global_scale": torch.tensor([99.0])}  # fmt: skip
-        return parts, values * (fine.float() / whole).repeat_interleave(16, 1), config, "W4A4-nvfp4"
+        weight = values * (1 / whole) * fine.float().repeat_interleave(16, 1)  # in this order
+        return parts, weight, config, "W4A4-nvfp4"
     config = {"data_type": "fp", "bits": 8, "act_bits": 8, "act_data_type": "fp", "group_size": -1}
     if kind == "FP8_STATIC":
         scale = torch.rand(rows, generator=random).bfloat16()
@@ -200,6 +201,7 @@ def test_float_exports_are_exact_and_run(tmp_path: Path, kind: str) -> None:
     opened = qcore.open_checkpoint(checkpoint(tmp_path, layers, packing_format="auto_round:llm_compressor", **config))
     assert opened.plan[UP] == opened.weight(UP).scheme == Scheme.parse(scheme)
     assert torch.equal(opened.dequantize(UP), weight)
+    assert opened.layer(UP).order == ("inverses" if kind == "NVFP4" else "dequantized")
     logits = qcore.load_model(opened, dtype="float32")(torch.tensor([[1, 5, 9]])).logits
     assert bool(logits.isfinite().all())
 

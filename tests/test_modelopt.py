@@ -113,6 +113,8 @@ def test_every_algorithm_is_exact(tmp_path: Path, algorithm: str, side_file: boo
     opened = qcore.open_checkpoint(checkpoint(tmp_path, parts, algorithm, side_file=side_file))
     assert (opened.method, opened.format_version) == ("modelopt", algorithm)
     assert opened.plan[UP] == opened.weight(UP).scheme == Scheme.parse(scheme)
+    fp8_inputs = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "W4A8_AWQ")
+    assert opened.layer(UP).order == ("inverses" if algorithm in fp8_inputs else "dequantized")
     assert torch.equal(opened.dequantize(UP), weight)
     assert "lm_head" in opened.layers["lm_head"].reason
 

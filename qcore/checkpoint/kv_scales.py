@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from qcore.checkpoint.open import Checkpoint
     from qcore.method import CheckpointFiles
+    from qcore.tensor import Order
 
 log = logging.getLogger("qcore")
 
@@ -95,10 +96,11 @@ class Side:
 
 @dataclass(frozen=True)
 class KvScales:
-    """One attention layer's."""
+    """One attention layer's. order: of the tool's float operations where floats are rounded (qcore.tensor.Order)."""
 
     k: Side
     v: Side
+    order: Order = "dequantized"
 
 
 def spelled(name: str) -> tuple[str, Spelling] | None:

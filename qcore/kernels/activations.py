@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from qcore.elements import Float, Group, Int, PerToken
+from qcore.kernels import inverses
 from qcore.kernels.divide import divide
 from qcore.kernels.llm_int8 import rounded
 from qcore.kernels.minifloat import LARGEST, mx_scale, nv_scale, round_to
@@ -38,11 +39,14 @@ def quantize_input(
     if isinstance(granularity, Group):
         size = min(granularity.size, values.shape[-1])  # a file may state groups that are far larger than the input
         values = torch.nn.functional.pad(values, (0, -values.shape[-1] % size)).unflatten(-1, (-1, size))
-    if scheme.dynamic:
-        reduced = values if isinstance(granularity, PerToken | Group) else values.reshape(1, -1)
-        scale, zero = _range(reduced, scheme, scale)
-    assert scale is not None, "a static scheme comes with its scale"
-    stands_for = _round_trip(values, scheme, scale.to(torch.float32), zero, order)
+    if order == "inverses":
+        stands_for = inverses.round_trip(values, scheme, scale)
+    else:
+        if scheme.dynamic:
+            reduced = values if isinstance(granularity, PerToken | Group) else values.reshape(1, -1)
+            scale, zero = _range(reduced, scheme, scale)
+        assert scale is not None, "a static scheme comes with its scale"
+        stands_for = _round_trip(values, scheme, scale.to(torch.float32), zero, order)
     if isinstance(granularity, Group):
         stands_for = stands_for.flatten(-2)[..., : x.shape[-1]]
     return stands_for.to(x.dtype)

@@ -58,12 +58,14 @@ class Int4Pack(torch.nn.Module):
         weight = layer.weight
         if isinstance(weight.scheme.weight.element, Block):
             scale, zero = _block_scales(weight)
-            return cls(_whole(cls.pack, _block_codes(weight)), _interleave(scale, zero, dtype), 32)
+            packed = _packed(cls.pack, _block_codes(weight), weight.shape[0])
+            return cls(packed, _interleave(scale, zero, dtype), 32)
         assert isinstance(weight.scheme.weight.scales[0].granularity, Group)
         group_size = weight.scheme.weight.scales[0].granularity.size
         order = None if weight.index is None else _sorted_by_group(weight.index, group_size)
         scale, zero = _scales(weight)
-        return cls(_whole(cls.pack, _codes(weight, order)), _interleave(scale, zero, dtype), group_size, order)
+        packed = _packed(cls.pack, _codes(weight, order), weight.shape[0])
+        return cls(packed, _interleave(scale, zero, dtype), group_size, order)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -73,8 +75,17 @@ class Int4Pack(torch.nn.Module):
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _whole(pack: Callable[[torch.Tensor], torch.Tensor], blocks: Codes) -> torch.Tensor:
-    return torch.cat([pack(block) for block in blocks])
+def _packed(pack: Callable[[torch.Tensor], torch.Tensor], blocks: Codes, rows: int) -> torch.Tensor:
+    """The packed blocks, one after the other, in memory that is taken once."""
+    whole, filled = None, 0
+    for block in blocks:
+        part = pack(block)
+        if whole is None:
+            whole = part.new_empty(len(part) * rows // len(block), *part.shape[1:])
+        whole[filled : filled + len(part)] = part
+        filled += len(part)
+    assert whole is not None, "a weight has rows"
+    return whole
 
 
 # --- Integers --------------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import torch
 
 from qcore.elements import Element, Float
 from qcore.kernels.divide import divide
+from qcore.kernels.inverses import static_inverse
 
 if TYPE_CHECKING:
-    from qcore.tensor import LayerTensors
+    from qcore.tensor import LayerTensors, Order
 
 _FLOATS = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _SCALE_BYTES = 4
@@ -25,19 +26,31 @@ class KvRounding(torch.nn.Module):
 
     scale: torch.Tensor | None
     zero: torch.Tensor | None
+    inverse: torch.Tensor | None
 
-    def __init__(self, element: Element, scale: torch.Tensor | None = None, zero: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        element: Element,
+        scale: torch.Tensor | None = None,
+        zero: torch.Tensor | None = None,
+        order: Order = "dequantized",
+    ) -> None:
         super().__init__()
         self.element = element
+        inverse = None
+        if order == "inverses" and scale is not None and isinstance(element, Float):
+            inverse = static_inverse(scale, element.format)
+            scale = inverse.reciprocal()
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
+        self.register_buffer("inverse", inverse)
 
     @classmethod
     def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> KvRounding:
         """Of a weight [heads, head_dim] that stands for one token: its scheme, scales and zero points."""
         weight = layer.weight
         zero = None if weight.zeros is None else weight.zeros.to(torch.float32)
-        return cls(weight.scheme.weight.element, weight.scales[0].to(torch.float32), zero)
+        return cls(weight.scheme.weight.element, weight.scales[0].to(torch.float32), zero, layer.order)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """What attention sees of the states."""
@@ -48,7 +61,7 @@ class KvRounding(torch.nn.Module):
         self._follow(states.device)
         wide = states.to(torch.float32)
         scale = self._dynamic(wide) if self.scale is None else self.scale
-        scaled = wide / scale
+        scaled = wide / scale if self.inverse is None else wide * self.inverse
         if isinstance(self.element, Float):
             kind = _FLOATS[self.element.format]
             most = torch.finfo(kind).max

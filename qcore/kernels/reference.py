@@ -20,6 +20,7 @@ class PackedWeight(torch.nn.Module):
     def __init__(self, weight: QuantizedTensor) -> None:
         super().__init__()
         self.scheme, self.shape, self.first_row = weight.scheme, weight.shape, weight.first_row
+        self.coarse_first = weight.coarse_first
         self.levels = len(weight.scales)
         parts = {"codes": weight.codes, "zeros": weight.zeros, "index": weight.index, "table": weight.table}
         parts |= {"scale_table": weight.scale_table, "offset": weight.offset}
@@ -34,7 +35,8 @@ class PackedWeight(torch.nn.Module):
         scales = tuple(parts[f"scale{level}"] for level in range(self.levels))
         names = ("zeros", "index", "table", "scale_table", "offset")
         rest = {name: parts.get(name) for name in names}
-        return QuantizedTensor(self.scheme, self.shape, parts["codes"], scales, first_row=self.first_row, **rest)
+        return QuantizedTensor(self.scheme, self.shape, parts["codes"], scales, first_row=self.first_row,
+                               coarse_first=self.coarse_first, **rest)  # fmt: skip
 
 
 class ReferenceLinear(PackedWeight):

@@ -17,6 +17,7 @@ Read from AutoRound's exporter and layers (export_to_autoround, qlinear_torch, q
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -139,7 +140,8 @@ class AutoRound(Method):
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         settings, _ = self._module(files, module)
         if isinstance(settings, AutoRoundConfig):
-            return scaled.read_layer(files, module, *_float_scheme(files, module, settings))
+            layer = scaled.read_layer(files, module, *_float_scheme(files, module, settings))
+            return _in_its_order(layer) if settings.data_type == "nv_fp" else layer
         if isinstance(settings, awq.AwqSettings):
             return awq.read_layer(files, module, settings)
         return gptq.read_layer(files, module, settings)
@@ -227,6 +229,11 @@ def _check_types(files: CheckpointFiles, config: AutoRoundConfig, where: str) ->
                         "Export the model with AutoRound in one of its presets, such as W4A16, MXFP4 or FP8_STATIC.",
                         str(files.quantization_file), field=f"quantization_config.{where}{field}")
             )  # fmt: skip
+
+
+def _in_its_order(layer: LayerTensors) -> LayerTensors:
+    """NVFP4 as AutoRound computes it (experimental/qmodules/nvfp4.py)."""
+    return replace(layer, weight=replace(layer.weight, coarse_first=True), order="inverses")
 
 
 _DECISIVE = ("bits", "group_size", "sym", "data_type", "act_bits", "act_data_type", "act_group_size", "act_dynamic",

@@ -26,7 +26,7 @@ from pydantic import AliasChoices, Field
 from qcore.checkpoint.kv_scales import declared_algorithm
 from qcore.checkpoint.patterns import check_count, wildcard
 from qcore.checkpoint.settings import Settings, check
-from qcore.elements import Granularity, Group, Tile
+from qcore.elements import Float, Granularity, Group, Tile
 from qcore.layouts import modelopt_writer
 from qcore.layouts.scaled import Names, read_layer, shape_of
 from qcore.method import CheckpointFiles, Method, ModulePlan, dense_modules, finite, require_tensor
@@ -108,11 +108,16 @@ class ModelOpt(Method):
         config = self._config(files)
         return declared_algorithm(files, config.kv_cache_quant_algo, config.kv_cache_scheme)
 
+    def kv_scales(self, files: CheckpointFiles) -> dict[str, KvScales]:
+        return {name: replace(found, order="inverses") for name, found in super().kv_scales(files).items()}
+
     def decode(self, files: CheckpointFiles, module: str) -> LayerTensors:
         algorithm = self._algorithm(files, module)
         scheme, shape = self._scheme(files, module, algorithm), self._shape(files, module, algorithm)
         codes = _by_rows(files.source.read(f"{module}.weight")) if algorithm in _INT4 else None
         layer = read_layer(files, module, scheme, _NAMES, shape=shape, codes=codes)
+        if scheme.input and isinstance(scheme.input.element, Float) and not isinstance(scheme.input.granularity, Group):
+            layer = replace(layer, order="inverses")
         multiplier = f"{module}.pre_quant_scale"
         if multiplier not in files.source.tensors:
             return layer

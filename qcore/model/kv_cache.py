@@ -120,7 +120,10 @@ def quantize_kv_cache(
             raise bad_file("unexpected-tensor", "a kv cache's scale belongs to no attention layer", file=file,
                            tensor=found.k.source, expected=f"an attention layer of {type(model).__name__}")  # fmt: skip
         if not scheme.dynamic:
-            keys, values = (kernel(scheme.element, *_static(side, scheme, config, file)) for side in (found.k, found.v))
+            keys, values = (
+                kernel(scheme.element, *_static(side, scheme, config, file), order=found.order)
+                for side in (found.k, found.v)
+            )
             calibrated[numbers[name]] = (keys, values)
     default = kernel(scheme.element, torch.ones(1) if isinstance(scheme.element, Float) else None)
     roundings = KvRoundings(scheme, calibrated, (default, default))

@@ -18,6 +18,8 @@ CASES = (
     "8 bits by channel",
     "AWQ 4 bits by 64, gemm",
 )
+FEW = 2
+"""Windows that AWQ is calibrated with, whose search is made for GPUs."""
 
 
 def main(case: str, model: Path, tokens: Path, out: Path) -> None:
@@ -39,7 +41,10 @@ def main(case: str, model: Path, tokens: Path, out: Path) -> None:
         device="cpu",
     )
     made = GPTQModel.load(str(model), wanted)
-    rows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in calibration(tokens)]
+    rows = [
+        {"input_ids": window, "attention_mask": [1] * len(window)}
+        for window in calibration(tokens)[: FEW if awq else None]
+    ]
     made.quantize(rows, batch_size=1)
     made.save(str(out))
     backend = BACKEND.AWQ_TORCH if awq else BACKEND.GPTQ_TORCH

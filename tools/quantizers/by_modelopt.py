@@ -48,7 +48,8 @@ def config(case: str) -> Any:
 
 
 def put_back(exported: Path, running: Any) -> None:
-    """What the export says, in the model with its quantizers: weights, scales of inputs, multipliers of inputs, norms."""
+    """What the export says, in the model with its quantizers: weights, scales of inputs and of the kv cache, multipliers of inputs,
+    norms."""
     with tempfile.TemporaryDirectory() as folder:
         dequantized = Path(folder) / "weights.safetensors"
         subprocess.run([sys.executable, READ, exported, dequantized], check=True, stdout=subprocess.DEVNULL)
@@ -68,6 +69,11 @@ def put_back(exported: Path, running: Any) -> None:
                 inputs.amax = tensors[f"{module}.input_scale"].float() * inputs.maxbound
         if name in weights or name in tensors:
             parameter.copy_(weights[name] if name in weights else tensors[name])
+    for name, attention in running.named_modules():
+        for side in ("k", "v"):  # the exporter raises these scales to 1
+            if f"{name}.{side}_proj.{side}_scale" in tensors:
+                quantizer = getattr(attention, f"{side}_bmm_quantizer")
+                quantizer.amax = tensors[f"{name}.{side}_proj.{side}_scale"].float() * quantizer.maxbound
 
 
 def main(case: str, model: Path, tokens: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -26,7 +27,7 @@ class Int4Linear(Int4Pack):
         self, packed: torch.Tensor, scales_and_zeros: torch.Tensor, group_size: int, order: torch.Tensor | None = None
     ) -> None:
         super().__init__(packed, scales_and_zeros, group_size, order)
-        self.register_buffer("places", places(self.pack, 2 * packed.shape[-1]))
+        self.register_buffer("places", places(self.pack, 2 * packed.shape[-1]).clone())
 
     @classmethod
     def pack(cls, codes: torch.Tensor) -> torch.Tensor:
@@ -70,6 +71,7 @@ def nibbles(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack([bytes_ & 15, bytes_ >> 4], -1).flatten(2)
 
 
+@cache
 def places(pack: Callable[[torch.Tensor], torch.Tensor], tiles: int) -> torch.Tensor:
     """Which nibble of 8 x (16 tiles) codes holds each of them, in row order: int64 [128 tiles]. Found by packing each code's own
     number, four bits at a time, for no document promises the layout."""
