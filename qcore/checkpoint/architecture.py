@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qcore.checkpoint import rope
 from qcore.refusal import Refusal, Refused, bad_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from qcore.checkpoint.open import Checkpoint
+
+log = logging.getLogger("qcore")
 
 _COUNTS = re.compile(r"layer|depth|labels|attention_types")
 """Keys whose numbers transformers counts up to while it makes a config."""
@@ -42,10 +46,28 @@ def model_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretrain
                     field="model_type")
         )  # fmt: skip
     try:
-        config = config_class.from_dict(values)
+        config = config_class.from_dict(_with_rope(checkpoint, values, config_class))
+    except Refused:
+        raise
     except Exception as error:  # which one depends on the value and on transformers' version
         raise unbuildable(checkpoint, error) from error
     return MODEL_FOR_CAUSAL_LM_MAPPING[config_class], config
+
+
+def _with_rope(checkpoint: Checkpoint, values: dict[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
+    """The config with its rotary embedding where this transformers looks for it, of which version 4 would say nothing."""
+    if doubt := rope.contradiction(values):
+        log.warning("%s: %s", checkpoint.files.folder / "config.json", doubt)
+    if "rope_parameters" not in values or hasattr(config_class(), "rope_parameters"):
+        return values
+    older = rope.of_version_4(values)
+    if older is None:
+        raise Refused(
+            Refusal("unknown-architecture", "notyet", str(checkpoint.path), "its layers differ in their rotary embeddings",
+                    "found rope_parameters by kind of layer, which transformers 4 cannot say", "Install transformers 5 or newer.",
+                    str(checkpoint.files.folder / "config.json"), field="rope_parameters")
+        )  # fmt: skip
+    return older
 
 
 def unbuildable(checkpoint: Checkpoint, error: Exception) -> Refused:

@@ -5,6 +5,8 @@ Its layers multiply in float16 alone, so that dense ones in float32 take their p
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from functools import partial
 from importlib.metadata import version
@@ -25,6 +27,7 @@ CASES = ("4 bits by 64, gemm",)
 
 def main(case: str, model: Path, tokens: Path, out: Path) -> None:
     assert case in CASES
+    model = older(model, out.parent / "older")
     made = AutoAWQForCausalLM.from_pretrained(str(model), device_map="cpu", torch_dtype=torch.float32)
     wanted = {"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}
     windows = calibration(tokens)[:FEW]
@@ -33,13 +36,22 @@ def main(case: str, model: Path, tokens: Path, out: Path) -> None:
     made.save_quantized(str(out))
     base.get_best_device = lambda: "cuda:0"  # on a CPU it has no layers but those of another package
     again = AutoAWQForCausalLM.from_quantized(
-        str(out), fuse_layers=False, device_map={"": "cpu"}, torch_dtype=torch.float16
+        str(out), fuse_layers=False, device_map={"": "cpu"}, torch_dtype=torch.float32
     ).model.float()
     for name, layer in list(again.named_modules()):
         if isinstance(layer, WQLinear_GEMM):
             again.set_submodule(name, dense(layer))
     again.set_attn_implementation = partial(setattr, again.config, "_attn_implementation")  # of later versions
     tell(f"autoawq {version('autoawq')}", perplexity(again, tokens))
+
+
+def older(model: Path, out: Path) -> Path:
+    """The model with its rope_theta where the last transformers that AutoAWQ runs with looks for it."""
+    shutil.copytree(model, out, dirs_exist_ok=True)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"rope_theta": config.pop("rope_parameters", config)["rope_theta"]}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
 
 
 def dense(layer: WQLinear_GEMM) -> torch.nn.Linear:
