@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 import qcore
+import test_auto_round
 import test_compressed_floats
 import test_compressed_tensors
 import test_gptq
@@ -89,6 +90,24 @@ def test_small_floats_go_round(tmp_path: Path, name: str) -> None:
     opened = qcore.open_checkpoint(convert(first, "compressed-tensors", tmp_path / "b"))
     assert opened.plan[DOWN] == Scheme.parse(test_compressed_floats.SCHEMES[name])
     assert torch.equal(opened.dequantize(DOWN), expected)
+
+
+def test_nvfp4_goes_between_tools_that_multiply_in_another_order(tmp_path: Path) -> None:
+    parts, weight, config, scheme = test_auto_round.float_layer("NVFP4")
+    layers = {test_auto_round.UP: {f"{test_auto_round.UP}.{part}": tensor for part, tensor in parts.items()}}
+    first = test_auto_round.checkpoint(tmp_path / "a", layers, packing_format="auto_round:llm_compressor", **config)
+    second = convert(first, "compressed-tensors", tmp_path / "b")
+    third = convert(second, "auto-round", tmp_path / "c")
+    ours, theirs, again = (qcore.open_checkpoint(path).layer(test_auto_round.UP) for path in (first, second, third))
+    assert ours.weight.scheme == theirs.weight.scheme == Scheme.parse(scheme)
+    assert torch.equal(ours.weight.codes, theirs.weight.codes)
+    for one, other in zip(ours.weight.scales, theirs.weight.scales, strict=True):
+        assert torch.equal(one.double(), other.double())
+    assert (ours.order, theirs.order) == ("inverses", "dequantized")
+    assert not torch.equal(theirs.weight.dequantize(), weight)  # one last bit, which is each tool's own
+    assert torch.equal(again.weight.dequantize(), weight)
+    dense = qcore.open_checkpoint(convert(first, "dense", tmp_path / "d"))
+    assert torch.equal(dense.parameter(f"{test_auto_round.UP}.weight"), weight)
 
 
 def test_layers_of_several_schemes_keep_theirs(tmp_path: Path) -> None:

@@ -301,6 +301,8 @@ def test_a_tied_head_and_a_kv_cache_are_written(tmp_path: Path) -> None:
     path = write(tmp_path / "a", tensors, config, tie_word_embeddings=True)
     opened = qcore.open_checkpoint(convert(path, "modelopt", tmp_path / "b"))
     assert str(opened.kv_cache) == "fp8-tensor" and opened.kv_scales[attention].k.scale.tolist() == [0.25]
+    cache = qcore.load_model(opened, dtype="float32")(torch.tensor([[1, 5, 9]]), use_cache=True).past_key_values
+    assert all(torch.equal(side.inverse, torch.tensor([4.0])) for side in cache.layers[0].rounding)  # ModelOpt's order
     side = json.loads((opened.path / "hf_quant_config.json").read_text())["quantization"]
     assert side["kv_cache_quant_algo"] == "FP8" and "lm_head" in side["exclude_modules"]
 

@@ -45,29 +45,31 @@ def model_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretrain
                     "Upgrade transformers if a newer one has this type.", str(checkpoint.files.quantization_file),
                     field="model_type")
         )  # fmt: skip
+    values = _with_rope(checkpoint, values)
     try:
-        config = config_class.from_dict(_with_rope(checkpoint, values, config_class))
-    except Refused:
-        raise
+        config = config_class.from_dict(values)
     except Exception as error:  # which one depends on the value and on transformers' version
         raise unbuildable(checkpoint, error) from error
     return MODEL_FOR_CAUSAL_LM_MAPPING[config_class], config
 
 
-def _with_rope(checkpoint: Checkpoint, values: dict[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
+def _with_rope(checkpoint: Checkpoint, values: dict[str, Any]) -> dict[str, Any]:
     """The config with its rotary embedding where this transformers looks for it, of which version 4 would say nothing."""
-    if doubt := rope.contradiction(values):
-        log.warning("%s: %s", checkpoint.files.folder / "config.json", doubt)
-    if "rope_parameters" not in values or hasattr(config_class(), "rope_parameters"):
+    import transformers
+
+    file = checkpoint.files.folder / "config.json"
+    for doubt in rope.contradictions(values):
+        log.warning("%s: %s", file, doubt)
+    if int(transformers.__version__.split(".")[0]) > 4:
         return values
-    older = rope.of_version_4(values)
-    if older is None:
+    try:
+        return rope.of_version_4(values)
+    except ValueError as error:
         raise Refused(
             Refusal("unknown-architecture", "notyet", str(checkpoint.path), "its layers differ in their rotary embeddings",
-                    "found rope_parameters by kind of layer, which transformers 4 cannot say", "Install transformers 5 or newer.",
-                    str(checkpoint.files.folder / "config.json"), field="rope_parameters")
-        )  # fmt: skip
-    return older
+                    f"found {error}, which transformers {transformers.__version__} cannot say",
+                    "Install transformers 5 or newer.", str(file), field="rope_parameters")
+        ) from error  # fmt: skip
 
 
 def unbuildable(checkpoint: Checkpoint, error: Exception) -> Refused:

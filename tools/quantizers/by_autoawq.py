@@ -6,8 +6,8 @@ Its layers multiply in float16 alone, so that dense ones in float32 take their p
 from __future__ import annotations
 
 import json
-import shutil
 import sys
+import tempfile
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +28,9 @@ CASES = ("4 bits by 64, gemm",)
 
 def main(case: str, model: Path, tokens: Path, out: Path) -> None:
     assert case in CASES
-    model = older(model, out.parent / "older")
-    made = AutoAWQForCausalLM.from_pretrained(str(model), device_map="cpu", torch_dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        older(model, Path(folder))
+        made = AutoAWQForCausalLM.from_pretrained(folder, device_map="cpu", torch_dtype=torch.float32)
     wanted = {"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}
     windows = calibration(tokens)[:FEW]
     # It keeps weights apart by moving them to the CPU while it tries scales out: on a CPU that has to copy them.
@@ -48,13 +49,14 @@ def main(case: str, model: Path, tokens: Path, out: Path) -> None:
     tell(f"autoawq {version('autoawq')}", perplexity(again, tokens))
 
 
-def older(model: Path, out: Path) -> Path:
+def older(model: Path, out: Path) -> None:
     """The model with its rope_theta where the last transformers that AutoAWQ runs with looks for it."""
-    shutil.copytree(model, out, dirs_exist_ok=True)
+    for file in model.iterdir():
+        (out / file.name).symlink_to(file.resolve())
     config = json.loads((model / "config.json").read_text())
-    config |= {"rope_theta": config.pop("rope_parameters", config)["rope_theta"]}
+    config |= {key: value for key, value in config.pop("rope_parameters", {}).items() if key == "rope_theta"}
+    (out / "config.json").unlink()
     (out / "config.json").write_text(json.dumps(config))
-    return out
 
 
 def dense(layer: WQLinear_GEMM) -> torch.nn.Linear:

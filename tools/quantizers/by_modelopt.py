@@ -70,7 +70,7 @@ def put_back(exported: Path, running: Any) -> None:
         if name in weights or name in tensors:
             parameter.copy_(weights[name] if name in weights else tensors[name])
     for name, attention in running.named_modules():
-        for side in ("k", "v"):  # the exporter raises these scales to 1
+        for side in ("k", "v"):  # a range may come back from its scale with another last bit, as inputs' do
             if f"{name}.{side}_proj.{side}_scale" in tensors:
                 quantizer = getattr(attention, f"{side}_bmm_quantizer")
                 quantizer.amax = tensors[f"{name}.{side}_proj.{side}_scale"].float() * quantizer.maxbound
