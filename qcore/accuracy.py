@@ -20,12 +20,11 @@ BOUNDS: dict[str, dict[str, float]] = {
     "5-8 bits":       {"float32": 1e-5, "float16": 2e-3, "bfloat16": 16e-3},
     "8-bit inputs":   {"float32": 2e-5, "float16": 4e-3, "bfloat16": 24e-3},
     "4-bit inputs":   {"float32": 2e-5, "float16": 4e-3, "bfloat16": 24e-3},
-    "rounded inputs": {"float32": 3e-2, "float16": 3e-2, "bfloat16": 4e-2},
 }  # fmt: skip
 """The largest error that is allowed, by bit class and the activations' data type.
 
-A class is that of the weight's codes; of the input where the scheme quantizes it, for the definition then rounds the
-input first; and `rounded inputs` where the kernel rounds an input to 8 bits that the scheme leaves whole. The bounds are
+A class is that of the weight's codes; and of the input where it is quantized, for the definition then rounds the input
+first: as the scheme says, or as the kernel says that rounds what the scheme leaves whole (LayerKernel.rounded). The bounds are
 about twice the worst that exact products with sums in float32 showed over 1,000 layers, for any number of bits: what is
 left is the rounding of scales, weights and results to the activations' type.
 """
@@ -36,7 +35,7 @@ def bit_class(kernel: Kernel, scheme: Scheme) -> str:
     if scheme.input is not None:
         return "8-bit inputs" if scheme.input.bits > 4 else "4-bit inputs"
     if kernel.quantizes_input:
-        return "rounded inputs"
+        return "8-bit inputs"
     bits = scheme.weight.bits
     return "1-2 bits" if bits <= 2 else "3-4 bits" if bits <= 4 else "5-8 bits"
 

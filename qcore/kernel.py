@@ -67,6 +67,7 @@ class Kernel:
     ragged: it takes weights whose last group or tile is not whole.
     cost: a rough rank, about the time of decoding one token relative to a dense bfloat16 layer; the least is chosen.
     note: one sentence on what it does, shown by `explain`. implementation: `module:object`, a `LayerKernel`.
+    sources: files beside Python's that decide what it computes, as patterns in the implementation's package (`native/*`).
     """
 
     name: str
@@ -84,6 +85,7 @@ class Kernel:
     multiples: tuple[int, int] = (1, 1)
     ragged: bool = False
     architectures: tuple[str, ...] = ("*",)
+    sources: tuple[str, ...] = ()
 
     def runs_on(self, architecture: str) -> bool:
         """Whether it runs on this one of its platforms' architectures."""
@@ -102,7 +104,8 @@ class LayerKernel(Protocol):
     Its tensors are buffers, so that the model moves and counts them like any other. A linear maps [..., K] to [..., N]
     in the activations' dtype; bias and input multiplier are added by QuantizedLinear around it. An embedding maps
     integer indices [...] to [..., K]. A kv cache maps states [..., heads, head_dim] to what attention sees of them
-    (qcore.kernels.kv_cache); its weight [heads, head_dim] stands for one token.
+    (qcore.kernels.kv_cache); its weight [heads, head_dim] stands for one token. Where the row's `quantizes_input` is set,
+    `rounded(x)` gives the float32 values that an input x [..., K] stands for once the kernel has rounded it.
     """
 
     @classmethod

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qcore.elements import Group, Tile
+from qcore.elements import FlatGroup, Group, Tile
 from qcore.kernel import Kernel, Op
 from qcore.platform import Device
 from qcore.refusal import Kind, Refusal, Refused
@@ -106,7 +106,7 @@ def _refuse(kernel: Kernel, request: LayerRequest, platform: str, device: Device
                   "Another kernel takes this layer.")  # fmt: skip
     if not kernel.ragged and (cut := _ragged(request)):
         return no("shape-unsupported", "notimpl", "it does not take groups or tiles of different sizes",
-                  f"found {columns if cut.startswith('g') else f'{rows} x {columns}'}, expected whole {cut}",
+                  f"found {f'{rows} x {columns}' if cut.startswith('t') else columns}, expected whole {cut}",
                   "Another kernel takes this layer.")  # fmt: skip
     if request.dtype not in kernel.dtypes:
         return no("dtype-unsupported", "notimpl", "it does not compute in this data type",
@@ -125,8 +125,11 @@ def _refuse(kernel: Kernel, request: LayerRequest, platform: str, device: Device
 
 
 def _ragged(request: LayerRequest) -> str:
-    """The level of scales whose last group or tile is not whole, or an empty string."""
+    """The level of scales whose last group or tile is not whole, or whose flat groups cross row ends; or an empty string."""
     rows, columns = request.shape
+    finest = request.scheme.weight.granularity
+    if isinstance(finest, FlatGroup) and columns % finest.size:
+        return f"rows of flat groups of {finest.size}"
     for level in request.scheme.weight.scales:
         grid = level.granularity
         if isinstance(grid, Group) and columns % grid.size:

@@ -138,6 +138,10 @@ def test_each_of_ours_may_break_and_the_others_go_on(tmp_path: Path, name: str, 
     """The plugin's own package, shadowed by a broken one."""
     (tmp_path / f"qcore_{name}").mkdir()
     (tmp_path / f"qcore_{name}" / "__init__.py").write_text(source)
+    # An editable install of a package with compiled parts has a finder of its own, which comes before PYTHONPATH.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]\n"
+    )
     plugins = by_name(probe(tmp_path))
     assert plugins[name]["status"] == "broken" and clue in json.dumps(plugins[name]["refusal"])
     assert all(row["status"] == "loaded" for other, row in plugins.items() if other != name)

@@ -156,7 +156,7 @@ def test_every_kernel_and_scheme_has_a_bound() -> None:
     for dtype in ("float32", "float16", "bfloat16"):
         for scheme in catalogue():
             assert error_bound(REFERENCE, scheme, dtype) == BOUNDS[bit_class(REFERENCE, scheme)][dtype] > 0
-    assert bit_class(replace(REFERENCE, quantizes_input=True), INT4) == "rounded inputs"
+    assert bit_class(replace(REFERENCE, quantizes_input=True), INT4) == "8-bit inputs"
     assert bit_class(replace(REFERENCE, quantizes_input=True), Scheme.parse("W8A8-int8-dyn")) == "8-bit inputs"
 
 

@@ -42,11 +42,14 @@ def wrong_answer(
         )
     else:
         x = torch.randn(2, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
-        given = x.float()
-        if scheme.input is not None:
-            given = quantize_input(given, scheme.input, layer.input_scale, layer.input_zero, layer.order)
-        expected = torch.cat([given.double() @ weight.rows(*part).dequantize().double().t() for part in parts], -1)
     try:
+        if kernel.op != "embedding":
+            given = x.float()
+            if scheme.input is not None:
+                given = quantize_input(given, scheme.input, layer.input_scale, layer.input_zero, layer.order)
+            elif kernel.quantizes_input:
+                given = packed.rounded(given)  # type: ignore[operator]
+            expected = torch.cat([given.double() @ weight.rows(*part).dequantize().double().t() for part in parts], -1)
         got = packed(x.to(device)).cpu()
         if kernel.op != "embedding":
             got = torch.cat([got[..., start:stop] for start, stop in parts], -1)

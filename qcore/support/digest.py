@@ -1,7 +1,8 @@
 """The digest of a kernel's source: what its evidence is tied to.
 
 It covers what the row claims and the code that computes: the implementation's module and, of what it imports at run
-time, its own package, the shared kernels and the arithmetic of the waist. Nothing is imported for it.
+time, its own package, the shared kernels and the arithmetic of the waist; and the files in other languages that the row
+names. Nothing is imported for it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def source_digest(kernel: Kernel) -> str:
     module = kernel.implementation.partition(":")[0]
     claims = (kernel.op, kernel.accepts, kernel.dtypes, kernel.multiples, kernel.ragged, kernel.quantizes_input)
     digest = hashlib.sha256(repr(claims).encode())
-    sources = _sources(module)
+    sources = _sources(module) | _files(module, kernel.sources)
     for name in sorted(sources):
         digest.update(f"\n{name}\n".encode() + sources[name])
     return f"sha256:{digest.hexdigest()}" if sources else ""
@@ -46,6 +47,21 @@ def _sources(module: str) -> dict[str, bytes]:
             found[name] = source
             waiting += [i for i in _imports(name) if any(i == root or i.startswith(f"{root}.") for root in roots)]
     return found
+
+
+@cache
+def _files(module: str, patterns: tuple[str, ...]) -> dict[str, bytes]:
+    """The files of the module's top package that the patterns name, by their paths in it."""
+    folder = _folder(module.partition(".")[0]) if patterns else None
+    if folder is None:
+        return {}
+    paths = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes().replace(b"\r\n", b"\n") for path in paths}
+
+
+def _folder(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    return Path(spec.submodule_search_locations[0]) if spec is not None and spec.submodule_search_locations else None
 
 
 @cache

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from qcore.accuracy import error_bound, worst_error
-from qcore.elements import Group, Int, Tile
+from qcore.elements import FlatGroup, Group, Int, Tile
 from qcore.kernel import Kernel
 from qcore.kernels.activations import quantize_input
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
@@ -104,7 +104,18 @@ class Bench:
             return (((given / scale).round().double() + shift).clamp(-128, 127) - shift) * scale.double()
         if self.scheme.input is not None:
             given = quantize_input(given, self.scheme.input, layer.input_scale, layer.input_zero)
+        elif self.kernel.quantizes_input:
+            given = self.rounded(given)
         return given.double() @ self.weight.t()
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """What the kernel says that its rounded input stands for. Raises AssertionError where that is farther from x than half
+        of a step of its row's 8 bits."""
+        values: torch.Tensor = self.packed.rounded(x)  # type: ignore[operator]
+        step = x.abs().amax(-1, keepdim=True) / 127
+        if bool(((values - x).abs() > 0.501 * step).any()):
+            raise AssertionError(f"{self}: rounded inputs are farther off than 8 bits allow")
+        return values
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """The kernel's answer, on the CPU."""
@@ -129,6 +140,9 @@ def smallest_shape(kernel: Kernel, scheme: Scheme) -> tuple[int, int]:
     rows, columns = kernel.multiples
     columns = math.lcm(columns, smallest_columns(scheme))
     if not kernel.ragged:
+        finest = scheme.weight.granularity
+        if isinstance(finest, FlatGroup):
+            columns = math.lcm(columns, finest.size)
         for level in scheme.weight.scales:
             if isinstance(level.granularity, Group):
                 columns = math.lcm(columns, level.granularity.size)

@@ -8,6 +8,7 @@ import resource
 from pathlib import Path
 
 from qcore.platform import Device
+from qcore_cpu.library import status
 
 _MACHINES = {"x86_64": "x86_cpu", "amd64": "x86_cpu", "aarch64": "arm_cpu", "arm64": "arm_cpu"}
 
@@ -34,6 +35,9 @@ FEATURES = frozenset(
 )
 """The flags that kernels ask for, in Linux's spelling (/proc/cpuinfo)."""
 
+NATIVE = "native_kernels"
+"""The feature of a host that this package's own kernels run on: they were built, and know one of its instruction sets."""
+
 _FAST_BFLOAT16 = frozenset({"avx512f", "avx512_bf16", "amx_bf16", "bf16"})
 
 
@@ -43,6 +47,8 @@ def cpu_device(cpuinfo: str | None = None, machine: str | None = None) -> Device
     kind = (platform.machine() if machine is None else machine).lower()
     flags = _field(text, "flags") or _field(text, "Features")
     features = FEATURES & set(flags.split())
+    if cpuinfo is None and status().isa:
+        features |= {NATIVE}
     name = _field(text, "model name") or platform.processor() or kind
     return Device(
         id="cpu",

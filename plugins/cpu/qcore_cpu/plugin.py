@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qcore.hookspecs import hookimpl
 from qcore.kernel import Accepts, Kernel
 from qcore.platform import Device, Platform
-from qcore_cpu.devices import cpu_device
+from qcore_cpu.devices import NATIVE, cpu_device
+from qcore_cpu.library import ISA_VARIABLE, status
 
 QCORE_API = (1, 0)
 
 _PLATFORMS = ("x86_cpu", "arm_cpu")
 _X86 = ("x86_cpu",)
 _VECTORS = (frozenset({"avx512f"}), frozenset({"avx2", "fma"}))
+_DTYPES = ("bfloat16", "float16", "float32")
+_GROUPS = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 1024, 2048)
+_TILES = ("block32", "block64", "block128", "tile1x128", "tile64x32")
+_FLOATS = ("fp8", "e4m3", "e4m3fnuz", "e5m2", "e3m2", "e2m3")
+_BLOCKS = (32, 64, 128, 256, 512, 1024)
+_CODEBOOK_SCALES = tuple(text for n in _BLOCKS for text in (f"g{n}", f"flat{n}", f"flat{n}:dynamic8+flat{256 * n}"))
+_WHOLE_BLOCKS = ("q?_?", "tq?_?", "iq*")
+"""Block types whose codes stand for whole numbers."""
 _INT4_GROUPS = ("g32", "g64", "g128", "g256")
 
 
@@ -26,6 +36,7 @@ def qcore_platforms() -> Sequence[Platform]:
 @hookimpl
 def qcore_kernels() -> Sequence[Kernel]:
     return [
+        *_native_kernels(),
         Kernel("torch_int4pack", "torch", "linear", _X86,
                Accepts(("int4", "uint4"), _INT4_GROUPS, (None, "stored"), ordered=True),
                ("bfloat16",), cost=0.4, implementation="qcore_cpu.kernels.int4:Int4Linear",
@@ -52,6 +63,39 @@ def qcore_kernels() -> Sequence[Kernel]:
     ]  # fmt: skip
 
 
+def _native_kernels() -> Sequence[Kernel]:
+    """This package's own, in C++."""
+
+    def native(name: str, accepts: Accepts, dtypes: tuple[str, ...], cost: float, note: str,
+               implementation: str = "NativeLinear", **facts: Any) -> Kernel:  # fmt: skip
+        return Kernel(name, "native", "linear", _X86, accepts, dtypes, cost, f"qcore_cpu.kernels.native:{implementation}",
+                      note, features=(frozenset({NATIVE}),), sources=("native/*",), **{"ragged": True, **facts})  # fmt: skip
+
+    integers, zeros = ("int?", "uint?"), (None, "stored", "float")
+    scales = ("tensor", "channel", *(f"g{n}" for n in _GROUPS))
+    return [
+        native("native_linear", Accepts(integers, scales, zeros, ordered=True), _DTYPES, 0.3,
+               "weight-only integers; products and sums in float32"),
+        native("native_float", Accepts(_FLOATS, (*scales, *_TILES)), _DTYPES, 0.35,
+               "weight-only small floats; products and sums in float32"),
+        native("native_microscaling", Accepts(("e2m1", *_FLOATS), ("g32:e8m0", "g16:e4m3fn", "g16:e4m3fn+tensor")), _DTYPES, 0.35,
+               "weight-only MX and NVFP4; products and sums in float32"),
+        native("native_codebook", Accepts(("nf4", "fp4", "e2m1"), _CODEBOOK_SCALES), _DTYPES, 0.35,
+               "weight-only 4-bit codebooks, nested scales as they are; products and sums in float32", ragged=False),
+        native("native_gguf", Accepts(("gguf:*",)), _DTYPES, 0.3,
+               "ggml's blocks with their codes and scales as they are; products and sums in float32"),
+        native("native_gguf_int8", Accepts(tuple(f"gguf:{name}" for name in _WHOLE_BLOCKS)), _DTYPES, 0.25,
+               "the same, activations rounded to int8 with one scale for 16 or 32 of them", "NativeLinearInt8",
+               quantizes_input=True),
+        native("native_int8", Accepts(("int8", "uint8", "int4", "uint4"), ("tensor", "channel", "g32", "g64", "g128"), zeros,
+                                      ordered=True, inputs=("int8-token-sym-dyn", "int8-tensor-sym")),
+               ("bfloat16", "float16"), 0.5, "int8 activations; products of whole numbers, exact"),
+        native("native_linear_int8", Accepts(integers, scales, zeros, ordered=True), _DTYPES, 0.25,
+               "weight-only integers, activations rounded to int8 with one scale for 16 or 32 of them",
+               "NativeLinearInt8", quantizes_input=True),
+    ]  # fmt: skip
+
+
 @hookimpl
 def qcore_evidence() -> Path:
     return Path(__file__).with_name("evidence.json")
@@ -69,5 +113,13 @@ def qcore_report() -> Mapping[str, str]:
     return {
         "cpu": device.name,
         "instruction sets": " ".join(sorted(device.features)) or "none that kernels use",
-        "native kernels": "none in this version: torch's operators and the reference run everything",
+        "native kernels": _native_state(),
     }
+
+
+def _native_state() -> str:
+    found = status()
+    if not found.isa:
+        return f"none ({found.fault}): torch's operators and the reference run everything, more slowly"
+    others = ", ".join(found.available)
+    return f"{found.isa} (of {others}; {ISA_VARIABLE} chooses)"

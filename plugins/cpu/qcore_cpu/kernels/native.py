@@ -1,0 +1,113 @@
+"""Linear layers on the native kernels: one packed block of bytes, one operator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qcore.elements import Block, Int, PerTensor, PerToken
+from qcore.kernels.activations import quantize_input
+from qcore_cpu.packed import BLOCKS, EXACT, STATIC, TOKEN, header_of, lay_out
+from qcore_cpu.packed_blocks import block_parts_of
+from qcore_cpu.packed_elements import element_parts
+
+if TYPE_CHECKING:
+    from qcore.scheme import TensorScheme
+    from qcore.tensor import LayerTensors
+
+_BLOCK = 32
+"""Activations under one scale where kernels round them (native/linear.cpp)."""
+
+
+class NativeLinear(torch.nn.Module):
+    """y = x W^T in float32, whatever the activations' type; only the result is rounded to it.
+
+    Inputs that the scheme rounds to int8, symmetrically by token or by a stored scale, are multiplied as whole numbers. Any
+    other input scheme is applied before the product.
+    """
+
+    packed: torch.Tensor
+    input_scale: torch.Tensor | None
+    input_zero: torch.Tensor | None
+
+    def __init__(self, layer: LayerTensors, input_kind: int) -> None:
+        super().__init__()
+        given = layer.weight.scheme.input
+        self.rows = layer.weight.shape[0]
+        self.given = given if input_kind == EXACT else None
+        self.order = layer.order
+        self.register_buffer("packed", pack(layer, input_kind))
+        self.register_buffer("input_scale", layer.input_scale if self.given else None)
+        self.register_buffer("input_zero", layer.input_zero if self.given else None)
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> NativeLinear:
+        return cls(layer, _input_kind(layer))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.given is not None:
+            wide = quantize_input(x.to(torch.float32), self.given, self.input_scale, self.input_zero, self.order)
+            return self._product(wide).to(x.dtype)
+        return self._product(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.qcore_cpu.linear(_with_regular_rows(x), self.packed, self.rows)
+        return out
+
+
+class NativeLinearInt8(NativeLinear):
+    """The same with activations rounded to int8, 16 or 32 of them under one scale, where the scheme leaves them whole."""
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> NativeLinearInt8:
+        return cls(layer, BLOCKS)
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [..., K]: what x [..., K] stands for once it is rounded. Runs of columns are those of the packed order."""
+        header, columns = header_of(self.packed), x.shape[-1]
+        size = min(header.group, _BLOCK)
+        order = torch.arange(columns)
+        if header.order:
+            order = self.packed[header.order : header.order + 4 * columns].view(torch.int32).long()
+        values = x.to(torch.float32)[..., order]
+        blocks = torch.nn.functional.pad(values, (0, -columns % size)).unflatten(-1, (-1, size))
+        scale = blocks.abs().amax(-1, keepdim=True) / 127
+        scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
+        stands_for = ((blocks / scale).clamp(-128, 127).round() * scale).flatten(-2)[..., :columns]
+        return torch.empty_like(values).index_copy_(-1, order, stands_for)
+
+
+def pack(layer: LayerTensors, input_kind: int) -> torch.Tensor:
+    """uint8 [bytes]: the layer's weight for torch.ops.qcore_cpu.linear. Raises Refused (shape-unsupported,
+    contents-unsupported) where its contents are none that the kernels read."""
+    weight = layer.weight
+    parts = block_parts_of(weight) if isinstance(weight.scheme.weight.element, Block) else element_parts(weight)
+    parts.header.input = input_kind
+    if layer.input_scale is not None:
+        parts.header.input_scale = float(layer.input_scale.to(torch.float32))
+    return lay_out(parts)
+
+
+def _input_kind(layer: LayerTensors) -> int:
+    given, element = layer.weight.scheme.input, layer.weight.scheme.weight.element
+    if given is None or not isinstance(element, Int) or not _plain_int8(given) or layer.order != "dequantized":
+        return EXACT
+    if given.dynamic and isinstance(given.granularity, PerToken):
+        return TOKEN
+    return STATIC if not given.dynamic and isinstance(given.granularity, PerTensor) else EXACT
+
+
+def _plain_int8(given: TensorScheme) -> bool:
+    return (
+        given.element == Int(8, signed=True) and given.zero is None and given.outliers is None and given.bound is None
+    )
+
+
+def _with_regular_rows(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where its rows are not contiguous at one distance."""
+    if x.is_contiguous():
+        return x
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x
+    return x.contiguous()

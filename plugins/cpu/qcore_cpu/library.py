@@ -1,0 +1,81 @@
+"""The native library: found, loaded, and registered with torch as `torch.ops.qcore_cpu`.
+
+It is built with this package where a C++ compiler is there. Where it is not, or the processor has none of the instruction
+sets that it knows, `status` says so and other kernels run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ISA_VARIABLE = "QCORE_CPU_ISA"
+"""Environment variable that names the instruction set to use: one of `Status.available`."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What there is to run. isa: the instruction set that kernels use, empty where there is none. available: those that this
+    processor has, the best first. fault: why there is none."""
+
+    isa: str
+    available: tuple[str, ...]
+    fault: str = ""
+
+
+@cache
+def library_path() -> Path | None:
+    """Where the library is; None where it was not built."""
+    spec = importlib.util.find_spec("qcore_cpu._native")
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The library, without torch; None where it was not built."""
+    path = library_path()
+    if path is None:
+        return None
+    library = ctypes.CDLL(str(path))
+    library.qcore_isa.restype = library.qcore_isas.restype = library.qcore_register.restype = ctypes.c_char_p
+    library.qcore_pack_codes.restype = library.qcore_huge_pages.restype = None
+    return library
+
+
+@cache
+def status() -> Status:
+    """The instruction set in use. Imports no torch."""
+    library = load()
+    if library is None:
+        return Status("", (), "not built: no C++ compiler was there when the package was installed")
+    isa, available = library.qcore_isa().decode(), tuple(library.qcore_isas().decode().split())
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    if isa:
+        return Status(isa, available)
+    if wanted and available:
+        return Status("", available, f"{ISA_VARIABLE}={wanted} is none of {' '.join(available)}")
+    return Status("", available, "this processor has neither AVX2 nor AVX-512")
+
+
+@cache
+def register() -> ctypes.CDLL:
+    """The library with its operators in torch. Raises RuntimeError where they cannot be had."""
+    import torch
+
+    library, found = load(), status()
+    if library is None or not found.isa:
+        raise RuntimeError(f"qcore_cpu's native kernels: {found.fault}")
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    fault = library.qcore_register(str(torch_library).encode())
+    if fault is not None:
+        raise RuntimeError(f"qcore_cpu's native kernels: {fault.decode()}")
+
+    @torch.library.register_fake("qcore_cpu::linear")  # type: ignore[untyped-decorator]
+    def _linear(x: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
+        return x.new_empty(*x.shape[:-1], rows)
+
+    return library

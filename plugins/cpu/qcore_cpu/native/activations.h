@@ -1,0 +1,147 @@
+// Rows of activations made ready: widened, put into the order of the packed columns, and rounded where the product wants it.
+#pragma once
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+#include "scales.h"
+
+namespace qcore {
+namespace QCORE_ISA {
+
+// float32 [padded], with zeros behind the last column.
+inline void widen(const void* row, Float type, const Header& h, float* values) {
+  const float* wide = static_cast<const float*>(row);
+  const uint16_t* narrow = static_cast<const uint16_t*>(row);
+  auto one = [&](int64_t k) {
+    if (type == Float::kF32) return wide[k];
+    if (type == Float::kF16) return _cvtsh_ss(narrow[k]);
+    const uint32_t bits = static_cast<uint32_t>(narrow[k]) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  };
+  int64_t k = 0;
+  if (h.order) {
+    const int32_t* order = reinterpret_cast<const int32_t*>(section_at(h, h.order));
+    for (; k < h.columns; k++) values[k] = one(order[k]);
+  } else {
+    for (; k + 16 <= h.columns; k += 16)
+      store_f(values + k, type == Float::kF32 ? load_f(wide + k) : type == Float::kF16 ? widen_f16(narrow + k) : widen_bf16(narrow + k));
+    for (; k < h.columns; k++) values[k] = one(k);
+  }
+  for (; k < h.padded; k++) values[k] = 0;
+}
+
+inline float sum_of(F16 lanes) {
+  alignas(64) float values[16];
+  store_f(values, lanes);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; i++) values[i] += values[i + width];
+  return values[0];
+}
+
+// Calls f(section, begin, end).
+template <class F>
+QCORE_INLINE void each_section(const Batch& batch, int64_t padded, F&& f) {
+  for (int64_t s = 0, begin = 0; s < batch.sections; s++, begin += batch.section)
+    f(s, begin, begin + batch.section < padded ? begin + batch.section : padded);
+}
+
+inline float greatest(const float* values, int64_t begin, int64_t end) {
+  F16 most = zero_f();
+  for (int64_t k = begin; k < end; k += 16) most = max_f(most, abs_f(load_f(values + k)));
+  alignas(64) float lanes[16];
+  store_f(lanes, most);
+  float found = 0;
+  for (float lane : lanes) found = found < lane ? lane : found;
+  return found;
+}
+
+// int8 codes and their scales: the greatest magnitude of a run / steps, runs being sections or the whole row; or one that is given.
+inline void round_row(const float* values, const Header& h, const Batch& batch, int8_t* codes, float* scales) {
+  const bool blocks = h.input == Input::kBlocks;
+  const float steps = blocks ? 127.0f : 127.5f;  // of compressed-tensors, where the scheme rounds inputs
+  const int64_t span = blocks ? batch.section : h.padded;
+  for (int64_t begin = 0, s = 0; begin < h.padded; begin += span) {
+    const int64_t end = begin + span < h.padded ? begin + span : h.padded;
+    float scale = static_cast<float>(h.input_scale);
+    if (h.input != Input::kStatic) {
+      scale = greatest(values, begin, end) / steps;
+      if (scale == 0) scale = 1.1920929e-07f;  // as compressed-tensors has it; any number will do
+    }
+    const F16 divisor = all_f(scale);
+    for (int64_t k = begin; k < end; k += 16) narrow_s8(codes + k, round_f(clamp_f(div(load_f(values + k), divisor), -128, 127)));
+    for (; s < batch.sections && s * batch.section < end; s++) scales[s] = scale;
+  }
+}
+
+// Columns 0 2 1 3 of each quad.
+inline void put_pairs(const int8_t* from, int64_t count, int16_t* to) {
+  for (int64_t k = 0; k < count; k += 4) to[k] = from[k], to[k + 1] = from[k + 2], to[k + 2] = from[k + 1], to[k + 3] = from[k + 3];
+}
+
+// A row's bytes into its places in the tiles.
+inline void put_tiles(const uint8_t* row, int64_t bytes, int64_t m, int64_t steps, int64_t width, uint8_t* tiles) {
+  uint8_t* const to = tiles + m / 16 * steps * 16 * width + m % 16 * width;
+  for (int64_t step = 0, done = 0; step < steps; step++, done += width) {
+    const int64_t count = bytes - done < width ? bytes - done : width;
+    std::memcpy(to + step * 16 * width, row + done, count);
+    std::memset(to + step * 16 * width + count, 0, width - count);
+  }
+}
+
+inline void prepare(const Job& job, int64_t first, int64_t last) {
+  const Header& h = *job.weight;
+  const Batch& batch = job.batch;
+  static thread_local std::vector<float> wide;
+  static thread_local std::vector<uint16_t> narrow;
+  static thread_local std::vector<int8_t> rounded;
+  const int64_t padded = h.padded, steps = tile_steps(batch, padded);
+  for (int64_t m = first; m < last; m++) {
+    float* values = batch.values + m * padded;
+    if (batch.method != Method::kFloats) {
+      wide.resize(padded);
+      values = wide.data();
+    }
+    const int64_t bytes = job.type == Float::kF32 ? 4 : 2;
+    widen(static_cast<const char*>(job.x) + m * job.stride * bytes, job.type, h, values);
+    float* const sums = batch.sums + m * batch.sections;
+    if (!is_integer(batch.method)) {
+      each_section(batch, padded, [&](int64_t s, int64_t begin, int64_t end) {
+        F16 lanes = zero_f();
+        for (int64_t k = begin; k < end; k += 16) lanes = add(lanes, load_f(values + k));
+        sums[s] = sum_of(lanes);
+      });
+      if (batch.method == Method::kFloats) continue;
+      uint16_t* halves = batch.halves + m * padded;
+      if (in_tiles(batch.method)) {
+        narrow.resize(padded);
+        halves = narrow.data();
+      }
+      const uint16_t* high = reinterpret_cast<const uint16_t*>(values) + 1;  // values are bfloat16 ones: their low halves are zeros
+      for (int64_t k = 0; k < padded; k += 4)
+        halves[k] = high[2 * k], halves[k + 1] = high[2 * k + 4], halves[k + 2] = high[2 * k + 2], halves[k + 3] = high[2 * k + 6];
+      if (in_tiles(batch.method)) put_tiles(reinterpret_cast<const uint8_t*>(halves), 2 * padded, m, steps, batch.tile_bytes, batch.tiles);
+      continue;
+    }
+    int8_t* codes = batch.codes + m * padded;
+    if (in_tiles(batch.method)) {
+      rounded.resize(padded);
+      codes = rounded.data();
+    }
+    float* const scales = batch.scales + m * batch.sections;
+    round_row(values, h, batch, codes, scales);
+    each_section(batch, padded, [&](int64_t s, int64_t begin, int64_t end) {
+      int32_t total = 0;
+      for (int64_t k = begin; k < end; k++) total += codes[k];
+      batch.totals[m * batch.sections + s] = total;
+      sums[s] = static_cast<float>(total) * scales[s];
+    });
+    if (in_tiles(batch.method)) put_tiles(reinterpret_cast<const uint8_t*>(codes), padded, m, steps, batch.tile_bytes, batch.tiles);
+    else if (batch.pairs) put_pairs(codes, padded, batch.pairs + m * padded);
+  }
+}
+
+}  // namespace QCORE_ISA
+}  // namespace qcore

@@ -1,0 +1,123 @@
+// ggml's block types whose codes name tuples of a grid: a panel of them becomes 8-bit codes and float scales before it is
+// multiplied. Layouts: ggml's src/ggml-common.h; the definition is qcore/blocks/iq.py.
+#pragma once
+#include "codes.h"
+
+namespace qcore {
+namespace QCORE_ISA {
+
+struct Grid {
+  const uint8_t* row;       // a row of blocks
+  const uint64_t* tuples;
+  uint8_t* codes;           // of the panel, at this row: quad q is at 64 q
+  float* scales;            // of the panel, at this row: group g is at 16 g
+
+  void put(int64_t place, uint64_t tuple) const {  // eight codes from column 8 * place
+    std::memcpy(codes + 128 * place, &tuple, 4);
+    const uint32_t high = static_cast<uint32_t>(tuple >> 32);
+    std::memcpy(codes + 128 * place + 64, &high, 4);
+  }
+};
+
+template <class T>
+QCORE_INLINE T read(const uint8_t* p) {
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
+QCORE_INLINE float half_at(const uint8_t* p) { return _cvtsh_ss(read<uint16_t>(p)); }
+
+// All bits of byte i set where bit i of `signs` (8 bits) is.
+QCORE_INLINE uint64_t spread_bits(uint64_t signs) {
+  const uint64_t each = signs * 0x0101010101010101ull & 0x8040201008040201ull;  // bit i in byte i
+  return (((each + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull) * 0xff;
+}
+
+// The codes of a tuple, none of them 0, with a minus where the bit is set.
+QCORE_INLINE uint64_t with_signs(uint64_t tuple, uint32_t signs) {
+  const uint64_t minus = spread_bits(signs);
+  return (tuple ^ minus) + (minus & 0x0101010101010101ull);
+}
+
+// Seven signs; the eighth makes the number of minus signs even.
+QCORE_INLINE uint32_t with_parity(uint32_t signs) { return signs | static_cast<uint32_t>(__builtin_parity(signs)) << 7; }
+
+inline void spread_iq2_xxs(const Grid& grid, int64_t blocks) {
+  for (int64_t b = 0; b < blocks; b++) {
+    const uint8_t* block = grid.row + 66 * b;
+    const float d = half_at(block) * 0.125f;
+    for (int run = 0; run < 8; run++) {
+      const uint8_t* indices = block + 2 + 8 * run;
+      const uint32_t word = read<uint32_t>(indices + 4);
+      for (int i = 0; i < 4; i++)
+        grid.put(32 * b + 4 * run + i, with_signs(grid.tuples[indices[i]], with_parity(word >> 7 * i & 127)));
+      grid.scales[16 * (8 * b + run)] = d * static_cast<float>(2 * (word >> 28) + 1);
+    }
+  }
+}
+
+inline void spread_iq2_xs(const Grid& grid, int64_t blocks) {
+  for (int64_t b = 0; b < blocks; b++) {
+    const uint8_t* block = grid.row + 74 * b;
+    const float d = half_at(block) * 0.125f;
+    for (int i = 0; i < 32; i++) {
+      const uint32_t word = read<uint16_t>(block + 2 + 2 * i);
+      grid.put(32 * b + i, with_signs(grid.tuples[word & 511], with_parity(word >> 9)));
+    }
+    for (int run = 0; run < 16; run++)
+      grid.scales[16 * (16 * b + run)] = d * static_cast<float>(2 * (block[66 + run / 2] >> 4 * (run % 2) & 15) + 1);
+  }
+}
+
+inline void spread_iq1_s(const Grid& grid, int64_t blocks) {
+  for (int64_t b = 0; b < blocks; b++) {
+    const uint8_t* block = grid.row + 50 * b;
+    const float d = half_at(block) * 0.125f;
+    for (int run = 0; run < 8; run++) {
+      const uint32_t word = read<uint16_t>(block + 34 + 2 * run), shift = word >> 15 << 11;
+      for (int i = 0; i < 4; i++)
+        grid.put(32 * b + 4 * run + i, grid.tuples[shift | (word >> 3 * i & 7) << 8 | block[2 + 4 * run + i]]);
+      grid.scales[16 * (8 * b + run)] = d * static_cast<float>(2 * (word >> 12 & 7) + 1);
+    }
+  }
+}
+
+inline void spread_iq1_m(const Grid& grid, int64_t blocks) {
+  for (int64_t b = 0; b < blocks; b++) {
+    const uint8_t* block = grid.row + 56 * b;
+    uint32_t words[4], bits = 0;
+    for (int i = 0; i < 4; i++) words[i] = read<uint16_t>(block + 48 + 2 * i), bits |= words[i] >> 12 << 4 * i;
+    const float d = _cvtsh_ss(static_cast<uint16_t>(bits)) * 0.125f;
+    for (int i = 0; i < 32; i++) {
+      const uint32_t high = block[32 + i / 2] >> 4 * (i % 2) & 15;
+      grid.put(32 * b + i, grid.tuples[(high & 8) << 8 | (high & 7) << 8 | block[i]]);
+    }
+    for (int run = 0; run < 16; run++)
+      grid.scales[16 * (16 * b + run)] = d * static_cast<float>(2 * (words[run / 4] >> 3 * (run % 4) & 7) + 1);
+  }
+}
+
+// codes: padded * 16 bytes, as of Code::kInt8; scales: [groups][16]. Rows beyond the weight's are zeros.
+inline void spread_grid(const Header& h, int64_t panel, uint8_t* codes, float* scales) {
+  const uint8_t* base = reinterpret_cast<const uint8_t*>(&h);
+  const int64_t first = panel * kPanel, rows = h.rows - first < kPanel ? h.rows - first : kPanel;
+  const int64_t blocks = h.columns / 256, row_bytes = blocks * grid_block_bytes(h.code);
+  if (rows < kPanel) {
+    std::memset(codes, 0, h.padded * kPanel);
+    std::memset(scales, 0, h.groups * kPanel * sizeof(float));
+  }
+  for (int64_t row = 0; row < rows; row++) {
+    const Grid grid{base + h.codes + (first + row) * row_bytes, reinterpret_cast<const uint64_t*>(base + h.table), codes + 4 * row,
+                    scales + row};
+    switch (h.code) {
+      case Code::kIQ2XXS: spread_iq2_xxs(grid, blocks); break;
+      case Code::kIQ2XS: spread_iq2_xs(grid, blocks); break;
+      case Code::kIQ1S: spread_iq1_s(grid, blocks); break;
+      default: spread_iq1_m(grid, blocks);
+    }
+  }
+}
+
+}  // namespace QCORE_ISA
+}  // namespace qcore

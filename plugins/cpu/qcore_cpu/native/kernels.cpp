@@ -1,0 +1,135 @@
+// The kernels of one instruction set: compiled once for each, with QCORE_ISA as its name.
+#include "kernels.h"
+
+#include <vector>
+
+#include "activations.h"
+#include "exact.h"
+#include "grids.h"
+#include "integer.h"
+#ifdef __AVX512BF16__
+#include "halves.h"
+#endif
+#ifdef __AMX_TILE__
+#include "tiles.h"
+#endif
+
+#define QCORE_TEXT2(x) #x
+#define QCORE_TEXT(x) QCORE_TEXT2(x)
+#define QCORE_JOIN2(a, b) a##b
+#define QCORE_JOIN(a, b) QCORE_JOIN2(a, b)
+
+namespace qcore {
+namespace QCORE_ISA {
+namespace {
+
+constexpr int kRowsAtOnce = 4;  // kernels exist for 1, 2 and 4 rows
+
+using RowsKernel = void (*)(const Strip&, const Batch&, int64_t, float*);
+
+// The kernels of some codes; each function gives null for any other.
+template <Code... codes>
+struct Choices {
+  static RowsKernel exact(Code code, int64_t rows) {
+    RowsKernel found = nullptr;
+    ((code == codes ? void(found = rows == 1 ? exact_rows<codes, 1> : rows == 2 ? exact_rows<codes, 2> : exact_rows<codes, 4>) : void()), ...);
+    return found;
+  }
+  static RowsKernel integer(Code code, int64_t rows) {
+    RowsKernel found = nullptr;
+    ((code == codes ? void(found = rows == 1 ? integer_rows<codes, 1> : rows == 2 ? integer_rows<codes, 2> : integer_rows<codes, 4>) : void()), ...);
+    return found;
+  }
+#ifdef __AVX512BF16__
+  static RowsKernel halves(Code code, int64_t rows) {
+    RowsKernel found = nullptr;
+    ((code == codes ? void(found = rows == 1 ? half_rows<codes, 1> : rows == 2 ? half_rows<codes, 2> : half_rows<codes, 4>) : void()), ...);
+    return found;
+  }
+#endif
+};
+using Whole = Choices<Code::kInt1, Code::kInt2, Code::kInt3, Code::kInt4, Code::kInt5, Code::kInt6, Code::kInt7, Code::kInt8, Code::kTable3,
+                      Code::kTable4>;
+using SmallFloats = Choices<Code::kE4M3, Code::kE4M3Fnuz, Code::kE5M2, Code::kE3M2, Code::kE2M3>;
+
+RowsKernel choose(Code code, Method method, int64_t rows) {
+  if (method == Method::kIntegers) return Whole::integer(code, rows);
+#ifdef __AVX512BF16__
+  if (method == Method::kHalves) {
+    const RowsKernel found = Whole::halves(code, rows);
+    return found ? found : SmallFloats::halves(code, rows);
+  }
+#endif
+  const RowsKernel found = Whole::exact(code, rows);
+  return found ? found : SmallFloats::exact(code, rows);
+}
+
+// One row of a panel's results, in the type of the output.
+void store(const Job& job, int64_t row, int64_t panel, const float* values) {
+  const int64_t first = panel * kPanel, place = row * job.weight->rows + first;
+  const int64_t count = job.weight->rows - first < kPanel ? job.weight->rows - first : kPanel;
+  alignas(64) uint16_t narrow[16];
+  if (job.type == Float::kF32) {
+    std::memcpy(static_cast<float*>(job.out) + place, values, count * sizeof(float));
+    return;
+  }
+  if (job.type == Float::kF16) narrow_f16(narrow, load_f(values));
+  else narrow_bf16(narrow, load_f(values));
+  std::memcpy(static_cast<uint16_t*>(job.out) + place, narrow, count * sizeof(uint16_t));
+}
+
+void multiply(const Job& job, int64_t first, int64_t last) {
+#ifdef __AMX_TILE__
+  if (in_tiles(job.batch.method)) return multiply_tiles(job, first, last, store);
+#endif
+  const Header& h = *job.weight;
+  const int64_t cells = h.groups * kPanel;
+  static thread_local std::vector<float> spread;
+  static thread_local std::vector<uint8_t> expanded;
+  spread.resize(2 * cells);
+  float* const scales = spread.data();
+  float* const offsets = h.offset == Offset::kNone ? nullptr : scales + cells;
+  const bool grid = is_grid(h.code), before = before_scaling(h.offset);
+  if (grid) expanded.resize(h.padded * kPanel);
+  const Code code = grid ? Code::kInt8 : h.code;
+  const float* const table = is_table(code) ? reinterpret_cast<const float*>(section_at(h, h.table)) : nullptr;
+  alignas(64) float out[kRowsAtOnce * kPanel];
+  for (int64_t panel = first; panel < last; panel++) {
+    const uint8_t* codes = section_at(h, h.codes) + panel * panel_bytes(h);
+    if (grid) {
+      spread_grid(h, panel, expanded.data(), scales);
+      codes = expanded.data();
+    } else {
+      spread_scales(h, panel, scales);
+      if (offsets) spread_offsets(h, panel, offsets);
+    }
+    const Strip strip{h, codes, scales, before ? offsets : nullptr, before ? nullptr : offsets, table};
+    for (int64_t row = 0, rows; row < job.batch.rows; row += rows) {
+      const int64_t left = job.batch.rows - row;
+      rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      choose(code, job.batch.method, rows)(strip, job.batch, row, out);
+      for (int64_t m = 0; m < rows; m++) store(job, row + m, panel, out + kPanel * m);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace QCORE_ISA
+
+const Kernels* QCORE_JOIN(kernels_, QCORE_ISA)() {
+  using namespace QCORE_ISA;
+#ifdef __AVX512BF16__
+  constexpr bool halves = true;
+#else
+  constexpr bool halves = false;
+#endif
+#ifdef __AMX_TILE__
+  constexpr int64_t tiles_from = 4;
+#else
+  constexpr int64_t tiles_from = 0;
+#endif
+  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), halves, Dot<8>::pairs, tiles_from, prepare, multiply};
+  return &kernels;
+}
+
+}  // namespace qcore

@@ -1,0 +1,65 @@
+// What one instruction set's kernels are asked: to make rows of activations ready, and to multiply them by a run of panels.
+#pragma once
+#include "packed.h"
+
+namespace qcore {
+
+enum class Float : int64_t { kF32 = 0, kF16, kBF16 };
+
+// How rows are multiplied, and so what becomes of them first.
+enum class Method : int64_t {
+  kFloats,         // float32 by float32
+  kHalves,         // bfloat16 by bfloat16, where activations are that; both sides exact
+  kIntegers,       // int8 by int8
+  kHalfTiles,      // as kHalves, by tiles of 16 x 16
+  kIntegerTiles,   // as kIntegers, by tiles of 16 x 16
+};
+
+inline bool is_integer(Method method) { return method == Method::kIntegers || method == Method::kIntegerTiles; }
+inline bool in_tiles(Method method) { return method == Method::kHalfTiles || method == Method::kIntegerTiles; }
+
+// Rows of activations, made ready once a call and read by every thread. `padded` is the weight's.
+struct Batch {
+  Method method;
+  int64_t rows;
+  int64_t section;        // columns of a section: of a group of the weight, or of a part of one
+  int64_t sections;
+  int64_t tile_bytes;     // of a row of a tile: 64, or fewer where sections are shorter
+  float* values;          // [rows][padded]: kFloats
+  uint16_t* halves;       // [rows][padded], bfloat16, of each quad columns 0 2 1 3: kHalves
+  int8_t* codes;          // [rows][padded]: kIntegers
+  int16_t* pairs;         // [rows][padded], of each quad columns 0 2 1 3; where 8-bit products are made of 16-bit ones
+  uint8_t* tiles;         // [rows / 16][steps][16][tile_bytes]: halves or codes; nothing behind the last row
+  float* scales;          // [rows][sections], of codes
+  int32_t* totals;        // [rows][sections], sums of codes
+  float* sums;            // [rows][sections], sums of what the rows stand for
+};
+
+// Columns that a row of a tile holds, and how many tiles a row of the weight takes.
+inline int64_t tile_columns(const Batch& batch) { return batch.method == Method::kHalfTiles ? batch.tile_bytes / 2 : batch.tile_bytes; }
+inline int64_t tile_steps(const Batch& batch, int64_t padded) { return (padded + tile_columns(batch) - 1) / tile_columns(batch); }
+
+struct Job {
+  const Header* weight;
+  Batch batch;
+  const void* x;          // rows `stride` elements apart
+  int64_t stride;
+  void* out;              // [rows][Header::rows]
+  Float type;             // of x and out
+};
+
+struct Kernels {
+  const char* name;
+  bool has_halves;        // kHalves
+  bool has_pairs;         // integer products of 8-bit codes read Batch::pairs
+  int64_t tiles_from;     // rows from which tiles are used; 0 where there are none
+  void (*prepare)(const Job& job, int64_t first_row, int64_t last_row);
+  void (*multiply)(const Job& job, int64_t first_panel, int64_t last_panel);
+};
+
+const Kernels* kernels_avx2();
+const Kernels* kernels_avxvnni();
+const Kernels* kernels_avx512();
+const Kernels* kernels_amx();
+
+}  // namespace qcore

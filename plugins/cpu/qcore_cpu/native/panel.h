@@ -1,0 +1,83 @@
+// One panel made ready, and the walk over its columns that the kernels for few rows share.
+#pragma once
+#include "kernels.h"
+#include "scales.h"
+
+namespace qcore {
+namespace QCORE_ISA {
+
+// One panel, its scales spread.
+struct Strip {
+  const Header& h;
+  const uint8_t* codes;
+  const float* scales;
+  const float* zeros;    // of each group, negated; null where there are none
+  const float* offsets;  // the same
+  const float* table;
+};
+
+QCORE_INLINE int32_t word_at(const void* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return word;
+}
+
+// What comes about 1.5 KiB behind a chunk.
+template <int bits>
+QCORE_INLINE void prefetch(const uint8_t* chunk) {
+  for (int line = 0; line < bits; line++) _mm_prefetch(reinterpret_cast<const char*>(chunk) + 1536 + 64 * line, _MM_HINT_T0);
+}
+
+// Calls multiply(chunk, column, first, count) for the chunks of a panel in turn, `column` being that of the chunk's beginning; first
+// and count are constants: the whole chunk, or one of its halves. Calls end(section, group) behind each section.
+template <int bits, class Multiply, class End>
+QCORE_INLINE void walk(const Strip& strip, const Batch& batch, Multiply&& multiply, End&& end) {
+  using std::integral_constant;
+  const Header& h = strip.h;
+  const uint8_t* chunk = strip.codes;
+  int64_t s = 0, column = 0;
+  if (batch.section < kChunk) {
+    for (; s < batch.sections; column += kChunk, chunk += 64 * bits) {
+      prefetch<bits>(chunk);
+      multiply(chunk, column, integral_constant<int, 0>{}, integral_constant<int, 16>{});
+      end(s, s * batch.section / h.group);
+      if (++s == batch.sections) break;
+      multiply(chunk, column, integral_constant<int, 16>{}, integral_constant<int, 16>{});
+      end(s, s * batch.section / h.group);
+      s++;
+    }
+    return;
+  }
+  for (; s < batch.sections; s++) {
+    const int64_t stop = column + batch.section < h.padded ? column + batch.section : h.padded;
+    for (; column < stop; column += kChunk, chunk += 64 * bits) {
+      prefetch<bits>(chunk);
+      multiply(chunk, column, integral_constant<int, 0>{}, integral_constant<int, 32>{});
+    }
+    end(s, s * batch.section / h.group);
+  }
+}
+
+// Parts that the sum of a row has, so that one addition need not wait for the one before.
+#ifdef __AVX512F__
+constexpr int parts_of(int rows) { return rows == 1 ? 4 : rows <= 4 ? 2 : 1; }
+#else
+constexpr int parts_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+#endif
+
+// The end of a section whose products were summed in float32: total += (sum + zero * x) * scale + offset * x, x being the sum of
+// the section's input.
+template <int M, int parts>
+QCORE_INLINE void add_section(const Strip& strip, int64_t g, const float (&inputs)[M], F16 (&sum)[M][parts], F16 (&total)[M]) {
+  const F16 scale = load_f(strip.scales + 16 * g);
+  for (int m = 0; m < M; m++) {
+    for (int p = 1; p < parts; p++) sum[m][0] = add(sum[m][0], sum[m][p]);
+    if (strip.zeros) sum[m][0] = fma(load_f(strip.zeros + 16 * g), all_f(inputs[m]), sum[m][0]);
+    total[m] = fma(sum[m][0], scale, total[m]);
+    if (strip.offsets) total[m] = fma(load_f(strip.offsets + 16 * g), all_f(inputs[m]), total[m]);
+    for (int p = 0; p < parts; p++) sum[m][p] = zero_f();
+  }
+}
+
+}  // namespace QCORE_ISA
+}  // namespace qcore

@@ -1,0 +1,98 @@
+// Scales and offsets of a panel as float32 [groups][16], from whatever they are stored in.
+#pragma once
+#include "codes.h"
+
+namespace qcore {
+namespace QCORE_ISA {
+
+QCORE_INLINE const uint8_t* section_at(const Header& h, int64_t offset) { return reinterpret_cast<const uint8_t*>(&h) + offset; }
+
+template <class Read>
+QCORE_INLINE void each_group(const Header& h, float* out, Read&& read) {
+  for (int64_t g = 0; g < h.groups; g++) store_f(out + 16 * g, read(g));
+}
+
+inline void spread_floats(const Header& h, Scale type, const uint8_t* stored, float* out) {
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(stored);
+  if (type == Scale::kF32) return each_group(h, out, [&](int64_t g) QCORE_INSIDE { return load_f(reinterpret_cast<const float*>(stored) + 16 * g); });
+  if (type == Scale::kF16) return each_group(h, out, [&](int64_t g) QCORE_INSIDE { return widen_f16(halves + 16 * g); });
+  each_group(h, out, [&](int64_t g) QCORE_INSIDE { return widen_bf16(halves + 16 * g); });
+}
+
+inline int64_t bytes_of(Scale type) { return type == Scale::kF32 ? 4 : type == Scale::kF16 || type == Scale::kBF16 ? 2 : 1; }
+
+inline void spread_scales(const Header& h, int64_t panel, float* out) {
+  const int64_t first = panel * h.groups * kPanel;
+  const uint8_t* stored = section_at(h, h.scales) + first * bytes_of(h.scale);
+  switch (h.scale) {
+    case Scale::kF32:
+    case Scale::kF16:
+    case Scale::kBF16:
+      return spread_floats(h, h.scale, stored, out);
+    case Scale::kE8M0:  // 2^-127 is no normal float32
+      return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
+        const I16 exponent = widen_u8(stored + 16 * g);
+        return where_zero(exponent, as_float(all_i(1 << 22)), as_float(sll(exponent, 23)));
+      });
+    case Scale::kE4M3:
+      return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
+        return mul(small_float<4, 3, 7>(widen_u8(stored + 16 * g)), all_f(static_cast<float>(h.tensor_scale)));
+      });
+    case Scale::kRuns:
+    case Scale::kNibbles: {
+      const bool nibbles = h.scale == Scale::kNibbles;
+      const int64_t runs = 256 / h.group, supers = (h.groups + runs - 1) / runs;
+      const uint16_t* super = reinterpret_cast<const uint16_t*>(section_at(h, h.super_scales)) + panel * supers * kPanel;
+      return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
+        const uint8_t* codes = stored + 16 * g;
+        const I16 wide = nibbles ? widen_u8(codes) & all_i(15) : widen_s8(reinterpret_cast<const int8_t*>(codes));
+        return mul(mul(to_float(wide), widen_f16(super + 16 * (g / runs))), all_f(static_cast<float>(h.tensor_scale)));
+      });
+    }
+    case Scale::kTable8: {
+      const float* table = reinterpret_cast<const float*>(section_at(h, h.table)) + 16;
+      const int64_t supers = (h.groups + h.coarse_group - 1) / h.coarse_group;
+      const float* super = reinterpret_cast<const float*>(section_at(h, h.super_scales)) + panel * supers * kPanel;
+      return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
+        const F16 fine = as_float(gather(table, widen_u8(stored + 16 * g)));
+        return add(mul(fine, load_f(super + 16 * (g / h.coarse_group))), all_f(static_cast<float>(h.shift)));
+      });
+    }
+  }
+}
+
+inline bool before_scaling(Offset offset) { return offset == Offset::kZeroU8 || offset == Offset::kZeroS8; }
+
+inline void spread_offsets(const Header& h, int64_t panel, float* out) {
+  const int64_t first = panel * h.groups * kPanel;
+  const uint8_t* stored = section_at(h, h.offsets);
+  switch (h.offset) {
+    case Offset::kNone:
+      return;
+    case Offset::kZeroU8:
+      return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
+        return to_float(sub(zero_i(), widen_u8(stored + first + 16 * g)));
+      });
+    case Offset::kZeroS8:
+      return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
+        const int8_t* codes = reinterpret_cast<const int8_t*>(stored) + first + 16 * g;
+        return to_float(sub(zero_i(), widen_s8(codes)));
+      });
+    case Offset::kFloat:
+      return spread_floats(h, h.scale, stored + first * bytes_of(h.scale), out);
+    case Offset::kRuns:
+    case Offset::kNibbles: {
+      const bool nibbles = h.offset == Offset::kNibbles;
+      const uint8_t* from = nibbles ? section_at(h, h.scales) : stored;
+      const int64_t runs = 256 / h.group, supers = (h.groups + runs - 1) / runs;
+      const uint16_t* super = reinterpret_cast<const uint16_t*>(section_at(h, h.super_offsets)) + panel * supers * kPanel;
+      return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
+        const I16 code = widen_u8(from + first + 16 * g);
+        return mul(to_float(sub(zero_i(), nibbles ? srl(code, 4) : code)), widen_f16(super + 16 * (g / runs)));
+      });
+    }
+  }
+}
+
+}  // namespace QCORE_ISA
+}  // namespace qcore

@@ -1,0 +1,21 @@
+// Work on torch's own threads: its OpenMP runtime is found in the process, so that there is one pool, with one size.
+#pragma once
+#include <cstdint>
+
+namespace qcore {
+
+// Finds the runtime among the libraries that `library`, an open handle of torch's, was linked with.
+void find_threads(void* library);
+
+// Threads that torch would use for a loop that begins here; 1 inside of one.
+int threads();
+
+// Calls work(context, first, last) for parts of 0 .. count - 1, which are taken `step` at a time by whoever is free.
+void parallel(int64_t count, int64_t step, void (*work)(void* context, int64_t first, int64_t last), void* context);
+
+template <class F>
+void parallel(int64_t count, int64_t step, F&& f) {
+  parallel(count, step, [](void* context, int64_t first, int64_t last) { (*static_cast<F*>(context))(first, last); }, &f);
+}
+
+}  // namespace qcore

@@ -1,0 +1,273 @@
+// Many rows by many panels on AMX: codes of a block of panels are unpacked into the cache once, as bfloat16 or int8, and used by
+// every row. Products of a section are exact or in float32, and scaled in float32 as they leave the tiles.
+#pragma once
+#include <vector>
+
+#include "grids.h"
+#include "integer.h"
+#include "panel.h"
+#include "words.h"
+
+namespace qcore {
+namespace QCORE_ISA {
+
+constexpr int64_t kPanelsOfABlock = 16;
+constexpr int64_t kColumnsOfABlock = 1024;
+
+// Rows of B, 64 bytes each: 16 panel rows x 2 bfloat16, or x 4 int8. `columns` are whole chunks.
+using Unpack = void (*)(const Strip& strip, int64_t first_column, int64_t columns, uint8_t* out, uint8_t* rest);
+
+template <Code code>
+void unpack_halves(const Strip& strip, int64_t first, int64_t columns, uint8_t* out, uint8_t* rest) {
+  constexpr int bits = code_bits(code);
+  const Words<code> words(strip.h, strip.table);
+  const uint8_t* chunk = strip.codes + first / kChunk * 64 * bits;
+  for (int64_t done = 0; done < columns; done += kChunk, chunk += 64 * bits, out += 1024) {
+    prefetch<bits>(chunk);
+    each_pair<code, 0, 16>(chunk, [&](__m512i lanes, auto pair) QCORE_INSIDE {
+      _mm512_storeu_si512(out + 64 * pair, words(lanes));
+      if constexpr (is_table(code))
+        if (rest) _mm512_storeu_si512(rest + 64 * pair, words.left_over(lanes));
+    });
+    if (rest) rest += 1024;
+  }
+}
+
+// Narrow integers have Header::zero subtracted, so that all are signed.
+template <Code code>
+void unpack_bytes(const Strip& strip, int64_t first, int64_t columns, uint8_t* out, uint8_t*) {
+  constexpr int bits = code_bits(code);
+  const Bytes bytes(is_table(code) ? strip.table : nullptr);
+  const __m512i zero = _mm512_set1_epi8(static_cast<char>(strip.h.zero));
+  const uint8_t* chunk = strip.codes + first / kChunk * 64 * bits;
+  for (int64_t done = 0; done < columns; done += kChunk, chunk += 64 * bits, out += 512) {
+    prefetch<bits>(chunk);
+    unroll<8>([&](auto t) QCORE_INSIDE {
+      I16 codes = quad<bits, t>(chunk);
+      if constexpr (is_table(code)) codes = bytes(codes);
+      else if constexpr (bits < 8) codes.v = _mm512_sub_epi8(codes.v, zero);
+      _mm512_storeu_si512(out + 64 * t, codes.v);
+    });
+  }
+}
+
+template <Code... codes>
+struct Unpackers {
+  static Unpack halves(Code code) {
+    Unpack found = nullptr;
+    ((code == codes ? void(found = unpack_halves<codes>) : void()), ...);
+    return found;
+  }
+  static Unpack bytes(Code code) {
+    Unpack found = nullptr;
+    ((code == codes ? void(found = unpack_bytes<codes>) : void()), ...);
+    return found;
+  }
+};
+
+inline Unpack unpacker(Code code, bool integers) {
+  using Whole = Unpackers<Code::kInt1, Code::kInt2, Code::kInt3, Code::kInt4, Code::kInt5, Code::kInt6, Code::kInt7, Code::kInt8,
+                          Code::kTable3, Code::kTable4>;
+  using Rest = Unpackers<Code::kE4M3, Code::kE4M3Fnuz, Code::kE5M2, Code::kE3M2, Code::kE2M3>;
+  if (integers) return Whole::bytes(code);
+  const Unpack found = Whole::halves(code);
+  return found ? found : Rest::halves(code);
+}
+
+// Tiles 0 to 3 are C, 4 and 5 are A, 6 and 7 are B.
+inline void configure_tiles(int64_t tile_bytes) {
+  struct alignas(64) Config {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int tile = 0; tile < 8; tile++) {
+    config.rows[tile] = 16;
+    config.bytes[tile] = 64;
+  }
+  for (int a : {4, 5}) config.bytes[a] = static_cast<uint16_t>(tile_bytes);
+  for (int b : {6, 7}) config.rows[b] = static_cast<uint8_t>(tile_bytes / 4);
+  __asm__ volatile("" ::"m"(config) : "memory");  // GCC 12 drops the stores otherwise
+  _tile_loadconfig(&config);
+}
+
+// One panel of a block: where its unpacked codes are, and its scales.
+struct Side {
+  const uint8_t* codes;
+  const uint8_t* rest;  // null where there is none
+  Strip strip;
+};
+
+// C tiles of two blocks of rows by two panels; either may be one. sums: [2][2][16][16] float32, of blocks of rows, then panels.
+template <bool integers>
+struct Corner {
+  const Batch& batch;
+  int64_t steps;         // tiles of a row of the weight
+  float zero;            // what is still to be subtracted from integers
+  alignas(64) float products[4][256];
+
+  template <int rows, int panels>
+  QCORE_INLINE void multiply_step(const uint8_t* const (&a)[2], const uint8_t* const (&b)[2]) {
+    const int64_t stride = batch.tile_bytes;
+    _tile_loadd(4, a[0], stride);
+    if constexpr (rows == 2) _tile_loadd(5, a[1], stride);
+    _tile_loadd(6, b[0], 64);
+    if constexpr (panels == 2) _tile_loadd(7, b[1], 64);
+    if constexpr (integers) {
+      _tile_dpbssd(0, 4, 6);
+      if constexpr (panels == 2) _tile_dpbssd(1, 4, 7);
+      if constexpr (rows == 2) _tile_dpbssd(2, 5, 6);
+      if constexpr (rows == 2 && panels == 2) _tile_dpbssd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (panels == 2) _tile_dpbf16ps(1, 4, 7);
+      if constexpr (rows == 2) _tile_dpbf16ps(2, 5, 6);
+      if constexpr (rows == 2 && panels == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+
+  // The sections first .. last - 1. `row` is the first of the blocks of 16 rows; codes of `sides` begin at column `base`.
+  template <int rows, int panels>
+  void multiply(const Header& h, const Side* sides, int64_t row, int64_t base, int64_t first, int64_t last, float* sums) {
+    const int64_t width = tile_columns(batch), tile = 16 * batch.tile_bytes, step_bytes = 16 * batch.tile_bytes;
+    const uint8_t* const a_rows = batch.tiles + row / 16 * steps * tile;
+    for (int64_t s = first; s < last; s++) {
+      const int64_t begin = s * batch.section, stop = begin + batch.section < h.padded ? begin + batch.section : h.padded;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t column = begin; column < stop; column += width) {
+        const uint8_t* const at = a_rows + column / width * tile;
+        const uint8_t* const a[2] = {at, at + (rows == 2 ? steps * tile : 0)};
+        const int64_t place = (column - base) / width * step_bytes;
+        const uint8_t* const b[2] = {sides[0].codes + place, sides[panels - 1].codes + place};
+        multiply_step<rows, panels>(a, b);
+        if (sides[0].rest) {
+          const uint8_t* const left[2] = {sides[0].rest + place, sides[panels - 1].rest + place};
+          multiply_step<rows, panels>(a, left);
+        }
+      }
+      _tile_stored(0, products[0], 64);
+      if constexpr (panels == 2) _tile_stored(1, products[1], 64);
+      if constexpr (rows == 2) _tile_stored(2, products[2], 64);
+      if constexpr (rows == 2 && panels == 2) _tile_stored(3, products[3], 64);
+      for (int r = 0; r < rows; r++)
+        for (int p = 0; p < panels; p++) scale(sides[p].strip, row + 16 * r, s, products[2 * r + p], sums + 256 * (2 * r + p));
+    }
+  }
+
+  // sums += products of a section, scaled.
+  QCORE_INLINE void scale(const Strip& strip, int64_t row, int64_t s, const float* from, float* sums) {
+    const int64_t g = s * batch.section / strip.h.group, count = batch.rows - row < 16 ? batch.rows - row : 16;
+    const F16 scale = load_f(strip.scales + 16 * g);
+    const int64_t at = row * batch.sections + s;
+    const bool plain = !strip.zeros && !strip.offsets && zero == 0;
+    for (int64_t m = 0; m < count; m++) {
+      const int64_t place = at + m * batch.sections;
+      F16 value = load_f(from + 16 * m), own = scale;
+      if constexpr (integers) {
+        value = to_float(as_int(value));
+        own = mul(scale, all_f(batch.scales[place]));
+      }
+      F16 sum = load_f(sums + 16 * m);
+      if (plain) {
+        sum = fma(value, own, sum);
+      } else {
+        const float inputs = integers ? static_cast<float>(batch.totals[place]) : batch.sums[place];
+        if constexpr (integers) value = fma(all_f(-zero), all_f(inputs), value);
+        if (strip.zeros) value = fma(load_f(strip.zeros + 16 * g), all_f(inputs), value);
+        sum = fma(value, own, sum);
+        if (strip.offsets) sum = fma(load_f(strip.offsets + 16 * g), all_f(batch.sums[place]), sum);
+      }
+      store_f(sums + 16 * m, sum);
+    }
+  }
+};
+
+// Everything that a thread needs for a block of panels, kept from one call to the next.
+struct TileMemory {
+  std::vector<uint8_t> codes, rest, expanded;
+  std::vector<float> spread, sums;
+};
+
+using Store = void (*)(const Job& job, int64_t row, int64_t panel, const float* values);
+
+// The panels first .. last - 1, at most kPanelsOfABlock of them.
+template <bool integers>
+void multiply_block(const Job& job, int64_t first, int64_t last, TileMemory& memory, Store store) {
+  const Header& h = *job.weight;
+  const Batch& batch = job.batch;
+  const bool grid = is_grid(h.code), before = before_scaling(h.offset);
+  const Code code = grid ? Code::kInt8 : h.code;
+  const Unpack unpack = unpacker(code, integers);
+  const float* const table = is_table(code) ? reinterpret_cast<const float*>(section_at(h, h.table)) : nullptr;
+  const bool twice = !integers && is_table(code) && Words<Code::kTable4>(h, table).inexact;
+  const int64_t panels = last - first, groups = h.groups * kPanel;
+  const int64_t whole = batch.section < kColumnsOfABlock ? kColumnsOfABlock / batch.section * batch.section : batch.section;
+  // A tile may reach behind the last column: activations are zeros there, and whatever B holds does not count.
+  const int64_t columns = whole < h.padded ? whole : tile_steps(batch, h.padded) * tile_columns(batch);
+  const int64_t bytes = columns * (integers ? 16 : 32), blocks = (batch.rows + 15) / 16;
+  memory.codes.resize(panels * bytes + 1024);
+  if (twice) memory.rest.resize(panels * bytes + 1024);
+  memory.spread.resize(2 * groups * panels);
+  if (grid) memory.expanded.resize(panels * h.padded * kPanel);
+  const int64_t even = (panels + 1) / 2 * 2;  // corners follow each other
+  memory.sums.assign((blocks + 1) / 2 * 2 * even * 256, 0.0f);
+  const float zero = integers && bits_of(code) == 8 ? static_cast<float>(h.zero) : 0;
+  Corner<integers> corner{batch, tile_steps(batch, h.padded), zero, {}};
+
+  std::vector<Side> sides;
+  for (int64_t p = 0; p < panels; p++) {
+    float* const scales = memory.spread.data() + 2 * groups * p;
+    float* const offsets = h.offset == Offset::kNone ? nullptr : scales + groups;
+    const uint8_t* codes = section_at(h, h.codes) + (first + p) * panel_bytes(h);
+    if (grid) {
+      uint8_t* const expanded = memory.expanded.data() + p * h.padded * kPanel;
+      spread_grid(h, first + p, expanded, scales);
+      codes = expanded;
+    } else {
+      spread_scales(h, first + p, scales);
+      if (offsets) spread_offsets(h, first + p, offsets);
+    }
+    sides.push_back({memory.codes.data() + p * bytes, twice ? memory.rest.data() + p * bytes : nullptr,
+                     {h, codes, scales, before ? offsets : nullptr, before ? nullptr : offsets, table}});
+  }
+  const int64_t sections = whole / batch.section;
+  for (int64_t s = 0; s < batch.sections; s += sections) {
+    const int64_t end = s + sections < batch.sections ? s + sections : batch.sections;
+    const int64_t base = s * batch.section, stop = end * batch.section < h.padded ? end * batch.section : h.padded;
+    for (int64_t p = 0; p < panels; p++)
+      unpack(sides[p].strip, base, (stop - base + kChunk - 1) / kChunk * kChunk, memory.codes.data() + p * bytes,
+             twice ? memory.rest.data() + p * bytes : nullptr);
+    for (int64_t block = 0; block < blocks; block += 2)
+      for (int64_t p = 0; p < panels; p += 2) {
+        float* const sums = memory.sums.data() + (block * even + 2 * p) * 256;
+        const bool tall = block + 1 < blocks, wide = p + 1 < panels;
+        if (tall && wide) corner.template multiply<2, 2>(h, &sides[p], 16 * block, base, s, end, sums);
+        else if (tall) corner.template multiply<2, 1>(h, &sides[p], 16 * block, base, s, end, sums);
+        else if (wide) corner.template multiply<1, 2>(h, &sides[p], 16 * block, base, s, end, sums);
+        else corner.template multiply<1, 1>(h, &sides[p], 16 * block, base, s, end, sums);
+      }
+  }
+  for (int64_t row = 0; row < batch.rows; row++)
+    for (int64_t p = 0; p < panels; p++) {
+      const int64_t block = row / 16;
+      const float* const corner_sums = memory.sums.data() + (block / 2 * 2 * even + 2 * (p / 2 * 2)) * 256;
+      store(job, row, first + p, corner_sums + 256 * (2 * (block % 2) + p % 2) + 16 * (row % 16));
+    }
+}
+
+inline void multiply_tiles(const Job& job, int64_t first, int64_t last, Store store) {
+  static thread_local TileMemory memory;
+  configure_tiles(job.batch.tile_bytes);
+  for (int64_t panel = first; panel < last; panel += kPanelsOfABlock) {
+    const int64_t end = panel + kPanelsOfABlock < last ? panel + kPanelsOfABlock : last;
+    if (is_integer(job.batch.method)) multiply_block<true>(job, panel, end, memory, store);
+    else multiply_block<false>(job, panel, end, memory, store);
+  }
+  _tile_release();
+}
+
+}  // namespace QCORE_ISA
+}  // namespace qcore

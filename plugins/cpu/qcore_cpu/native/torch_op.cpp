@@ -1,0 +1,136 @@
+// The operator qcore_cpu::linear, registered through torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h), whose
+// functions are found in the process: one build serves every torch that has them (2.8 and later).
+#include <dlfcn.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "linear.h"
+#include "threads.h"
+
+namespace {
+
+using Error = int32_t;
+using Tensor = void*;
+using Value = uint64_t;  // StableIValue: an integer, or an owned tensor
+
+struct Torch {
+  Error (*library_fragment)(const char* space, const char* file, uint32_t line, void** library);
+  Error (*library_impl_of)(const char* space, const char* key, const char* file, uint32_t line, void** library);
+  Error (*define)(void* library, const char* schema);
+  Error (*implement)(void* library, const char* name, void (*function)(Value*, uint64_t, uint64_t));
+  Error (*data)(Tensor, void**);
+  Error (*dim)(Tensor, int64_t*);
+  Error (*numel)(Tensor, int64_t*);
+  Error (*sizes)(Tensor, int64_t**);
+  Error (*strides)(Tensor, int64_t**);
+  Error (*dtype)(Tensor, int32_t*);
+  Error (*empty)(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device, int32_t index, Tensor*);
+  Error (*release)(Tensor);
+  int32_t (*f32)();
+  int32_t (*f16)();
+  int32_t (*bf16)();
+  int32_t (*u8)();
+  int32_t (*cpu)();
+} torch;
+int32_t f32, f16, bf16, u8, cpu;
+
+void check(Error error, const char* what) {
+  if (error) throw std::runtime_error(std::string("qcore_cpu: torch failed at ") + what);
+}
+
+struct Owned {
+  Tensor tensor;
+  ~Owned() { torch.release(tensor); }
+};
+
+qcore::Float type_of(int32_t dtype) {
+  if (dtype == f32) return qcore::Float::kF32;
+  if (dtype == bf16) return qcore::Float::kBF16;
+  if (dtype == f16) return qcore::Float::kF16;
+  throw std::runtime_error("qcore_cpu::linear takes float32, float16 and bfloat16");
+}
+
+// linear(Tensor x, Tensor weight, int rows) -> Tensor; x: [..., K] with contiguous rows of one distance.
+void linear(Value* stack, uint64_t, uint64_t) {
+  const Owned x{reinterpret_cast<Tensor>(stack[0])}, packed{reinterpret_cast<Tensor>(stack[1])};
+  const int64_t outputs = static_cast<int64_t>(stack[2]);
+  void *from, *block;
+  int64_t dim, bytes, *sizes, *strides;
+  int32_t dtype;
+  check(torch.data(x.tensor, &from), "data_ptr");
+  check(torch.dim(x.tensor, &dim), "dim");
+  check(torch.sizes(x.tensor, &sizes), "sizes");
+  check(torch.strides(x.tensor, &strides), "strides");
+  check(torch.dtype(x.tensor, &dtype), "dtype");
+  check(torch.data(packed.tensor, &block), "data_ptr");
+  check(torch.numel(packed.tensor, &bytes), "numel");
+  const qcore::Header* const weight = static_cast<const qcore::Header*>(block);
+  if (const char* fault = qcore::fault_of(weight, bytes)) throw std::runtime_error(std::string("qcore_cpu::linear: ") + fault);
+  if (dim < 1 || dim > 16 || sizes[dim - 1] != weight->columns || outputs != weight->rows)
+    throw std::runtime_error("qcore_cpu::linear: x has " + std::to_string(dim < 1 ? 0 : sizes[dim - 1]) + " columns and " +
+                             std::to_string(outputs) + " are wanted of a weight [" + std::to_string(weight->rows) + ", " +
+                             std::to_string(weight->columns) + "]");
+  int64_t rows = 1, shape[16], steps[16];
+  for (int64_t i = 0; i < dim - 1; i++) rows *= shape[i] = sizes[i];
+  shape[dim - 1] = outputs;
+  for (int64_t i = dim - 1, step = 1; i >= 0; step *= shape[i--]) steps[i] = step;
+  // Rows that follow each other at one distance need no copy.
+  int64_t stride = dim > 1 ? strides[dim - 2] : 0, expected = stride;
+  bool regular = sizes[dim - 1] <= 1 || strides[dim - 1] == 1;
+  for (int64_t i = dim - 2; i >= 0; expected *= sizes[i--]) regular = regular && (sizes[i] == 1 || strides[i] == expected);
+  if (!regular && rows) throw std::runtime_error("qcore_cpu::linear: rows of x must be contiguous, at one distance");
+  const qcore::Float type = type_of(dtype);
+  Tensor out;
+  check(torch.empty(dim, shape, steps, dtype, cpu, 0, &out), "empty");
+  void* to;
+  if (rows) {
+    try {
+      check(torch.data(out, &to), "data_ptr");
+      qcore::linear(*weight, from, rows, stride, type, to);
+    } catch (...) {
+      torch.release(out);
+      throw;
+    }
+  }
+  stack[0] = reinterpret_cast<Value>(out);
+}
+
+}  // namespace
+
+// Registers the operator. library: the path of libtorch_cpu.so, which must be loaded. Returns null, or what is missing.
+QCORE_API const char* qcore_register(const char* library) {
+  static std::string fault;
+  void* const handle = dlopen(library, RTLD_NOLOAD | RTLD_NOW);
+  if (!handle) return "torch is not loaded";
+  const struct { void** place; const char* name; } functions[] = {
+      {reinterpret_cast<void**>(&torch.library_fragment), "aoti_torch_library_init_fragment"},
+      {reinterpret_cast<void**>(&torch.library_impl_of), "aoti_torch_library_init_impl"},
+      {reinterpret_cast<void**>(&torch.define), "aoti_torch_library_def"},
+      {reinterpret_cast<void**>(&torch.implement), "aoti_torch_library_impl"},
+      {reinterpret_cast<void**>(&torch.data), "aoti_torch_get_data_ptr"},
+      {reinterpret_cast<void**>(&torch.dim), "aoti_torch_get_dim"},
+      {reinterpret_cast<void**>(&torch.numel), "aoti_torch_get_numel"},
+      {reinterpret_cast<void**>(&torch.sizes), "aoti_torch_get_sizes"},
+      {reinterpret_cast<void**>(&torch.strides), "aoti_torch_get_strides"},
+      {reinterpret_cast<void**>(&torch.dtype), "aoti_torch_get_dtype"},
+      {reinterpret_cast<void**>(&torch.empty), "aoti_torch_empty_strided"},
+      {reinterpret_cast<void**>(&torch.release), "aoti_torch_delete_tensor_object"},
+      {reinterpret_cast<void**>(&torch.f32), "aoti_torch_dtype_float32"},
+      {reinterpret_cast<void**>(&torch.f16), "aoti_torch_dtype_float16"},
+      {reinterpret_cast<void**>(&torch.bf16), "aoti_torch_dtype_bfloat16"},
+      {reinterpret_cast<void**>(&torch.u8), "aoti_torch_dtype_uint8"},
+      {reinterpret_cast<void**>(&torch.cpu), "aoti_torch_device_type_cpu"},
+  };
+  for (const auto& function : functions) {
+    *function.place = dlsym(handle, function.name);
+    if (!*function.place) return (fault = std::string("torch has no ") + function.name).c_str();
+  }
+  f32 = torch.f32(), f16 = torch.f16(), bf16 = torch.bf16(), u8 = torch.u8(), cpu = torch.cpu();
+  qcore::find_threads(handle);
+  void *fragment, *implementations;  // kept for ever: releasing them would take the operator back
+  if (torch.library_fragment("qcore_cpu", "", 0, &fragment) || torch.define(fragment, "linear(Tensor x, Tensor weight, int rows) -> Tensor") ||
+      torch.library_impl_of("qcore_cpu", "CPU", "", 0, &implementations) || torch.implement(implementations, "linear", linear))
+    return "torch did not take the operator";
+  return nullptr;
+}

@@ -1,0 +1,99 @@
+// From codes to bfloat16, exactly: pairs of them, as dot products of bfloat16 and AMX tiles want. Needs AVX-512 BF16.
+//
+// Of each quad the columns 0 and 2 share a word of 32 bits, and the columns 1 and 3: so that one shift serves both. Activations are
+// laid out alike (Batch::halves).
+#pragma once
+#include "codes.h"
+
+namespace qcore {
+namespace QCORE_ISA {
+
+QCORE_INLINE uint16_t bf16_of(float value) {  // value has no more than 8 significant bits
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+// Whether 32 entries name every value of the code: up to 5 bits.
+constexpr bool is_small(Code code) { return is_table(code) || (is_integer(code) && code_bits(code) <= 5); }
+
+// 16-bit lanes that hold a code in their low byte -> bfloat16. Header::zero is subtracted from integers. Of a table whose values
+// need more than 8 bits, `rest` gives what bfloat16 leaves over.
+template <Code code>
+struct Words {
+  __m512i table, rest;
+  __m512i zero;
+  bool inexact = false;  // whether there is a rest
+
+  Words(const Header& h, const float* entries) {
+    alignas(64) uint16_t high[32] = {}, low[32] = {};
+    for (int i = 0; i < 32; i++) {
+      const int index = i & ((1 << (code_bits(code) < 5 ? code_bits(code) : 5)) - 1);
+      float value = 0;
+      if constexpr (is_table(code)) value = entries[index];
+      if constexpr (is_integer(code)) value = static_cast<float>(index - h.zero);
+      if constexpr (!is_table(code) && !is_integer(code)) value = static_cast<float>(i & 7) * smallest();
+      high[i] = bf16_of(value);
+      const uint32_t kept = static_cast<uint32_t>(high[i]) << 16;
+      float rounded;
+      std::memcpy(&rounded, &kept, 4);
+      low[i] = bf16_of(value - rounded);
+      inexact |= low[i] != 0;
+    }
+    table = _mm512_load_si512(high);
+    rest = _mm512_load_si512(low);
+    zero = _mm512_set1_epi32(static_cast<int32_t>(h.zero));
+  }
+
+  static constexpr int exponent = code == Code::kE5M2 ? 5 : code == Code::kE3M2 ? 3 : code == Code::kE2M3 ? 2 : 4;
+  static constexpr int mantissa = code == Code::kE5M2 || code == Code::kE3M2 ? 2 : 3;
+  static constexpr int bias = code == Code::kE4M3Fnuz ? 8 : code == Code::kE5M2 ? 15 : code == Code::kE3M2 ? 3 : code == Code::kE2M3 ? 1 : 7;
+  static constexpr float smallest() { return 2.0f / (1 << (bias + mantissa)); }
+
+  // Bits above the code's may hold anything where is_small(code); elsewhere the high byte is 0.
+  QCORE_INLINE __m512i operator()(__m512i lanes) const {
+    if constexpr (is_small(code)) {
+      return _mm512_permutexvar_epi16(lanes, table);
+    } else if constexpr (is_integer(code)) {  // through float32, 16 lanes at a time
+      auto widen = [&](__m512i words) QCORE_INSIDE {
+        const __m512i whole = code == Code::kInt8 ? _mm512_srai_epi32(_mm512_slli_epi32(words, 24), 24)
+                                                  : _mm512_and_si512(words, _mm512_set1_epi32(0xff));
+        return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(whole, zero)));
+      };
+      const __m512i low = widen(lanes), high = widen(_mm512_srli_epi32(lanes, 16));
+      return _mm512_or_si512(_mm512_srli_epi32(low, 16), high);  // the low halves are zeros: 8 bits are exact
+    } else {
+      const __m512i magnitude = _mm512_and_si512(lanes, _mm512_set1_epi16((1 << (exponent + mantissa)) - 1));
+      const __mmask32 subnormal = _mm512_testn_epi16_mask(magnitude, _mm512_set1_epi16(((1 << exponent) - 1) << mantissa));
+      __m512i value = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 7 - mantissa), _mm512_set1_epi16((127 - bias) << 7));
+      value = _mm512_mask_permutexvar_epi16(value, subnormal, magnitude, table);
+      const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(lanes, 15 - exponent - mantissa), _mm512_set1_epi16(INT16_MIN));
+      return _mm512_or_si512(value, sign);
+    }
+  }
+  QCORE_INLINE __m512i left_over(__m512i lanes) const { return _mm512_permutexvar_epi16(lanes, rest); }
+};
+
+// Calls f(lanes, pair) for the pairs first .. first + pairs - 1 of a chunk: pair 2 t is columns 4 t and 4 t + 2, and 2 t + 1 columns
+// 4 t + 1 and 4 t + 3. lanes: as Words takes them.
+template <Code code, int first, int pairs, class F>
+QCORE_INLINE void each_pair(const uint8_t* chunk, F&& f) {
+  constexpr int bits = code_bits(code);
+  if constexpr (one_plane(bits) && is_small(code)) {
+    unroll<pairs>([&](auto place) QCORE_INSIDE {
+      constexpr int pair = first + place, t = pair / 2, stacked = 8 / bits, shift = 8 * (pair % 2) + bits * (t % stacked);
+      const __m512i word = _mm512_loadu_si512(chunk + 64 * (t / stacked));
+      f(shift ? _mm512_srli_epi32(word, shift) : word, std::integral_constant<int, pair>{});
+    });
+  } else {
+    unroll<pairs / 2>([&](auto place) QCORE_INSIDE {
+      constexpr int t = first / 2 + place;
+      const __m512i bytes = quad<bits, t>(chunk).v;
+      f(_mm512_and_si512(bytes, _mm512_set1_epi16(0xff)), std::integral_constant<int, 2 * t>{});
+      f(_mm512_srli_epi16(bytes, 8), std::integral_constant<int, 2 * t + 1>{});
+    });
+  }
+}
+
+}  // namespace QCORE_ISA
+}  // namespace qcore
