@@ -59,6 +59,7 @@ CODES: dict[str, str] = {
     "bad-scheme": "The text does not describe a scheme.",
     "scheme-unsupported": "The kernel does not take this scheme.",
     "shape-unsupported": "The kernel does not take this shape.",
+    "contents-unsupported": "The kernel does not take what the layer's tensors hold.",
     "dtype-unsupported": "The kernel does not compute in this data type.",
     "wrong-platform": "The kernel does not run on this platform.",
     "wrong-device": "The device lacks an instruction set or capability that the kernel needs.",

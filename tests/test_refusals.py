@@ -92,6 +92,15 @@ def cell(folder: Path, *records: object) -> Refusal | None:
     return matrix(sim_registry(sim)).cell("gptq", "hopper").refusal
 
 
+def no_number() -> object:
+    """A weight with a NaN, on a kernel that reads every code as a number; it is refused before the library is asked for."""
+    from qcore_cpu.packed_elements import element_parts
+
+    layer = random_layer(Scheme.parse("W8A16-fp8-channel"), 16, 32)
+    layer.weight.codes.view(torch.uint8)[0, 0] = 0x7F
+    return element_parts(layer.weight)
+
+
 STALE = "sha256:" + "0" * 64
 TRIGGERS: dict[str, Callable[[Path], object]] = {
     "remote-code": lambda folder: qcore.load_model(
@@ -105,6 +114,7 @@ TRIGGERS: dict[str, Callable[[Path], object]] = {
     "bad-scheme": lambda folder: Scheme.parse("W4A17-what"),
     "scheme-unsupported": lambda folder: chosen(accepts=SMALL),
     "shape-unsupported": lambda folder: chosen(multiples=(7, 7)),
+    "contents-unsupported": lambda folder: no_number(),
     "dtype-unsupported": lambda folder: chosen(dtypes=("float16",)),
     "wrong-platform": lambda folder: chosen(platforms=("tpu",)),
     "wrong-device": lambda folder: chosen(features=(frozenset({"wgmma"}),)),

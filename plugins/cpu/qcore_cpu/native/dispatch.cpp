@@ -62,18 +62,17 @@ constexpr Choice kChoices[] = {  // the best first
     {has_avx2, kernels_avx2},
 };
 
-const Kernels* choose() {
-  const char* wanted = std::getenv("QCORE_CPU_ISA");
-  const bool any = !wanted || !*wanted;
+}  // namespace
+
+const Kernels* kernels_named(const char* name) {
   for (const Choice& choice : kChoices)
-    if (choice.present() && (any || !std::strcmp(choice.kernels()->name, wanted))) return choice.kernels();
+    if (choice.present() && (!*name || !std::strcmp(choice.kernels()->name, name))) return choice.kernels();
   return nullptr;
 }
 
-}  // namespace
-
 const Kernels* chosen_kernels() {
-  static const Kernels* const chosen = choose();
+  const char* const wanted = std::getenv("QCORE_CPU_ISA");
+  static const Kernels* const chosen = kernels_named(wanted ? wanted : "");
   return chosen;
 }
 

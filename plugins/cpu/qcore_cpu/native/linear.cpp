@@ -1,11 +1,8 @@
 #include "linear.h"
 
 #include <cstdlib>
-#include <memory>
 #include <new>
-#include <stdexcept>
 
-#include "dispatch.h"
 #include "threads.h"
 
 namespace qcore {
@@ -103,12 +100,10 @@ void multiply(const Kernels& kernels, const Header& h, const void* x, int64_t ro
 
 }  // namespace
 
-void linear(const Header& h, const void* x, int64_t rows, int64_t stride, Float type, void* out) {
-  const Kernels* const kernels = chosen_kernels();
-  if (!kernels) throw std::runtime_error("qcore_cpu: this processor has none of the instruction sets of the kernels");
+void linear(const Kernels& kernels, const Header& h, const void* x, int64_t rows, int64_t stride, Float type, void* out) {
   for (int64_t row = 0; row < rows; row += kRowsOfABatch) {
     const int64_t count = rows - row < kRowsOfABatch ? rows - row : kRowsOfABatch;
-    multiply(*kernels, h, static_cast<const char*>(x) + row * stride * width_of(type), count, stride, type,
+    multiply(kernels, h, static_cast<const char*>(x) + row * stride * width_of(type), count, stride, type,
              static_cast<char*>(out) + row * h.rows * width_of(type));
   }
 }

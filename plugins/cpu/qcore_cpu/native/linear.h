@@ -5,8 +5,8 @@
 namespace qcore {
 
 // x: [rows][columns] of `type`, rows `stride` elements apart; out: [rows][weight rows] of the same type. The header must have been
-// checked. Throws std::runtime_error where no kernel can run here.
-void linear(const Header& weight, const void* x, int64_t rows, int64_t stride, Float type, void* out);
+// checked.
+void linear(const Kernels& kernels, const Header& weight, const void* x, int64_t rows, int64_t stride, Float type, void* out);
 
 // Null, or what is wrong with `bytes` bytes as a packed weight.
 const char* fault_of(const Header* weight, int64_t bytes);

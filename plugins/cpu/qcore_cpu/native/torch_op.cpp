@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "dispatch.h"
 #include "linear.h"
 #include "threads.h"
 
@@ -81,13 +82,15 @@ void linear(Value* stack, uint64_t, uint64_t) {
   for (int64_t i = dim - 2; i >= 0; expected *= sizes[i--]) regular = regular && (sizes[i] == 1 || strides[i] == expected);
   if (!regular && rows) throw std::runtime_error("qcore_cpu::linear: rows of x must be contiguous, at one distance");
   const qcore::Float type = type_of(dtype);
+  const qcore::Kernels* const kernels = qcore::chosen_kernels();
+  if (!kernels) throw std::runtime_error("qcore_cpu::linear: this processor has none of the instruction sets of the kernels");
   Tensor out;
   check(torch.empty(dim, shape, steps, dtype, cpu, 0, &out), "empty");
   void* to;
   if (rows) {
     try {
       check(torch.data(out, &to), "data_ptr");
-      qcore::linear(*weight, from, rows, stride, type, to);
+      qcore::linear(*kernels, *weight, from, rows, stride, type, to);
     } catch (...) {
       torch.release(out);
       throw;
