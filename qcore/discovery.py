@@ -19,6 +19,7 @@ from typing import Literal, TypeVar
 
 from qcore import hookspecs
 from qcore.algorithm import Algorithm
+from qcore.decoder import Decoder
 from qcore.hooks import HookFault, Hooks, describe
 from qcore.kernel import Kernel
 from qcore.method import Method
@@ -46,6 +47,7 @@ class Plugin:
     kernels: list[Kernel] = field(default_factory=list)
     methods: list[Method] = field(default_factory=list)
     algorithms: list[Algorithm] = field(default_factory=list)
+    decoders: list[Decoder] = field(default_factory=list)
     evidence: Path | None = None
 
     @property
@@ -56,13 +58,15 @@ class Plugin:
             *(f"kernel {kernel.name}" for kernel in self.kernels),
             *(f"method {method.name}" for method in self.methods),
             *(f"algorithm {algorithm.name}" for algorithm in self.algorithms),
+            *(f"decoder {decoder.name}" for decoder in self.decoders),
         ]
 
     def refuse(self, status: Status, code: str, kind: Kind, reason: str, fact: str, fix: str) -> None:
         """Takes everything that the plugin registered back and says why."""
         self.status = status
         self.refusal = Refusal(code, kind, f"plugin {self.name}", reason, fact, fix)
-        self.platforms, self.kernels, self.methods, self.algorithms, self.evidence = [], [], [], [], None
+        self.platforms, self.kernels, self.methods, self.algorithms, self.decoders = [], [], [], [], []
+        self.evidence = None
 
 
 class Registry:
@@ -97,6 +101,10 @@ class Registry:
     @property
     def algorithms(self) -> list[Algorithm]:
         return [algorithm for plugin in self.plugins for algorithm in plugin.algorithms]
+
+    @property
+    def decoders(self) -> list[Decoder]:
+        return [decoder for plugin in self.plugins for decoder in plugin.decoders]
 
     def absent(self, platform: str) -> Refusal | None:
         """Why no loaded plugin declares the platform, and what to do; None where one does."""
@@ -172,6 +180,7 @@ class Registry:
         try:
             plugin.platforms, plugin.kernels = ask.platforms(plugin.name), ask.kernels(plugin.name)
             plugin.methods, plugin.algorithms = ask.methods(plugin.name), ask.algorithms(plugin.name)
+            plugin.decoders = ask.decoders(plugin.name)
             plugin.evidence = ask.evidence(plugin.name)
         except HookFault as fault:
             self._broken(plugin, fault.reason, fault.fact)

@@ -16,6 +16,7 @@ import pluggy
 
 from qcore import hookspecs
 from qcore.algorithm import Algorithm
+from qcore.decoder import Decoder
 from qcore.kernel import Kernel
 from qcore.method import Method
 from qcore.platform import Device, Platform
@@ -66,6 +67,9 @@ class Hooks:
 
     def algorithms(self, plugin: str) -> list[Algorithm]:
         return self._rows(plugin, "qcore_algorithms", Algorithm)
+
+    def decoders(self, plugin: str) -> list[Decoder]:
+        return self._rows(plugin, "qcore_decoders", Decoder)
 
     def evidence(self, plugin: str) -> Path | None:
         """Where the plugin's evidence.json is or will be; None where it has none."""

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qcore.algorithm import Algorithm
+    from qcore.decoder import Decoder
     from qcore.kernel import Kernel
     from qcore.method import Method
     from qcore.platform import Device, Platform
 
-API_VERSION = (1, 0)
+API_VERSION = (1, 1)
 """Version of this contract."""
 
 hookspec = pluggy.HookspecMarker("qcore")
@@ -52,6 +53,11 @@ def qcore_methods() -> Sequence[Method]:  # type: ignore[empty-body]
 @hookspec
 def qcore_algorithms() -> Sequence[Algorithm]:  # type: ignore[empty-body]
     """The ways of making quantized weights that this plugin brings, as rows."""
+
+
+@hookspec
+def qcore_decoders() -> Sequence[Decoder]:  # type: ignore[empty-body]
+    """The ways of taking a whole model's step from token to token that this plugin brings, as rows. Since 1.1."""
 
 
 @hookspec

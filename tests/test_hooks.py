@@ -9,6 +9,7 @@ import pytest
 
 import qcore.hookspecs
 from qcore.algorithm import Algorithm
+from qcore.decoder import Decoder
 from qcore.hooks import HookFault, Hooks
 from qcore.hookspecs import hookimpl
 from qcore.kernel import Accepts
@@ -20,6 +21,7 @@ PLATFORM = Platform("toyland", "Toy")
 KERNEL = kernel("toy", "toyland")
 METHOD = Reader("toy-format")
 ALGORITHM = Algorithm("toy-rounding", Accepts(("int4",)), "qcore.algorithms.rtn:rtn")
+DECODER = Decoder("toy-steps", "cpu", "toy:Steps")
 DEVICE = Device("toy:0", "toyland", "Toy", "cpu")
 
 
@@ -43,6 +45,7 @@ def asked(hook: str, answer: Callable[[], Any] | None) -> Any:
         ("qcore_kernels", (KERNEL,), [KERNEL], []),
         ("qcore_methods", [METHOD], [METHOD], []),
         ("qcore_algorithms", [ALGORITHM], [ALGORITHM], []),
+        ("qcore_decoders", [DECODER], [DECODER], []),
         ("qcore_evidence", Path("evidence.json"), Path("evidence.json"), None),
         ("qcore_devices", [DEVICE], [DEVICE], []),
         ("qcore_report", {"driver": 7}, {"driver": "7"}, {}),

@@ -50,6 +50,7 @@ def plugins_command(context: typer.Context, json: options.Json = False) -> None:
                     "kernels": [kernel.name for kernel in plugin.kernels],
                     "methods": [method.name for method in plugin.methods],
                     "algorithms": [algorithm.name for algorithm in plugin.algorithms],
+                    "decoders": [decoder.name for decoder in plugin.decoders],
                     "evidence": str(plugin.evidence) if plugin.evidence else None,
                     "refusal": plugin.refusal.to_dict() if plugin.refusal else None,
                 }

@@ -82,6 +82,7 @@ def run(
                 "load_s": round(load_s, 3),
                 "peak_rss_mib": peak_rss_mib(),
                 "kernels": kernels,
+                "decoder": timing.decoder or None,
                 "dtype": computed,
                 "kv_cache": str(cached) if cached else None,
                 "device": target.id,
@@ -94,4 +95,5 @@ def run(
         f"\n{timing.decode_tokens_per_s:.1f} tokens/s ({timing.new_tokens} new; prompt of {timing.prompt_tokens} at "
         f"{timing.prefill_tokens_per_s:.0f} tokens/s), loaded in {load_s:.1f} s, peak memory {peak_rss_mib():.0f} MiB\n"
         f"{target.name}, {computed} activations, {f'{cached} kv cache, ' if cached else ''}kernels: {named}"
+        f"{f'; steps by {timing.decoder}' if timing.decoder else ''}"
     )

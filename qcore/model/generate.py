@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from qcore.model.chat import chat_prompt
+from qcore.model.decode import Stepper
 from qcore.refusal import Refusal, Refused
 
 if TYPE_CHECKING:
@@ -21,12 +22,14 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 
 @dataclass
 class Timing:
-    """Filled while generating; rates are tokens per second of wall time."""
+    """Filled while generating; rates are tokens per second of wall time. decoder: the row that took the steps; empty where the
+    model itself did."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    decoder: str = ""
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -70,26 +73,29 @@ def generate(
         )  # fmt: skip
     ends = end_tokens(model, tokenizer)
     random = torch.Generator().manual_seed(seed)
-    cache: Any = None
-    step = torch.tensor([prompt], device=model.device)
     text = _Text(tokenizer)
     arguments = _last_only(model)
+    steps: Stepper | None = None
+    token = 0
     for _ in range(min(max_new_tokens, room)):
         began = time.perf_counter()
-        out = model(input_ids=step, past_key_values=cache, use_cache=True, **arguments)
-        cache = out.past_key_values
-        token = _pick(out.logits[0, -1].float().cpu(), temperature, random)
-        spent = time.perf_counter() - began
-        if not timing.new_tokens:
-            timing.prefill_s = spent
+        if steps is None:
+            out = model(
+                input_ids=torch.tensor([prompt], device=model.device), past_key_values=None, use_cache=True, **arguments
+            )
+            logits = out.logits[0, -1].float().cpu()
+            timing.prefill_s = time.perf_counter() - began
+            steps = Stepper(model, out.past_key_values, len(prompt), arguments)
         else:
-            timing.decode_s += spent
+            logits = steps.step(token)
+            timing.decode_s += time.perf_counter() - began
+        token = _pick(logits, temperature, random)
+        timing.decoder = steps.decoder
         timing.new_tokens += 1
         if token in ends:
             break
         if piece := text.add(token):
             yield piece
-        step = torch.tensor([[token]], device=model.device)
     if rest := text.rest():
         yield rest
 

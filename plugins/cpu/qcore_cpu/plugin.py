@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qcore.decoder import Decoder
 from qcore.hookspecs import hookimpl
 from qcore.kernel import Accepts, Kernel
 from qcore.platform import Device, Platform
 from qcore_cpu.devices import NATIVE, cpu_device
 from qcore_cpu.library import ISA_VARIABLE, status
 
-QCORE_API = (1, 0)
+QCORE_API = (1, 1)
 
 _PLATFORMS = ("x86_cpu", "arm_cpu")
 _X86 = ("x86_cpu",)
@@ -93,6 +94,16 @@ def _native_kernels() -> Sequence[Kernel]:
         native("native_linear_int8", Accepts(integers, scales, zeros, ordered=True), _DTYPES, 0.25,
                "weight-only integers, activations rounded to int8 with one scale for 16 or 32 of them",
                "NativeLinearInt8", quantizes_input=True),
+    ]  # fmt: skip
+
+
+@hookimpl
+def qcore_decoders() -> Sequence[Decoder]:
+    if not status().isa:
+        return []
+    return [
+        Decoder("native_decoder", "cpu", "qcore_cpu.decoder:NativeDecoder",
+                note="llama's and its kin's layers in one call a token, on the native kernels"),
     ]  # fmt: skip
 
 

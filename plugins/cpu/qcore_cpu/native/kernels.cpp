@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "activations.h"
+#include "around.h"
 #include "exact.h"
 #include "grids.h"
 #include "integer.h"
@@ -128,7 +129,8 @@ const Kernels* QCORE_JOIN(kernels_, QCORE_ISA)() {
 #else
   constexpr int64_t tiles_from = 0;
 #endif
-  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), halves, Dot<8>::pairs, tiles_from, prepare, multiply};
+  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), halves, Dot<8>::pairs, tiles_from, prepare, multiply,
+                               normalize, activate, attend, narrow_values, widen_values};
   return &kernels;
 }
 

@@ -48,6 +48,8 @@ struct Job {
   Float type;             // of x and out
 };
 
+struct Attention;
+
 struct Kernels {
   const char* name;
   bool has_halves;        // kHalves
@@ -55,6 +57,12 @@ struct Kernels {
   int64_t tiles_from;     // rows from which tiles are used; 0 where there are none
   void (*prepare)(const Job& job, int64_t first_row, int64_t last_row);
   void (*multiply)(const Job& job, int64_t first_panel, int64_t last_panel);
+  // Of a decoder's step: around.h.
+  void (*normalize)(const float* x, const float* weight, int64_t count, float epsilon, Float type, void* out);
+  void (*activate)(const float* gate, const float* up, int64_t count, int64_t activation, Float type, void* out);
+  void (*attend)(const Attention& attention, int64_t first_head, int64_t last_head);
+  void (*narrow)(const float* from, Float type, int64_t count, void* to);
+  void (*widen)(const void* from, Float type, int64_t count, float* to);
 };
 
 const Kernels* kernels_avx2();

@@ -40,6 +40,7 @@ inline I16 srl(I16 a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
 inline I16 sll(I16 a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
 inline I16 sra(I16 a, int n) { return {_mm512_srai_epi32(a.v, n)}; }
 inline F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I16 to_int(F16 a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline F16 as_float(I16 a) { return {_mm512_castsi512_ps(a.v)}; }
 inline I16 as_int(F16 a) { return {_mm512_castps_si512(a.v)}; }
 inline F16 where_zero(I16 test, F16 then, F16 otherwise) {
@@ -107,6 +108,7 @@ inline I16 srl(I16 x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_ep
 inline I16 sll(I16 x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
 inline I16 sra(I16 x, int n) { return {_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)}; }
 inline F16 to_float(I16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline I16 to_int(F16 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline F16 as_float(I16 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 inline I16 as_int(F16 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 inline F16 where_zero(I16 test, F16 then, F16 otherwise) {

@@ -1,10 +1,11 @@
-// The operator qcore_cpu::linear, registered through torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h), whose
+// The operators qcore_cpu::linear and qcore_cpu::decode, registered through torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h), whose
 // functions are found in the process: one build serves every torch that has them (2.8 and later).
 #include <dlfcn.h>
 
 #include <stdexcept>
 #include <string>
 
+#include "decoder.h"
 #include "dispatch.h"
 #include "linear.h"
 #include "threads.h"
@@ -52,6 +53,12 @@ qcore::Float type_of(int32_t dtype) {
   throw std::runtime_error("qcore_cpu::linear takes float32, float16 and bfloat16");
 }
 
+const qcore::Kernels& kernels() {
+  const qcore::Kernels* const found = qcore::chosen_kernels();
+  if (!found) throw std::runtime_error("qcore_cpu: this processor has none of the instruction sets of the kernels");
+  return *found;
+}
+
 // linear(Tensor x, Tensor weight, int rows) -> Tensor; x: [..., K] with contiguous rows of one distance.
 void linear(Value* stack, uint64_t, uint64_t) {
   const Owned x{reinterpret_cast<Tensor>(stack[0])}, packed{reinterpret_cast<Tensor>(stack[1])};
@@ -82,21 +89,45 @@ void linear(Value* stack, uint64_t, uint64_t) {
   for (int64_t i = dim - 2; i >= 0; expected *= sizes[i--]) regular = regular && (sizes[i] == 1 || strides[i] == expected);
   if (!regular && rows) throw std::runtime_error("qcore_cpu::linear: rows of x must be contiguous, at one distance");
   const qcore::Float type = type_of(dtype);
-  const qcore::Kernels* const kernels = qcore::chosen_kernels();
-  if (!kernels) throw std::runtime_error("qcore_cpu::linear: this processor has none of the instruction sets of the kernels");
   Tensor out;
   check(torch.empty(dim, shape, steps, dtype, cpu, 0, &out), "empty");
   void* to;
   if (rows) {
     try {
       check(torch.data(out, &to), "data_ptr");
-      qcore::linear(*kernels, *weight, from, rows, stride, type, to);
+      qcore::linear(kernels(), *weight, from, rows, stride, type, to);
     } catch (...) {
       torch.release(out);
       throw;
     }
   }
   stack[0] = reinterpret_cast<Value>(out);
+}
+
+// Memory of a contiguous tensor; its bytes where `bytes` is given.
+void* memory_of(Tensor tensor, int64_t element_bytes = 0, int64_t* bytes = nullptr) {
+  void* memory;
+  check(torch.data(tensor, &memory), "data_ptr");
+  if (bytes) {
+    check(torch.numel(tensor, bytes), "numel");
+    *bytes *= element_bytes;
+  }
+  return memory;
+}
+
+// decode(Tensor(a!) hidden, Tensor stack, Tensor(b!) cache, Tensor rope, int capacity, int position) -> (): see decoder.h.
+void decode(Value* values, uint64_t, uint64_t) {
+  const Owned hidden{reinterpret_cast<Tensor>(values[0])}, stack{reinterpret_cast<Tensor>(values[1])};
+  const Owned cache{reinterpret_cast<Tensor>(values[2])}, rope{reinterpret_cast<Tensor>(values[3])};
+  const int64_t capacity = static_cast<int64_t>(values[4]), position = static_cast<int64_t>(values[5]);
+  int64_t hidden_bytes, stack_bytes, cache_elements;
+  float* const x = static_cast<float*>(memory_of(hidden.tensor, 4, &hidden_bytes));
+  const auto* const plan = static_cast<const qcore::Stack*>(memory_of(stack.tensor, 1, &stack_bytes));
+  void* const kept = memory_of(cache.tensor, 1, &cache_elements);
+  if (stack_bytes < static_cast<int64_t>(sizeof(qcore::Stack)) || plan->size != stack_bytes || hidden_bytes != 4 * plan->hidden ||
+      cache_elements != plan->layers * 2 * plan->kv_heads * capacity * plan->head_dim || position < 0 || position >= capacity)
+    throw std::runtime_error("qcore_cpu::decode: hidden, stack, cache and position do not go together");
+  qcore::decode(kernels(), *plan, x, kept, capacity, static_cast<const float*>(memory_of(rope.tensor)), position);
 }
 
 }  // namespace
@@ -133,7 +164,9 @@ QCORE_API const char* qcore_register(const char* library) {
   qcore::find_threads(handle);
   void *fragment, *implementations;  // kept for ever: releasing them would take the operator back
   if (torch.library_fragment("qcore_cpu", "", 0, &fragment) || torch.define(fragment, "linear(Tensor x, Tensor weight, int rows) -> Tensor") ||
-      torch.library_impl_of("qcore_cpu", "CPU", "", 0, &implementations) || torch.implement(implementations, "linear", linear))
+      torch.library_impl_of("qcore_cpu", "CPU", "", 0, &implementations) || torch.implement(implementations, "linear", linear) ||
+      torch.define(fragment, "decode(Tensor(a!) hidden, Tensor stack, Tensor(b!) cache, Tensor rope, int capacity, int position) -> ()") ||
+      torch.implement(implementations, "decode", decode))
     return "torch did not take the operator";
   return nullptr;
 }

@@ -1,0 +1,141 @@
+// What stands around the linear layers of a decoder: norms, activations and attention of one token, in float32.
+#pragma once
+#include <cmath>
+
+#include "decoder.h"
+#include "activations.h"
+
+namespace qcore {
+namespace QCORE_ISA {
+
+inline void put(F16 value, Float type, void* out, int64_t place) {
+  if (type == Float::kF32) store_f(static_cast<float*>(out) + place, value);
+  else if (type == Float::kF16) narrow_f16(static_cast<uint16_t*>(out) + place, value);
+  else narrow_bf16(static_cast<uint16_t*>(out) + place, value);
+}
+
+inline F16 get(const void* from, Float type, int64_t place) {
+  if (type == Float::kF32) return load_f(static_cast<const float*>(from) + place);
+  if (type == Float::kF16) return widen_f16(static_cast<const uint16_t*>(from) + place);
+  return widen_bf16(static_cast<const uint16_t*>(from) + place);
+}
+
+// Calls f(place, full) for runs of 16; of the last, `full` is how many count, and f works on a copy.
+template <class F>
+QCORE_INLINE void each_run(int64_t count, F&& f) {
+  for (int64_t place = 0; place < count; place += 16) f(place, count - place < 16 ? count - place : 16);
+}
+
+inline F16 load_some(const float* from, int64_t count) {
+  if (count == 16) return load_f(from);
+  alignas(64) float values[16] = {};
+  std::memcpy(values, from, count * 4);
+  return load_f(values);
+}
+
+inline void put_some(F16 value, Float type, void* out, int64_t place, int64_t count) {
+  if (count == 16) return put(value, type, out, place);
+  alignas(64) float values[16];
+  put(value, type, values, 0);
+  const int64_t width = type == Float::kF32 ? 4 : 2;
+  std::memcpy(static_cast<char*>(out) + place * width, values, count * width);
+}
+
+// out = x / rms(x) * weight, or x itself where there is no weight.
+inline void normalize(const float* x, const float* weight, int64_t count, float epsilon, Float type, void* out) {
+  F16 factor = all_f(1);
+  if (weight) {
+    F16 squares = zero_f();
+    each_run(count, [&](int64_t place, int64_t full) {
+      const F16 value = load_some(x + place, full);
+      squares = fma(value, value, squares);
+    });
+    factor = all_f(1.0f / std::sqrt(sum_of(squares) / static_cast<float>(count) + epsilon));
+  }
+  each_run(count, [&](int64_t place, int64_t full) {
+    F16 value = load_some(x + place, full);
+    if (weight) value = mul(mul(value, factor), load_some(weight + place, full));
+    put_some(value, type, out, place, full);
+  });
+}
+
+inline void narrow_values(const float* from, Float type, int64_t count, void* to) {
+  each_run(count, [&](int64_t place, int64_t full) { put_some(load_some(from + place, full), type, to, place, full); });
+}
+
+inline void widen_values(const void* from, Float type, int64_t count, float* to) {
+  int64_t place = 0;
+  for (; place + 16 <= count; place += 16) store_f(to + place, get(from, type, place));
+  for (; place < count; place++) {
+    const uint16_t half = static_cast<const uint16_t*>(from)[place];
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    if (type == Float::kF32) to[place] = static_cast<const float*>(from)[place];
+    else if (type == Float::kF16) to[place] = _cvtsh_ss(half);
+    else std::memcpy(to + place, &bits, 4);
+  }
+}
+
+// e^x: x = n ln 2 + r, a polynomial of degree 6 in r (Taylor's, |r| <= 0.35: 2e-7 of the value).
+inline F16 exp_f(F16 x) {
+  const F16 given = clamp_f(x, -87.0f, 88.0f);
+  const F16 n = round_f(mul(given, all_f(1.44269504f)));
+  F16 r = fma(n, all_f(-0.693145752f), given);
+  r = fma(n, all_f(-1.42860677e-6f), r);
+  F16 sum = all_f(1.0f / 720);
+  for (const float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = fma(sum, r, all_f(factor));
+  return as_float(add(as_int(sum), sll(to_int(n), 23)));
+}
+
+// out = activation(gate) * up
+inline void activate(const float* gate, const float* up, int64_t count, int64_t kind, Float type, void* out) {
+  each_run(count, [&](int64_t place, int64_t full) {
+    const F16 x = load_some(gate + place, full);
+    F16 inside = x;  // x * sigmoid(inside)
+    if (static_cast<Activation>(kind) == Activation::kGeluTanh)  // (1 + tanh(t)) / 2 = sigmoid(2 t)
+      inside = mul(mul(x, fma(mul(x, x), all_f(0.044715f), all_f(1))), all_f(2 * 0.7978845608f));
+    const F16 sigmoid = div(all_f(1), add(all_f(1), exp_f(mul(inside, all_f(-1)))));
+    put_some(mul(mul(x, sigmoid), load_some(up + place, full)), type, out, place, full);
+  });
+}
+
+// Heads first .. last - 1, all of one token. head_dim is a multiple of 16.
+inline void attend(const Attention& a, int64_t first, int64_t last) {
+  for (int64_t head = first; head < last; head++) {
+    const int64_t base = head / (a.heads / a.kv_heads) * a.capacity * a.head_dim;
+    const float* const query = a.queries + head * a.head_dim;
+    float* const scores = a.scores + head * a.capacity;
+    float most = -INFINITY;
+    for (int64_t t = a.first; t < a.last; t++) {
+      F16 sum = zero_f();
+      for (int64_t i = 0; i < a.head_dim; i += 16) sum = fma(load_f(query + i), get(a.keys, a.type, base + t * a.head_dim + i), sum);
+      float score = sum_of(sum) * a.scale;
+      if (a.softcap != 0) score = std::tanh(score / a.softcap) * a.softcap;
+      scores[t] = score;
+      most = score > most ? score : most;
+    }
+    F16 totals = zero_f();
+    for (int64_t t = a.first; t < a.last; t += 16) {
+      const int64_t full = a.last - t < 16 ? a.last - t : 16;
+      alignas(64) float values[16];
+      for (int64_t i = 0; i < 16; i++) values[i] = i < full ? scores[t + i] - most : -INFINITY;
+      F16 chances = exp_f(load_f(values));
+      if (full < 16) {
+        store_f(values, chances);
+        for (int64_t i = full; i < 16; i++) values[i] = 0;
+        chances = load_f(values);
+      }
+      totals = add(totals, chances);
+      put_some(chances, Float::kF32, scores, t, full);
+    }
+    const F16 whole = all_f(1.0f / sum_of(totals));
+    for (int64_t i = 0; i < a.head_dim; i += 16) {
+      F16 sums[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
+      for (int64_t t = a.first; t < a.last; t++)
+        sums[t % 4] = fma(all_f(scores[t]), get(a.values, a.type, base + t * a.head_dim + i), sums[t % 4]);
+      put(mul(add(add(sums[0], sums[1]), add(sums[2], sums[3])), whole), a.type, a.out, head * a.head_dim + i);
+    }
+  }
+}
+
+}  // namespace QCORE_ISA
+}  // namespace qcore

@@ -1,0 +1,110 @@
+#include "decoder.h"
+
+#include <cmath>
+#include <vector>
+
+#include "linear.h"
+#include "threads.h"
+
+namespace qcore {
+namespace {
+
+struct Memory {
+  std::vector<float> narrow_in, narrow_out;  // rooms for either type
+  std::vector<float> query, key, value, attended, gate, up, wide, scores;
+};
+
+class Step {
+ public:
+  Step(const Kernels& kernels, const Stack& stack, Memory& memory) : kernels_(kernels), stack_(stack), memory_(memory) {}
+
+  // out = W x + bias, x being of the stack's type.
+  void multiply(const Header& weight, const void* x, const float* bias, std::vector<float>& out) {
+    out.resize(weight.rows);
+    memory_.narrow_out.resize(weight.rows);
+    void* const to = stack_.type == Float::kF32 ? out.data() : memory_.narrow_out.data();
+    linear(kernels_, weight, x, 1, weight.columns, stack_.type, to);
+    if (stack_.type != Float::kF32) kernels_.widen(to, stack_.type, weight.rows, out.data());
+    if (bias)
+      for (int64_t i = 0; i < weight.rows; i++) out[i] += bias[i];
+  }
+
+  // What a linear layer is given: x, normalized where there is a norm.
+  const void* ready(const float* x, const float* norm, int64_t count) {
+    memory_.narrow_in.resize(count);
+    kernels_.normalize(x, norm, count, static_cast<float>(stack_.norm_epsilon), stack_.type, memory_.narrow_in.data());
+    return memory_.narrow_in.data();
+  }
+
+  void add(float* hidden, std::vector<float>& x, const float* norm) {
+    if (norm) kernels_.normalize(x.data(), norm, stack_.hidden, static_cast<float>(stack_.norm_epsilon), Float::kF32, x.data());
+    for (int64_t i = 0; i < stack_.hidden; i++) hidden[i] += x[i];
+  }
+
+  void rotate(std::vector<float>& heads, int64_t count, const float* norm, const float* cosines, const float* sines) {
+    for (int64_t head = 0; head < count; head++) {
+      float* const x = heads.data() + head * stack_.head_dim;
+      if (norm) kernels_.normalize(x, norm, stack_.head_dim, static_cast<float>(stack_.norm_epsilon), Float::kF32, x);
+      if (!cosines) continue;
+      const int64_t half = stack_.rope_dim / 2;
+      for (int64_t i = 0; i < half; i++) {
+        const float low = x[i], high = x[i + half];
+        x[i] = low * cosines[i] - high * sines[i];
+        x[i + half] = high * cosines[i + half] + low * sines[i + half];
+      }
+    }
+  }
+
+  const Kernels& kernels_;
+  const Stack& stack_;
+  Memory& memory_;
+};
+
+int64_t width_of(Float type) { return type == Float::kF32 ? 4 : 2; }
+
+}  // namespace
+
+void decode(const Kernels& kernels, const Stack& stack, float* hidden, void* cache, int64_t capacity, const float* rope, int64_t position) {
+  static thread_local Memory memory;
+  Step step(kernels, stack, memory);
+  const Layer* const layers = reinterpret_cast<const Layer*>(&stack + 1);
+  const int64_t width = width_of(stack.type), head_bytes = stack.head_dim * width, heads_bytes = stack.kv_heads * capacity * head_bytes;
+  memory.scores.resize(stack.heads * capacity);
+  memory.attended.resize(stack.heads * stack.head_dim);
+  for (int64_t l = 0; l < stack.layers; l++) {
+    const Layer& layer = layers[l];
+    char* const keys = static_cast<char*>(cache) + 2 * l * heads_bytes;
+    char* const values = keys + heads_bytes;
+    const void* x = step.ready(hidden, layer.input_norm, stack.hidden);
+    step.multiply(*layer.query, x, layer.query_bias, memory.query);
+    step.multiply(*layer.key, x, layer.key_bias, memory.key);
+    step.multiply(*layer.value, x, layer.value_bias, memory.value);
+    const float* const cosines = layer.rope < 0 ? nullptr : rope + (2 * layer.rope * capacity + position) * stack.rope_dim;
+    const float* const sines = cosines + (cosines ? capacity * stack.rope_dim : 0);
+    step.rotate(memory.query, stack.heads, layer.query_norm, cosines, sines);
+    step.rotate(memory.key, stack.kv_heads, layer.key_norm, cosines, sines);
+    for (int64_t head = 0; head < stack.kv_heads; head++) {
+      const int64_t place = (head * capacity + position) * head_bytes;
+      kernels.narrow(memory.key.data() + head * stack.head_dim, stack.type, stack.head_dim, keys + place);
+      kernels.narrow(memory.value.data() + head * stack.head_dim, stack.type, stack.head_dim, values + place);
+    }
+    const int64_t first = layer.window && position + 1 > layer.window ? position + 1 - layer.window : 0;
+    const Attention attention{memory.query.data(), keys, values, capacity, first, position + 1, stack.heads, stack.kv_heads, stack.head_dim, stack.type,
+                              static_cast<float>(stack.scale), static_cast<float>(stack.softcap), memory.scores.data(), memory.attended.data()};
+    const bool alone = stack.heads * (position + 1 - first) * stack.head_dim < 1 << 15;  // waking others would take longer
+    const int64_t share = stack.heads / stack.kv_heads;
+    parallel(stack.kv_heads, alone ? stack.kv_heads : 1, [&](int64_t from, int64_t to) { kernels.attend(attention, from * share, to * share); });
+    step.multiply(*layer.out, memory.attended.data(), layer.out_bias, memory.wide);
+    step.add(hidden, memory.wide, layer.attention_norm);
+    x = step.ready(hidden, layer.mlp_norm, stack.hidden);
+    step.multiply(*layer.gate, x, nullptr, memory.gate);
+    step.multiply(*layer.up, x, nullptr, memory.up);
+    memory.narrow_in.resize(layer.gate->rows);
+    kernels.activate(memory.gate.data(), memory.up.data(), layer.gate->rows, static_cast<int64_t>(stack.activation), stack.type, memory.narrow_in.data());
+    step.multiply(*layer.down, memory.narrow_in.data(), nullptr, memory.wide);
+    step.add(hidden, memory.wide, layer.output_norm);
+  }
+  kernels.normalize(hidden, stack.final_norm, stack.hidden, static_cast<float>(stack.norm_epsilon), Float::kF32, hidden);
+}
+
+}  // namespace qcore

@@ -1,0 +1,45 @@
+// One token through a stack of decoder layers: what stands around the linear layers, without a framework between them.
+#pragma once
+#include "kernels.h"
+
+namespace qcore {
+
+enum class Activation : int64_t { kSilu = 0, kGeluTanh };
+
+struct Layer {  // every field has 8 bytes; pointers are null where a model has no such part
+  const float *input_norm, *query_norm, *key_norm, *attention_norm, *mlp_norm, *output_norm;  // [hidden], or [head_dim]
+  const Header *query, *key, *value, *out, *gate, *up, *down;
+  const float *query_bias, *key_bias, *value_bias, *out_bias;
+  int64_t window;  // tokens that attention looks back on; 0: all
+  int64_t rope;    // which table of positions; -1: none
+};
+
+struct Stack {
+  int64_t size;        // bytes of the stack and its layers, which follow it
+  int64_t layers, hidden, heads, kv_heads, head_dim, rope_dim;
+  Activation activation;
+  Float type;          // of what the linear layers are given, and of keys and values
+  double norm_epsilon, scale, softcap;  // softcap: of attention scores; 0: none
+  const float* final_norm;
+  int64_t reserved[3];
+};
+static_assert(sizeof(Layer) == 19 * 8 && sizeof(Stack) == 16 * 8);
+
+// One head's query, or some of them, against the keys and values of a layer.
+struct Attention {
+  const float* queries;   // [heads][head_dim], rotated
+  const void *keys, *values;  // [kv_heads][capacity][head_dim]
+  int64_t capacity, first, last;  // positions first .. last - 1 are looked at
+  int64_t heads, kv_heads, head_dim;
+  Float type;
+  float scale, softcap;
+  float* scores;          // [heads][capacity]
+  void* out;              // [heads][head_dim], of `type`
+};
+
+// hidden: float32 [hidden], in place: the token's embedding becomes the last layer's output, after the final norm.
+// cache: [layers][2][kv_heads][capacity][head_dim] of Stack::type, which holds the positions before `position` and gets it.
+// rope: float32 [tables][2][capacity][rope_dim], cosines and sines.
+void decode(const Kernels& kernels, const Stack& stack, float* hidden, void* cache, int64_t capacity, const float* rope, int64_t position);
+
+}  // namespace qcore

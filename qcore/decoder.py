@@ -1,0 +1,53 @@
+"""Decoder: a way of taking a whole model's step from one token to the next, as a row of facts.
+
+A model runs without one, layer by layer through transformers' own code. Where layers are small, what stands around them takes
+longer than they do; a plugin may take the step in one piece for the models that it knows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """One row.
+
+    device: torch's type of the devices that it runs on (`cpu`). implementation: `module:object`, a `TokenDecoder`. note: one
+    sentence on what it does.
+    """
+
+    name: str
+    device: str
+    implementation: str
+    note: str = ""
+
+    def load(self) -> type[TokenDecoder]:
+        """Imports the implementation."""
+        module, _, name = self.implementation.partition(":")
+        implementation: type[TokenDecoder] = getattr(importlib.import_module(module), name)
+        return implementation
+
+
+class TokenDecoder(Protocol):
+    """What an implementation is. It is made once for a model, and compared with the model before it is trusted."""
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel) -> TokenDecoder:
+        """Raises Refused (unknown-architecture, no-kernel) where the model has parts that it does not know."""
+        ...
+
+    def begin(self, cache: Any, length: int) -> None:
+        """Takes over the keys and values of a prompt of `length` tokens from transformers' cache, which stays as it is.
+        Raises Refused (unknown-variant) where it is of a kind that it does not know."""
+        ...
+
+    def step(self, token: int) -> torch.Tensor:
+        """The logits [vocabulary] of what follows, in float32; the token becomes part of the context."""
+        ...
