@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
     from transformers import PreTrainedModel
 
@@ -46,6 +48,11 @@ class TokenDecoder(Protocol):
     def begin(self, cache: Any, length: int) -> None:
         """Takes over the keys and values of a prompt of `length` tokens from transformers' cache, which stays as it is.
         Raises Refused (unknown-variant) where it is of a kind that it does not know."""
+        ...
+
+    def exact(self) -> AbstractContextManager[None]:
+        """Inside of it, the model's linear layers leave inputs whole that they round otherwise: a last bit decides how inputs are
+        rounded, so that two right answers may differ by as much as the rounding itself."""
         ...
 
     def step(self, token: int) -> torch.Tensor:

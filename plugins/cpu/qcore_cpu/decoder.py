@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +18,11 @@ from qcore.model.linear import QuantizedLinear
 from qcore.refusal import Refusal, Refused
 from qcore_cpu.kernels.native import NativeLinear
 from qcore_cpu.library import register
+from qcore_cpu.packed import Header
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
 _NORMS = ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_norm", "output_norm")
@@ -64,8 +68,15 @@ class NativeDecoder:
         base = model.model
         self.rotary, layers = base.rotary_emb, list(base.layers)
         self.kept: list[torch.Tensor] = []
-        """Tensors that the plan points into."""
+        self.weights: list[torch.Tensor] = []
+        """Tensors that the plan points into: norms and biases, and packed weights."""
+        self.windows = [_window(layer, model.config) for layer in layers]
         self.kinds = [_rope_kind(layer) for layer in layers]
+        self.named = "layer_type" in inspect.signature(self.rotary.forward).parameters
+        if not self.named:  # one table for all
+            self.kinds = [None if kind is None else "" for kind in self.kinds]
+        if hasattr(base, "rotary_emb_local"):  # gemma3 of transformers 4
+            raise _unknown("a second rotary embedding")
         self.ropes = sorted({kind for kind in self.kinds if kind is not None})
         if getattr(self.rotary, "rope_type", "default") in ("dynamic", "longrope") or (
             isinstance(rope_type := getattr(self.rotary, "rope_type", None), dict)
@@ -106,17 +117,18 @@ class NativeDecoder:
             norm_epsilon=_epsilon(final), scale=scale, softcap=softcap, final_norm=self._norm(final),
         )  # fmt: skip
         stack.size = ctypes.sizeof(_Stack) + len(layers) * ctypes.sizeof(_Layer)
-        rows = b"".join(bytes(self._layer(layer, kind, stack)) for layer, kind in zip(layers, self.kinds, strict=True))
+        parts = zip(layers, self.kinds, self.windows, strict=True)
+        rows = b"".join(bytes(self._layer(*part, stack)) for part in parts)
         return torch.frombuffer(bytearray(bytes(stack) + rows), dtype=torch.uint8)
 
-    def _layer(self, layer: Any, kind: str | None, stack: _Stack) -> _Layer:
+    def _layer(self, layer: Any, kind: str | None, window: int, stack: _Stack) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         around = hasattr(layer, "pre_feedforward_layernorm")  # gemma's: what a block gives is normalized too
         parts = {
             "query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj, "out": attention.o_proj,
             "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj,
         }  # fmt: skip
-        made = _Layer(rope=-1 if kind is None else self.ropes.index(kind), window=int(_window(layer) or 0))
+        made = _Layer(rope=-1 if kind is None else self.ropes.index(kind), window=window)
         for name, module in parts.items():
             setattr(made, name, self._weight(module))
         for name in ("query", "key", "value", "out"):
@@ -144,7 +156,7 @@ class NativeDecoder:
         assert isinstance(module, QuantizedLinear)
         if module.input_multiplier is not None or module.computes not in (None, self.dtype):
             raise _unknown("a linear layer with an input multiplier or a type of its own")
-        self.kept.append(packed.packed)
+        self.weights.append(packed.packed)
         return packed.packed.data_ptr()
 
     def _floats(self, values: torch.Tensor) -> int:
@@ -170,13 +182,10 @@ class NativeDecoder:
     def _tables(self, capacity: int) -> torch.Tensor:
         """float32 [tables, 2, capacity, rope_dim]: cosines and sines of every position."""
         x, positions = torch.empty(1, dtype=torch.float32), torch.arange(capacity).unsqueeze(0)
-        named = "layer_type" in inspect.signature(self.rotary.forward).parameters
         tables = []
         for kind in self.ropes:
-            cosines, sines = self.rotary(x, positions, kind) if named else self.rotary(x, positions)
+            cosines, sines = self.rotary(x, positions, kind) if self.named else self.rotary(x, positions)
             tables.append(torch.stack([cosines[0].float(), sines[0].float()]))
-        if len(tables) > 1 and not named:
-            raise _unknown("layers with rotary tables of their own")
         return torch.stack(tables).contiguous() if tables else torch.zeros(1, 2, capacity, 2)
 
     # --- Running it ------------------------------------------------------------------------------------------------
@@ -187,7 +196,9 @@ class NativeDecoder:
             raise _unknown("a cache of another size")
         self._grow(max(_FIRST_CAPACITY, 2 * length))
         self.length = length
-        for layer, pair in enumerate(states):
+        for layer, (window, *pair) in enumerate(states):
+            if window not in (0, self.windows[layer]):  # a cache may hold all, and a mask keep the window
+                raise _unknown(f"a cache with a window of {window} tokens for one of {self.windows[layer]}")
             for which, state in enumerate(pair):
                 if (
                     state.shape[:2] != (1, self.kv_heads)
@@ -196,6 +207,19 @@ class NativeDecoder:
                 ):
                     raise _unknown(f"a cache of {list(state.shape)} in {state.dtype}")
                 self.cache[layer, which, :, length - state.shape[2] : length] = state[0]  # a window holds the last ones
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        place = Header.input.offset
+        inputs = [packed[place : place + 8] for packed in self.weights]
+        before = [field.clone() for field in inputs]
+        try:
+            for field in inputs:
+                field.zero_()
+            yield
+        finally:
+            for field, value in zip(inputs, before, strict=True):
+                field.copy_(value)
 
     def step(self, token: int) -> torch.Tensor:
         if self.length == self.capacity:
@@ -223,23 +247,24 @@ def _rope_kind(layer: Any) -> str | None:
     return str(getattr(attention, "layer_type", None) or getattr(layer, "attention_type", None) or "full_attention")
 
 
-def _window(layer: Any) -> int | None:
-    window: int | None = getattr(layer.self_attn, "sliding_window", None)
-    return window
+def _window(layer: Any, config: Any) -> int:
+    """Tokens that a layer looks back on; 0 where it is all of them. Mistral's layers have it from the config alone."""
+    whole = None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
+    return int(getattr(layer.self_attn, "sliding_window", whole) or 0)
 
 
 def _epsilon(norm: torch.nn.Module) -> float:
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)  # type: ignore[arg-type]
 
 
-def _states(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of each layer in transformers' plain caches."""
+def _states(cache: Any) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Window, keys and values of each layer in transformers' plain caches."""
     layers = getattr(cache, "layers", None)
     if layers is None or any(
         type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer") for layer in layers
     ):
         raise _unknown(f"a cache of {type(cache).__name__}")
-    return [(layer.keys, layer.values) for layer in layers]
+    return [(int(getattr(layer, "sliding_window", 0) or 0), layer.keys, layer.values) for layer in layers]
 
 
 def _unknown(what: str) -> Refused:

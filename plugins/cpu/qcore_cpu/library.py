@@ -78,4 +78,8 @@ def register() -> ctypes.CDLL:
     def _linear(x: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
         return x.new_empty(*x.shape[:-1], rows)
 
+    @torch.library.register_fake("qcore_cpu::look_up")  # type: ignore[untyped-decorator]
+    def _look_up(tokens: torch.Tensor, weight: torch.Tensor, columns: int) -> torch.Tensor:
+        return tokens.new_empty(*tokens.shape, columns, dtype=torch.float32)
+
     return library

@@ -78,6 +78,25 @@ class NativeLinearInt8(NativeLinear):
         return torch.empty_like(values).index_copy_(-1, order, stands_for)
 
 
+class NativeEmbedding(torch.nn.Module):
+    """Rows of a packed weight; only those that are looked up become numbers."""
+
+    packed: torch.Tensor
+
+    def __init__(self, layer: LayerTensors, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.columns, self.dtype = layer.weight.shape[1], dtype
+        self.register_buffer("packed", pack(layer, EXACT))
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> NativeEmbedding:
+        return cls(layer, dtype)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = torch.ops.qcore_cpu.look_up(tokens.long().contiguous(), self.packed, self.columns)
+        return rows.to(self.dtype)
+
+
 def pack(layer: LayerTensors, input_kind: int) -> torch.Tensor:
     """uint8 [bytes]: the layer's weight for torch.ops.qcore_cpu.linear. Raises Refused (shape-unsupported,
     contents-unsupported) where its contents are none that the kernels read."""

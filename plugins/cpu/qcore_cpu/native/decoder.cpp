@@ -62,9 +62,7 @@ class Step {
 
 int64_t width_of(Float type) { return type == Float::kF32 ? 4 : 2; }
 
-}  // namespace
-
-void decode(const Kernels& kernels, const Stack& stack, float* hidden, void* cache, int64_t capacity, const float* rope, int64_t position) {
+void take_step(const Kernels& kernels, const Stack& stack, float* hidden, void* cache, int64_t capacity, const float* rope, int64_t position) {
   static thread_local Memory memory;
   Step step(kernels, stack, memory);
   const Layer* const layers = reinterpret_cast<const Layer*>(&stack + 1);
@@ -91,9 +89,8 @@ void decode(const Kernels& kernels, const Stack& stack, float* hidden, void* cac
     const int64_t first = layer.window && position + 1 > layer.window ? position + 1 - layer.window : 0;
     const Attention attention{memory.query.data(), keys, values, capacity, first, position + 1, stack.heads, stack.kv_heads, stack.head_dim, stack.type,
                               static_cast<float>(stack.scale), static_cast<float>(stack.softcap), memory.scores.data(), memory.attended.data()};
-    const bool alone = stack.heads * (position + 1 - first) * stack.head_dim < 1 << 15;  // waking others would take longer
     const int64_t share = stack.heads / stack.kv_heads;
-    parallel(stack.kv_heads, alone ? stack.kv_heads : 1, [&](int64_t from, int64_t to) { kernels.attend(attention, from * share, to * share); });
+    parallel(stack.kv_heads, 1, [&](int64_t from, int64_t to) { kernels.attend(attention, from * share, to * share); });
     step.multiply(*layer.out, memory.attended.data(), layer.out_bias, memory.wide);
     step.add(hidden, memory.wide, layer.attention_norm);
     x = step.ready(hidden, layer.mlp_norm, stack.hidden);
@@ -105,6 +102,12 @@ void decode(const Kernels& kernels, const Stack& stack, float* hidden, void* cac
     step.add(hidden, memory.wide, layer.output_norm);
   }
   kernels.normalize(hidden, stack.final_norm, stack.hidden, static_cast<float>(stack.norm_epsilon), Float::kF32, hidden);
+}
+
+}  // namespace
+
+void decode(const Kernels& kernels, const Stack& stack, float* hidden, void* cache, int64_t capacity, const float* rope, int64_t position) {
+  with_team([&] { take_step(kernels, stack, hidden, cache, capacity, rope, position); });
 }
 
 }  // namespace qcore

@@ -114,6 +114,50 @@ void multiply(const Job& job, int64_t first, int64_t last) {
   }
 }
 
+template <Code code>
+void spread_panel(const Header& h, const uint8_t* codes, const float* table, float* out) {
+  const Floats<code> floats(table);
+  const F16 zero = all_f(is_integer(code) ? static_cast<float>(-h.zero) : 0);
+  for (int64_t base = 0; base < h.padded; base += kChunk, codes += 64 * code_bits(code))
+    each_column<code, 0, 32>(codes, floats, [&](F16 value, auto column) QCORE_INSIDE {
+      store_f(out + 16 * (base + column), is_integer(code) ? add(value, zero) : value);
+    });
+}
+
+template <Code... codes>
+void spread_any(const Header& h, Code code, const uint8_t* from, const float* table, float* out) {
+  ((code == codes ? spread_panel<codes>(h, from, table, out) : void()), ...);
+}
+
+void look_up(const Header& h, int64_t row, float* out) {
+  static thread_local std::vector<float> scales, offsets, values;
+  static thread_local std::vector<uint8_t> expanded;
+  const int64_t panel = row / kPanel, lane = row % kPanel;
+  scales.resize(h.groups * kPanel);
+  offsets.assign(h.groups * kPanel, 0.0f);
+  values.resize(h.padded * kPanel);
+  const uint8_t* codes = section_at(h, h.codes) + panel * panel_bytes(h);
+  Code code = h.code;
+  if (is_grid(code)) {
+    expanded.resize(h.padded * kPanel);
+    spread_grid(h, panel, expanded.data(), scales.data());
+    codes = expanded.data(), code = Code::kInt8;
+  } else {
+    spread_scales(h, panel, scales.data());
+    spread_offsets(h, panel, offsets.data());
+  }
+  const float* const table = is_table(code) ? reinterpret_cast<const float*>(section_at(h, h.table)) : nullptr;
+  spread_any<Code::kInt1, Code::kInt2, Code::kInt3, Code::kInt4, Code::kInt5, Code::kInt6, Code::kInt7, Code::kInt8, Code::kTable3, Code::kTable4,
+             Code::kE4M3, Code::kE4M3Fnuz, Code::kE5M2, Code::kE3M2, Code::kE2M3>(h, code, codes, table, values.data());
+  const int32_t* const order = h.order ? reinterpret_cast<const int32_t*>(section_at(h, h.order)) : nullptr;
+  const bool before = before_scaling(h.offset);
+  for (int64_t k = 0; k < h.columns; k++) {
+    const int64_t cell = k / h.group * kPanel + lane;
+    const float value = values[k * kPanel + lane], scale = scales[cell], offset = offsets[cell];
+    out[order ? order[k] : k] = before ? (value + offset) * scale : value * scale + offset;
+  }
+}
+
 }  // namespace
 }  // namespace QCORE_ISA
 
@@ -129,7 +173,7 @@ const Kernels* QCORE_JOIN(kernels_, QCORE_ISA)() {
 #else
   constexpr int64_t tiles_from = 0;
 #endif
-  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), halves, Dot<8>::pairs, tiles_from, prepare, multiply,
+  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), halves, Dot<8>::pairs, tiles_from, prepare, multiply, look_up,
                                normalize, activate, attend, narrow_values, widen_values};
   return &kernels;
 }

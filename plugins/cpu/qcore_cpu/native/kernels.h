@@ -57,6 +57,8 @@ struct Kernels {
   int64_t tiles_from;     // rows from which tiles are used; 0 where there are none
   void (*prepare)(const Job& job, int64_t first_row, int64_t last_row);
   void (*multiply)(const Job& job, int64_t first_panel, int64_t last_panel);
+  // A row of the weight as float32 [columns].
+  void (*look_up)(const Header& weight, int64_t row, float* out);
   // Of a decoder's step: around.h.
   void (*normalize)(const float* x, const float* weight, int64_t count, float epsilon, Float type, void* out);
   void (*activate)(const float* gate, const float* up, int64_t count, int64_t activation, Float type, void* out);

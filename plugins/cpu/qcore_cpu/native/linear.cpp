@@ -12,6 +12,7 @@ constexpr int64_t kRowsOfABatch = 512;
 constexpr int64_t kBlock = 32;     // rounded activations that share a scale
 constexpr int64_t kFloatSum = 256;   // products that are summed before they go to a sum of such sums: long sums lose digits
 constexpr int64_t kWholeSum = 2048;  // the same of whole numbers, which are exact: for the sake of the caches
+constexpr int64_t kWorthWaking = 320 << 10;
 constexpr int64_t kScratchKept = 4 << 20;  // bytes that a thread keeps from one call to the next
 
 // Memory in lines of 64 bytes, cut into arrays.
@@ -93,7 +94,9 @@ void multiply(const Kernels& kernels, const Header& h, const void* x, int64_t ro
   take_memory(kernels, h, job.batch);
   parallel(rows, 16, [&](int64_t first, int64_t last) { kernels.prepare(job, first, last); });
   const int64_t panels = panels_of(h), workers = threads();
-  const int64_t step = workers == 1 ? panels : panels / (8 * workers) > 1 ? panels / (8 * workers) : 1;
+  // Waking threads takes about ten microseconds, in which one alone reads this many bytes.
+  const bool alone = workers == 1 || (!in_team() && h.total * (1 + rows / 4) < kWorthWaking);
+  const int64_t step = alone ? panels : panels / (8 * workers) > 1 ? panels / (8 * workers) : 1;
   parallel(panels, step, [&](int64_t first, int64_t last) { kernels.multiply(job, first, last); });
   scratch.end();
 }

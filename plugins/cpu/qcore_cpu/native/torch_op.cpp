@@ -1,4 +1,4 @@
-// The operators qcore_cpu::linear and qcore_cpu::decode, registered through torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h), whose
+// The operators qcore_cpu::linear, look_up and decode, registered through torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h), whose
 // functions are found in the process: one build serves every torch that has them (2.8 and later).
 #include <dlfcn.h>
 
@@ -115,6 +115,31 @@ void* memory_of(Tensor tensor, int64_t element_bytes = 0, int64_t* bytes = nullp
   return memory;
 }
 
+// look_up(Tensor tokens, Tensor weight, int columns) -> Tensor: int64 [...] -> float32 [..., columns].
+void look_up(Value* stack, uint64_t, uint64_t) {
+  const Owned tokens{reinterpret_cast<Tensor>(stack[0])}, packed{reinterpret_cast<Tensor>(stack[1])};
+  const int64_t columns = static_cast<int64_t>(stack[2]);
+  int64_t dim, count, bytes, *sizes, shape[17], steps[17];
+  check(torch.dim(tokens.tensor, &dim), "dim");
+  check(torch.numel(tokens.tensor, &count), "numel");
+  check(torch.sizes(tokens.tensor, &sizes), "sizes");
+  const int64_t* const wanted = static_cast<const int64_t*>(memory_of(tokens.tensor));
+  const auto* const weight = static_cast<const qcore::Header*>(memory_of(packed.tensor, 1, &bytes));
+  if (const char* fault = qcore::fault_of(weight, bytes)) throw std::runtime_error(std::string("qcore_cpu::look_up: ") + fault);
+  if (dim > 16 || columns != weight->columns) throw std::runtime_error("qcore_cpu::look_up: tokens and weight do not go together");
+  for (int64_t i = 0; i < dim; i++) shape[i] = sizes[i];
+  shape[dim] = columns;
+  for (int64_t i = dim, step = 1; i >= 0; step *= shape[i--]) steps[i] = step;
+  for (int64_t i = 0; i < count; i++)
+    if (wanted[i] < 0 || wanted[i] >= weight->rows)
+      throw std::runtime_error("qcore_cpu::look_up: token " + std::to_string(wanted[i]) + " of " + std::to_string(weight->rows));
+  Tensor out;
+  check(torch.empty(dim + 1, shape, steps, f32, cpu, 0, &out), "empty");
+  float* const to = count ? static_cast<float*>(memory_of(out)) : nullptr;
+  for (int64_t i = 0; i < count; i++) kernels().look_up(*weight, wanted[i], to + i * columns);
+  stack[0] = reinterpret_cast<Value>(out);
+}
+
 // decode(Tensor(a!) hidden, Tensor stack, Tensor(b!) cache, Tensor rope, int capacity, int position) -> (): see decoder.h.
 void decode(Value* values, uint64_t, uint64_t) {
   const Owned hidden{reinterpret_cast<Tensor>(values[0])}, stack{reinterpret_cast<Tensor>(values[1])};
@@ -165,6 +190,8 @@ QCORE_API const char* qcore_register(const char* library) {
   void *fragment, *implementations;  // kept for ever: releasing them would take the operator back
   if (torch.library_fragment("qcore_cpu", "", 0, &fragment) || torch.define(fragment, "linear(Tensor x, Tensor weight, int rows) -> Tensor") ||
       torch.library_impl_of("qcore_cpu", "CPU", "", 0, &implementations) || torch.implement(implementations, "linear", linear) ||
+      torch.define(fragment, "look_up(Tensor tokens, Tensor weight, int columns) -> Tensor") ||
+      torch.implement(implementations, "look_up", look_up) ||
       torch.define(fragment, "decode(Tensor(a!) hidden, Tensor stack, Tensor(b!) cache, Tensor rope, int capacity, int position) -> ()") ||
       torch.implement(implementations, "decode", decode))
     return "torch did not take the operator";

@@ -1,0 +1,152 @@
+"""The native decoder against transformers' own layers, architecture by architecture, token by token."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qcore
+from qcore.model.decode import Stepper
+from qcore_cpu.decoder import NativeDecoder
+from qcore_cpu.library import status
+
+pytestmark = pytest.mark.skipif(not status().isa, reason=f"no native kernels here: {status().fault}")
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 1024, "pad_token_id": 0,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+}
+
+
+def model_of(kind: str, folder: Path, dtype: str = "float32", **how: Any) -> Any:
+    """A random model of the architecture, its linear layers in 4 bits."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SHAPE | MODELS[kind])
+    dense = AutoModelForCausalLM.from_config(config)
+    for name, values in dense.named_parameters():  # norms and biases that matter
+        if values.dim() == 1:
+            torch.nn.init.normal_(values, 0.0 if "bias" in name else 1.0, 0.3)
+        else:
+            torch.nn.init.normal_(values, 0.0, 0.15)
+    dense.save_pretrained(folder)
+    return qcore.load_model(folder, dtype=dtype, quantize="W4A16-g32-asym", **how)
+
+
+def both(model: Any, count: int, length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [count, vocabulary] by the decoder and by the model, of the same tokens."""
+    random = torch.Generator().manual_seed(1)
+    prompt = torch.randint(1, 128, (1, length), generator=random)
+    tokens = torch.randint(1, 128, (count,), generator=random).tolist()
+    decoder = NativeDecoder.from_model(model)
+    got, expected = [], []
+    with torch.inference_mode():
+        cache = model(input_ids=prompt, use_cache=True).past_key_values
+        decoder.begin(cache, length)
+        for token in tokens:
+            got.append(decoder.step(token))
+            out = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            expected.append(out.logits[0, -1].float())
+    return torch.stack(got), torch.stack(expected)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_logits_are_the_models(kind: str, tmp_path: Path) -> None:
+    got, expected = both(model_of(kind, tmp_path), 20)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_narrow_types(dtype: str, bound: float, tmp_path: Path) -> None:
+    got, expected = both(model_of("llama", tmp_path, dtype), 8)
+    assert float((got - expected).norm() / expected.norm()) < bound
+
+
+def test_a_context_that_outgrows_its_room(tmp_path: Path) -> None:
+    got, expected = both(model_of("qwen3", tmp_path), 40, length=240)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def stepped(model: Any, count: int) -> Stepper:
+    with torch.inference_mode():
+        prompt = torch.arange(1, 9).unsqueeze(0)
+        steps = Stepper(model, model(input_ids=prompt, use_cache=True).past_key_values, 8, {})
+        for token in range(count):
+            steps.step(token + 1)
+    return steps
+
+
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_it_is_trusted_once_its_first_answer_was_the_models(activations: str, tmp_path: Path) -> None:
+    model = model_of("llama", tmp_path, activations=activations)
+    assert stepped(model, 0).decoder == "" and stepped(model, 1).decoder == "native_decoder"
+    assert stepped(model, 0).decoder == "native_decoder"
+
+
+def test_a_model_that_does_something_else_keeps_its_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A change that no module shows: the decoder's first logits give it away."""
+    model = model_of("llama", tmp_path)
+    mlp = type(model.model.layers[0].mlp)
+    forward = mlp.forward
+    mlp.forward = lambda self, x: 1.5 * forward(self, x)
+    try:
+        with caplog.at_level(logging.WARNING, "qcore"):
+            assert stepped(model, 2).decoder == ""
+    finally:
+        mlp.forward = forward
+    assert "does not give this model's logits" in caplog.text
+
+
+def test_what_it_does_not_know_is_refused(tmp_path: Path) -> None:
+    model = model_of("llama", tmp_path)
+    decoder = NativeDecoder.from_model(model)
+    with pytest.raises(qcore.Refused, match="a cache of tuple"):
+        decoder.begin((), 3)
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    with pytest.raises(qcore.Refused, match="activation ReLU"):
+        NativeDecoder.from_model(model)
+    other = model_of("llama", tmp_path, kernel="reference_linear")
+    with pytest.raises(qcore.Refused, match="reference_linear"):
+        NativeDecoder.from_model(other)
+
+
+def test_a_quantized_cache_keeps_the_models_own_steps(tmp_path: Path) -> None:
+    model = model_of("llama", tmp_path, kv_cache="int8")
+    assert stepped(model, 2).decoder == ""
+
+
+def test_wrong_parts_are_refused_by_the_operator(tmp_path: Path) -> None:
+    decoder = NativeDecoder.from_model(model_of("llama", tmp_path))
+    decoder._grow(16)
+    call = torch.ops.qcore_cpu.decode
+    for hidden, capacity, position in ((63, 16, 0), (64, 15, 0), (64, 16, 16), (64, 16, -1)):
+        with pytest.raises(RuntimeError, match="do not go together"):
+            call(torch.zeros(hidden), decoder.plan, decoder.cache, decoder.rope, capacity, position)
+
+
+def test_rows_are_looked_up_in_packed_weights() -> None:
+    from qcore.scheme import Scheme
+    from qcore.testing.layers import random_layer
+    from qcore_cpu.kernels.native import NativeEmbedding
+
+    layer = random_layer(Scheme.parse("W4A16-g32-asym"), 50, 96)
+    packed = NativeEmbedding.from_layer(layer, torch.float32)
+    tokens = torch.tensor([[0, 49], [17, 17]])
+    torch.testing.assert_close(packed(tokens), layer.weight.dequantize()[tokens])
+    with pytest.raises(RuntimeError, match="token 50 of 50"):
+        packed(torch.tensor([50]))
