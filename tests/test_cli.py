@@ -231,7 +231,7 @@ def test_perplexity_is_that_of_transformers(text: Path) -> None:
 def test_plugins_and_doctor() -> None:
     plugins = {plugin["name"]: plugin for plugin in answer("plugins")}
     assert plugins["core"]["status"] == plugins["cpu"]["status"] == "loaded"
-    assert plugins["cpu"]["api"] == [1, 0] and "x86_cpu" in plugins["cpu"]["platforms"]
+    assert plugins["cpu"]["api"] == [1, 1] and "x86_cpu" in plugins["cpu"]["platforms"]
     assert set(plugins["core"]["methods"]) >= {"gguf", "gptq", "compressed-tensors", "dense"}
     doctor = answer("doctor")
     assert torch.__version__.startswith(doctor["versions"]["torch"].partition("+")[0])

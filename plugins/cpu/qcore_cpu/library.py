@@ -7,6 +7,7 @@ sets that it knows, `status` says so and other kernels run.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -41,9 +42,17 @@ def load() -> ctypes.CDLL | None:
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
-    library.qcore_isa.restype = library.qcore_isas.restype = library.qcore_register.restype = ctypes.c_char_p
+    for function in (library.qcore_isa, library.qcore_isas, library.qcore_sources, library.qcore_register):
+        function.restype = ctypes.c_char_p
     library.qcore_pack_codes.restype = library.qcore_huge_pages.restype = None
     return library
+
+
+def sources() -> str:
+    """A digest of the sources beside this file, as CMakeLists.txt makes it."""
+    paths = sorted(Path(__file__).with_name("native").iterdir())
+    hashes = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in paths)
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 @cache
@@ -52,6 +61,8 @@ def status() -> Status:
     library = load()
     if library is None:
         return Status("", (), "not built: no C++ compiler was there when the package was installed")
+    if library.qcore_sources().decode() != sources():
+        return Status("", (), "built from other sources than are here: install the package again")
     isa, available = library.qcore_isa().decode(), tuple(library.qcore_isas().decode().split())
     wanted = os.environ.get(ISA_VARIABLE, "")
     if isa:

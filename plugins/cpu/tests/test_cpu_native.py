@@ -95,6 +95,18 @@ def test_a_library_that_was_not_built_is_said(monkeypatch: pytest.MonkeyPatch) -
             cached.cache_clear()
 
 
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qcore_cpu import library
+
+    monkeypatch.setattr(library, "sources", lambda: "another digest")
+    library.status.cache_clear()
+    try:
+        assert "other sources" in library.status().fault and not library.status().isa
+    finally:
+        monkeypatch.undo()
+        library.status.cache_clear()
+
+
 def small(scheme: str = "W4A16-g32-sym", rows: int = 48, columns: int = 96) -> NativeLinear:
     return NativeLinear.from_layer(random_layer(Scheme.parse(scheme), rows, columns), torch.bfloat16)
 

@@ -93,3 +93,6 @@ QCORE_API const char* qcore_isas() {
   }
   return names;
 }
+
+// A digest of the sources that this was built from.
+QCORE_API const char* qcore_sources() { return QCORE_SOURCES; }

@@ -1,0 +1,1 @@
+"""Measurements of this host's kernels, beside those of others."""
