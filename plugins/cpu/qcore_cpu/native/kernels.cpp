@@ -1,4 +1,5 @@
-// The kernels of one instruction set: compiled once for each, with QCORE_ISA as its name.
+// The kernels of one instruction set: compiled once for each, with QCORE_ISA as its name. Where QCORE_EXACT_OF or QCORE_INTEGER_OF
+// names another, that one's kernels for few rows serve here too, for they would be the same.
 #include "kernels.h"
 
 #include <vector>
@@ -26,8 +27,6 @@ namespace {
 
 constexpr int kRowsAtOnce = 4;  // kernels exist for 1, 2 and 4 rows
 
-using RowsKernel = void (*)(const Strip&, const Batch&, int64_t, float*);
-
 // The kernels of some codes; each function gives null for any other.
 template <Code... codes>
 struct Choices {
@@ -53,16 +52,38 @@ using Whole = Choices<Code::kInt1, Code::kInt2, Code::kInt3, Code::kInt4, Code::
                       Code::kTable4>;
 using SmallFloats = Choices<Code::kE4M3, Code::kE4M3Fnuz, Code::kE5M2, Code::kE3M2, Code::kE2M3>;
 
+}  // namespace
+}  // namespace QCORE_ISA
+
+#ifdef QCORE_EXACT_OF
+#define QCORE_EXACT QCORE_JOIN(exact_, QCORE_EXACT_OF)
+#else
+#define QCORE_EXACT QCORE_JOIN(exact_, QCORE_ISA)
+RowsKernel QCORE_EXACT(Code code, int64_t rows) {
+  const RowsKernel found = QCORE_ISA::Whole::exact(code, rows);
+  return found ? found : QCORE_ISA::SmallFloats::exact(code, rows);
+}
+#endif
+
+#ifdef QCORE_INTEGER_OF
+#define QCORE_INTEGER QCORE_JOIN(integer_, QCORE_INTEGER_OF)
+#else
+#define QCORE_INTEGER QCORE_JOIN(integer_, QCORE_ISA)
+RowsKernel QCORE_INTEGER(Code code, int64_t rows) { return QCORE_ISA::Whole::integer(code, rows); }
+#endif
+
+namespace QCORE_ISA {
+namespace {
+
 RowsKernel choose(Code code, Method method, int64_t rows) {
-  if (method == Method::kIntegers) return Whole::integer(code, rows);
+  if (method == Method::kIntegers) return QCORE_INTEGER(code, rows);
 #ifdef __AVX512BF16__
   if (method == Method::kHalves) {
     const RowsKernel found = Whole::halves(code, rows);
     return found ? found : SmallFloats::halves(code, rows);
   }
 #endif
-  const RowsKernel found = Whole::exact(code, rows);
-  return found ? found : SmallFloats::exact(code, rows);
+  return QCORE_EXACT(code, rows);
 }
 
 // One row of a panel's results, in the type of the output.

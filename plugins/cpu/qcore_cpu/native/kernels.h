@@ -48,6 +48,19 @@ struct Job {
   Float type;             // of x and out
 };
 
+// One panel, its scales spread: float32 [groups][16].
+struct Strip {
+  const Header& h;
+  const uint8_t* codes;
+  const float* scales;
+  const float* zeros;    // of each group, negated; null where there are none
+  const float* offsets;  // the same
+  const float* table;
+};
+
+// Some rows of a batch, from `first` on, by a panel: out [rows][16].
+using RowsKernel = void (*)(const Strip& strip, const Batch& batch, int64_t first, float* out);
+
 struct Attention;
 
 struct Kernels {
@@ -66,6 +79,11 @@ struct Kernels {
   void (*narrow)(const float* from, Float type, int64_t count, void* to);
   void (*widen)(const void* from, Float type, int64_t count, float* to);
 };
+
+// Kernels of one instruction set that another uses too (kernels.cpp); null for a code that they do not know.
+RowsKernel exact_avx2(Code code, int64_t rows);
+RowsKernel exact_avx512(Code code, int64_t rows);
+RowsKernel integer_avx512(Code code, int64_t rows);
 
 const Kernels* kernels_avx2();
 const Kernels* kernels_avxvnni();

@@ -6,16 +6,6 @@
 namespace qcore {
 namespace QCORE_ISA {
 
-// One panel, its scales spread.
-struct Strip {
-  const Header& h;
-  const uint8_t* codes;
-  const float* scales;
-  const float* zeros;    // of each group, negated; null where there are none
-  const float* offsets;  // the same
-  const float* table;
-};
-
 QCORE_INLINE int32_t word_at(const void* p) {
   int32_t word;
   std::memcpy(&word, p, 4);

@@ -214,7 +214,7 @@ double worst(const Kernels& kernels, const Case& c, const Weight& w, int64_t row
     uint16_t half;
     if (c.type == Float::kF32) std::memcpy(&value, out.get() + 4 * i, 4);
     else std::memcpy(&half, out.get() + 2 * i, 2), value = c.type == Float::kF16 ? wide_f16(half) : from_bits(static_cast<uint32_t>(half) << 16);
-    const double off = std::fabs(value - expected[i]), error = off / (std::fabs(expected[i]) + usual + 1e-4);
+    const double off = std::fabs(value - expected[i]), error = off / (std::fabs(expected[i]) + usual + 1e-3);
     most = error <= most ? most : error;  // NaN stays
   }
   return most;
