@@ -42,18 +42,22 @@ class TokenDecoder(Protocol):
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> TokenDecoder:
-        """Raises Refused (unknown-architecture, no-kernel) where the model has parts that it does not know."""
+        """Raises Refused (unknown-variant) where the model has parts that it does not know."""
         ...
 
-    def begin(self, cache: Any, length: int) -> None:
-        """Takes over the keys and values of a prompt of `length` tokens from transformers' cache, which stays as it is.
-        Raises Refused (unknown-variant) where it is of a kind that it does not know."""
+    def begin(self, cache: Any, length: int) -> TokenSteps:
+        """One text's steps. Keys and values of its prompt of `length` tokens are taken over from transformers' cache, which stays
+        as it is; several texts may be under way at once. Raises Refused (unknown-variant) for a cache of a kind that it does not know."""
         ...
 
     def exact(self) -> AbstractContextManager[None]:
         """Inside of it, the model's linear layers leave inputs whole that they round otherwise: a last bit decides how inputs are
         rounded, so that two right answers may differ by as much as the rounding itself."""
         ...
+
+
+class TokenSteps(Protocol):
+    """One text's keys and values, and the step to its next token."""
 
     def step(self, token: int) -> torch.Tensor:
         """The logits [vocabulary] of what follows, in float32; the token becomes part of the context."""

@@ -14,7 +14,7 @@ from qcore.refusal import Refused
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qcore.decoder import TokenDecoder
+    from qcore.decoder import TokenDecoder, TokenSteps
 
 log = logging.getLogger("qcore")
 
@@ -25,45 +25,54 @@ _DECODERS: WeakKeyDictionary[torch.nn.Module, _Trial] = WeakKeyDictionary()
 
 
 class _Trial:
-    """A model's decoder, and whether it was seen to be right."""
+    """A model's decoder, and whether it was seen to be right. place: what the model was when it was made."""
 
-    def __init__(self, name: str, decoder: TokenDecoder | None) -> None:
-        self.name, self.decoder, self.trusted = name, decoder, False
+    def __init__(self, name: str, decoder: TokenDecoder | None, place: tuple[str, torch.dtype]) -> None:
+        self.name, self.decoder, self.place, self.trusted = name, decoder, place, False
 
 
 class Stepper:
     """One text's steps. Made once the prompt is in `cache`, a cache of transformers' with `length` tokens."""
 
     def __init__(self, model: PreTrainedModel, cache: Any, length: int, arguments: dict[str, Any]) -> None:
-        self.model, self.cache, self.arguments = model, cache, arguments
-        self.trial = _trial(model)
-        if self.trial.decoder is not None:
-            try:
-                self.trial.decoder.begin(cache, length)
-            except Refused as refused:
-                log.info("%s is not used: %s", self.trial.name, refused)
-                self.trial = _Trial("", None)
+        self.model, self.cache, self.length, self.arguments = model, cache, length, arguments
+        self.trial: _Trial | None = None
+        self.steps: TokenSteps | None = None
 
     @property
     def decoder(self) -> str:
         """The name of the decoder that takes the steps; empty where the model does."""
-        return self.trial.name if self.trial.decoder is not None and self.trial.trusted else ""
+        return self.trial.name if self.trial is not None and self.steps is not None else ""
 
     def step(self, token: int) -> torch.Tensor:
         """The logits [vocabulary] behind the token, float32 on the CPU."""
-        trial = self.trial
+        if self.trial is None:
+            self.trial = _trial(self.model)
+            self.steps = self._begun(self.trial)
+            if self.steps is not None and not self.trial.trusted:
+                return self._tried(self.trial, self.steps, token)
+        return self._by_model(token) if self.steps is None else self.steps.step(token)
+
+    def _begun(self, trial: _Trial) -> TokenSteps | None:
         if trial.decoder is None:
-            return self._by_model(token)
-        if trial.trusted:
-            return trial.decoder.step(token)
+            return None
+        try:
+            return trial.decoder.begin(self.cache, self.length)
+        except Refused as refused:
+            log.info("%s is not used: %s", trial.name, refused)
+            return None
+
+    def _tried(self, trial: _Trial, steps: TokenSteps, token: int) -> torch.Tensor:
+        """The decoder's first step of all, beside the model's."""
+        assert trial.decoder is not None
         with trial.decoder.exact():
             expected = self._by_model(token)
-            got = trial.decoder.step(token)
+            got = steps.step(token)
         size = (expected - expected.mean()).square().mean().sqrt()
         error = float((got - expected).square().mean().sqrt() / size)
         trial.trusted = error <= _BOUNDS.get(self.model.dtype, 0.0)
         if not trial.trusted:
-            trial.decoder = None
+            trial.decoder = self.steps = None
             log.warning("decoder %s does not give this model's logits (error %.3g) and is not used", trial.name, error)
         return expected
 
@@ -76,21 +85,22 @@ class Stepper:
 
 
 def _trial(model: PreTrainedModel) -> _Trial:
-    found = _DECODERS.get(model)
-    if found is None:
-        found = _DECODERS[model] = _first(model)
+    """The model's decoder; another one once the model is on another device or in another type."""
+    found, place = _DECODERS.get(model), (model.device.type, model.dtype)
+    if found is None or found.place != place:
+        found = _DECODERS[model] = _first(model, place)
     return found
 
 
-def _first(model: PreTrainedModel) -> _Trial:
+def _first(model: PreTrainedModel, place: tuple[str, torch.dtype]) -> _Trial:
     """The first decoder that knows the model."""
     for row in registry().decoders:
-        if row.device != model.device.type:
+        if row.device != place[0]:
             continue
         try:
-            return _Trial(row.name, row.load().from_model(model))
+            return _Trial(row.name, row.load().from_model(model), place)
         except Refused as refused:
             log.info("%s is not used: %s", row.name, refused)
         except Exception as fault:  # a plugin's fault is to harm nobody
             log.warning("decoder %s failed: %s: %s", row.name, type(fault).__name__, fault)
-    return _Trial("", None)
+    return _Trial("", None, place)

@@ -57,7 +57,7 @@ class _Stack(ctypes.Structure):
 
 
 class NativeDecoder:
-    """Keys and values are held in the model's type, for one text at a time."""
+    """A model's plan, and the rotary tables of as many positions as its texts have had."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         register()
@@ -87,8 +87,7 @@ class NativeDecoder:
         self.heads = attention.q_proj.out_features // attention.head_dim
         self.kv_heads, self.head_dim = attention.k_proj.out_features // attention.head_dim, attention.head_dim
         self.layers = len(layers)
-        self.capacity = self.length = 0
-        self.cache = self.rope = torch.empty(0)
+        self.rope = torch.empty(0)
         self.plan = self._plan(model, layers, base.norm)
 
     @classmethod
@@ -110,10 +109,9 @@ class NativeDecoder:
         if len(scales) != 1:
             raise _unknown("layers with scales of their own")
         ((scale, softcap),) = scales
-        tables = self._tables(16)
         stack = _Stack(
             layers=len(layers), hidden=model.config.hidden_size, heads=self.heads, kv_heads=self.kv_heads,
-            head_dim=self.head_dim, rope_dim=tables.shape[-1], activation=_ACTIVATIONS[activation], type=_TYPES[self.dtype],
+            head_dim=self.head_dim, rope_dim=self.tables(1).shape[-1], activation=_ACTIVATIONS[activation], type=_TYPES[self.dtype],
             norm_epsilon=_epsilon(final), scale=scale, softcap=softcap, final_norm=self._norm(final),
         )  # fmt: skip
         stack.size = ctypes.sizeof(_Stack) + len(layers) * ctypes.sizeof(_Layer)
@@ -179,34 +177,35 @@ class NativeDecoder:
     def _softcap(self, layer: Any) -> float:
         return float(getattr(layer.self_attn, "attn_logit_softcapping", None) or 0.0)
 
-    def _tables(self, capacity: int) -> torch.Tensor:
-        """float32 [tables, 2, capacity, rope_dim]: cosines and sines of every position."""
+    # --- Running it ------------------------------------------------------------------------------------------------
+
+    def tables(self, capacity: int) -> torch.Tensor:
+        """float32 [tables, 2, capacity, rope_dim]: cosines and sines of the first positions."""
+        if self.rope.dim() == 4 and self.rope.shape[2] == capacity:
+            return self.rope
         x, positions = torch.empty(1, dtype=torch.float32), torch.arange(capacity).unsqueeze(0)
         tables = []
         for kind in self.ropes:
             cosines, sines = self.rotary(x, positions, kind) if self.named else self.rotary(x, positions)
             tables.append(torch.stack([cosines[0].float(), sines[0].float()]))
-        return torch.stack(tables).contiguous() if tables else torch.zeros(1, 2, capacity, 2)
+        self.rope = torch.stack(tables).contiguous() if tables else torch.zeros(1, 2, capacity, 2)
+        return self.rope
 
-    # --- Running it ------------------------------------------------------------------------------------------------
-
-    def begin(self, cache: Any, length: int) -> None:
+    def begin(self, cache: Any, length: int) -> NativeSteps:
         states = _states(cache)
         if len(states) != self.layers:
             raise _unknown("a cache of another size")
-        self._grow(max(_FIRST_CAPACITY, 2 * length))
-        self.length = length
+        steps = NativeSteps(self, max(_FIRST_CAPACITY, 2 * length), length)
         for layer, (window, *pair) in enumerate(states):
             if window not in (0, self.windows[layer]):  # a cache may hold all, and a mask keep the window
                 raise _unknown(f"a cache with a window of {window} tokens for one of {self.windows[layer]}")
             for which, state in enumerate(pair):
-                if (
-                    state.shape[:2] != (1, self.kv_heads)
-                    or state.shape[3] != self.head_dim
-                    or state.dtype != self.dtype
-                ):
+                if (*state.shape[:2], state.shape[3]) != (1, self.kv_heads, self.head_dim) or state.dtype != self.dtype:
                     raise _unknown(f"a cache of {list(state.shape)} in {state.dtype}")
-                self.cache[layer, which, :, length - state.shape[2] : length] = state[0]  # a window holds the last ones
+                steps.cache[layer, which, :, length - state.shape[2] : length] = state[
+                    0
+                ]  # a window holds the last ones
+        return steps
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -221,22 +220,33 @@ class NativeDecoder:
             for field, value in zip(inputs, before, strict=True):
                 field.copy_(value)
 
+
+class NativeSteps:
+    """One text: keys and values [layers, 2, kv_heads, capacity, head_dim] in the model's type, of which `length` are there."""
+
+    def __init__(self, decoder: NativeDecoder, capacity: int, length: int) -> None:
+        self.decoder, self.length = decoder, length
+        self.cache = self._room(capacity)
+        self.rope = decoder.tables(capacity)
+
     def step(self, token: int) -> torch.Tensor:
-        if self.length == self.capacity:
-            self._grow(2 * self.capacity)
-        hidden = self.embed(torch.tensor([token]))[0].to(torch.float32).contiguous()
-        torch.ops.qcore_cpu.decode(hidden, self.plan, self.cache, self.rope, self.capacity, self.length)
+        decoder, capacity = self.decoder, self.cache.shape[3]
+        if self.length == capacity:
+            self._grow(capacity := 2 * capacity)
+        hidden = decoder.embed(torch.tensor([token]))[0].to(torch.float32).contiguous()
+        torch.ops.qcore_cpu.decode(hidden, decoder.plan, self.cache, self.rope, capacity, self.length)
         self.length += 1
-        logits: torch.Tensor = self.head(hidden.to(self.dtype)).float()
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+        logits: torch.Tensor = decoder.head(hidden.to(decoder.dtype)).float()
+        return torch.tanh(logits / decoder.softcap) * decoder.softcap if decoder.softcap else logits
 
     def _grow(self, capacity: int) -> None:
-        if capacity <= self.capacity:
-            return
-        cache = torch.zeros(self.layers, 2, self.kv_heads, capacity, self.head_dim, dtype=self.dtype)
-        if self.capacity:
-            cache[..., : self.capacity, :] = self.cache
-        self.cache, self.capacity, self.rope = cache, capacity, self._tables(capacity)
+        before, self.cache = self.cache, self._room(capacity)
+        self.cache[..., : before.shape[3], :] = before
+        self.rope = self.decoder.tables(capacity)
+
+    def _room(self, capacity: int) -> torch.Tensor:
+        decoder = self.decoder
+        return torch.zeros(decoder.layers, 2, decoder.kv_heads, capacity, decoder.head_dim, dtype=decoder.dtype)
 
 
 def _rope_kind(layer: Any) -> str | None:

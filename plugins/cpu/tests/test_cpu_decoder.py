@@ -11,7 +11,7 @@ import torch
 
 import qcore
 from qcore.model.decode import Stepper
-from qcore_cpu.decoder import NativeDecoder
+from qcore_cpu.decoder import NativeDecoder, NativeSteps
 from qcore_cpu.library import status
 
 pytestmark = pytest.mark.skipif(not status().isa, reason=f"no native kernels here: {status().fault}")
@@ -56,9 +56,9 @@ def both(model: Any, count: int, length: int = 12) -> tuple[torch.Tensor, torch.
     got, expected = [], []
     with torch.inference_mode():
         cache = model(input_ids=prompt, use_cache=True).past_key_values
-        decoder.begin(cache, length)
+        steps = decoder.begin(cache, length)
         for token in tokens:
-            got.append(decoder.step(token))
+            got.append(steps.step(token))
             out = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
             expected.append(out.logits[0, -1].float())
     return torch.stack(got), torch.stack(expected)
@@ -94,7 +94,32 @@ def stepped(model: Any, count: int) -> Stepper:
 def test_it_is_trusted_once_its_first_answer_was_the_models(activations: str, tmp_path: Path) -> None:
     model = model_of("llama", tmp_path, activations=activations)
     assert stepped(model, 0).decoder == "" and stepped(model, 1).decoder == "native_decoder"
-    assert stepped(model, 0).decoder == "native_decoder"
+    assert stepped(model, 1).decoder == "native_decoder"
+
+
+def test_texts_that_take_turns_do_not_mix(tmp_path: Path) -> None:
+    """Two prompts of one model, a step of each in turn: what each gives alone."""
+    model = model_of("llama", tmp_path)
+    prompts = [torch.arange(1, 9).unsqueeze(0), torch.arange(40, 60).unsqueeze(0)]
+
+    def begun(prompt: torch.Tensor) -> Stepper:
+        return Stepper(model, model(input_ids=prompt, use_cache=True).past_key_values, prompt.shape[1], {})
+
+    with torch.inference_mode():
+        begun(prompts[0]).step(1)  # the decoder's trial
+        alone = [[steps.step(token) for token in range(5, 15)] for steps in map(begun, prompts)]
+        together = [begun(prompt) for prompt in prompts]
+        turns = [[steps.step(token) for steps in together] for token in range(5, 15)]
+    for first, second, pair in zip(*alone, turns, strict=True):
+        assert torch.equal(first, pair[0]) and torch.equal(second, pair[1])
+
+
+def test_a_model_in_another_type_gets_another_decoder(tmp_path: Path) -> None:
+    model = model_of("llama", tmp_path)
+    first = stepped(model, 1).trial
+    assert stepped(model, 1).trial is first
+    second = stepped(model.to(torch.bfloat16), 1).trial
+    assert second is not first and second is not None and second.place == ("cpu", torch.bfloat16)
 
 
 def test_a_model_that_does_something_else_keeps_its_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,11 +157,11 @@ def test_a_quantized_cache_keeps_the_models_own_steps(tmp_path: Path) -> None:
 
 def test_wrong_parts_are_refused_by_the_operator(tmp_path: Path) -> None:
     decoder = NativeDecoder.from_model(model_of("llama", tmp_path))
-    decoder._grow(16)
+    steps = NativeSteps(decoder, 16, 0)
     call = torch.ops.qcore_cpu.decode
     for hidden, capacity, position in ((63, 16, 0), (64, 15, 0), (64, 16, 16), (64, 16, -1)):
         with pytest.raises(RuntimeError, match="do not go together"):
-            call(torch.zeros(hidden), decoder.plan, decoder.cache, decoder.rope, capacity, position)
+            call(torch.zeros(hidden), decoder.plan, steps.cache, steps.rope, capacity, position)
 
 
 def test_rows_are_looked_up_in_packed_weights() -> None:
