@@ -9,10 +9,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import logging
 import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+log = logging.getLogger("qcore")
 
 ISA_VARIABLE = "QCORE_CPU_ISA"
 """Environment variable that names the instruction set to use: one of `Status.available`."""
@@ -84,6 +87,8 @@ def register() -> ctypes.CDLL:
     fault = library.qcore_register(str(torch_library).encode())
     if fault is not None:
         raise RuntimeError(f"qcore_cpu's native kernels: {fault.decode()}")
+    if not library.qcore_has_threads():
+        log.warning("qcore_cpu: torch's OpenMP runtime was not found; the native kernels run on one thread")
 
     @torch.library.register_fake("qcore_cpu::linear")  # type: ignore[untyped-decorator]
     def _linear(x: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:

@@ -37,8 +37,8 @@ class Header(ctypes.Structure):
             "input", "codes", "scales", "offsets", "super_scales", "super_offsets", "order", "table", "total",
         )),
         *((name, ctypes.c_double) for name in ("tensor_scale", "shift", "input_scale")),
-        *((name, ctypes.c_int64) for name in ("coarse_group", "whole")),
-        ("reserved", ctypes.c_int64 * 7),
+        ("coarse_group", ctypes.c_int64),
+        ("reserved", ctypes.c_int64 * 8),
     ]  # fmt: skip
 
 

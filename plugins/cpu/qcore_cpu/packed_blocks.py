@@ -13,7 +13,7 @@ import torch
 
 from qcore.blocks.dequantize import block_parts
 from qcore.blocks.grids import grid, shifted_grid
-from qcore.blocks.lookup import IQ4
+from qcore.blocks.lookup import FP4_DOUBLED, IQ4
 from qcore.blocks.types import BLOCK_TYPES
 from qcore.blocks.unpack import field
 from qcore.elements import Block
@@ -68,7 +68,6 @@ def _signed(*magnitudes: int) -> tuple[int, ...]:
     return (*magnitudes, *(-m for m in magnitudes))
 
 
-_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _IQ2 = _signed(8, 25, 43)
 _IQ3_XXS, _IQ3_S = _signed(4, 12, 20, 28, 36, 44, 52, 62), _signed(1, 3, 5, 7, 9, 11, 13, 15)
 
@@ -92,8 +91,8 @@ _FORMS: Mapping[str, _Form] = {
     "iq3_xxs": _Form(TABLE4, 0, 32, "runs", factor=0.25, table=_IQ3_XXS),
     "iq3_s": _Form(TABLE4, 0, 32, "runs", table=_IQ3_S),
     "iq2_s": _Form(TABLE3, 0, 16, "runs", factor=0.125, table=_IQ2),
-    "mxfp4": _Form(TABLE4, 0, 32, "e8m0", table=_FP4, unit=0.5),
-    "nvfp4": _Form(TABLE4, 0, 16, "e4m3", table=_FP4, unit=0.5),
+    "mxfp4": _Form(TABLE4, 0, 32, "e8m0", table=FP4_DOUBLED, unit=0.5),
+    "nvfp4": _Form(TABLE4, 0, 16, "e4m3", table=FP4_DOUBLED, unit=0.5),
 }
 
 _KINDS = {"runs": RUNS, "nibbles": NIBBLES, "e8m0": E8M0, "e4m3": E4M3}
@@ -128,7 +127,6 @@ def block_parts_of(weight: QuantizedTensor) -> Parts:
     if form.table:
         values = torch.tensor(form.table, dtype=torch.float32) * form.unit
         parts.table = torch.nn.functional.pad(values, (0, 16 - len(values)))
-        header.whole = int(form.unit == 1)
     return parts
 
 
@@ -139,7 +137,7 @@ def _grid_parts(weight: QuantizedTensor, kind: str) -> Parts:
     d = _scattered_half(blocks) if kind == "iq1_m" else blocks[:, :2].clone().view(torch.float16)
     if not bool(torch.isfinite(d).all()):
         raise contents_unsupported("scales that are no numbers")
-    header = Header(rows=rows, columns=columns, code=code, group=group, coarse_group=1, whole=1)
+    header = Header(rows=rows, columns=columns, code=code, group=group, coarse_group=1)
     table = shifted_grid(d.device) if kind.startswith("iq1") else grid(kind, d.device)
     return Parts(header, Source([], 8), None, table=table, grid=weight.codes)
 

@@ -9,6 +9,7 @@ import torch
 
 from qcore.elements import Codebook, FlatGroup, Float, Group, Int, PerChannel, PerTensor, Tile
 from qcore.refusal import Refusal, Refused
+from qcore.tensor import float_table
 from qcore_cpu.packed import (
     CHUNK,
     E4M3,
@@ -40,7 +41,7 @@ def element_parts(weight: QuantizedTensor) -> Parts:
         flip = 0x80 if element.bits == 8 and not element.signed else 0
     elif isinstance(element, Codebook) or (isinstance(element, Float) and element.format == "e2m1"):
         header.code = TABLE4
-        table = _E2M1 if isinstance(element, Float) else weight.table
+        table = float_table(element.format) if isinstance(element, Float) else weight.table
         assert table is not None, "a codebook travels with its tensor"
         table = table.to(torch.float32)
     else:
@@ -65,9 +66,6 @@ def element_parts(weight: QuantizedTensor) -> Parts:
     _fill_scales(parts, scales, weight)
     _fill_zeros(parts, weight)
     return parts
-
-
-_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 def _grouped(weight: QuantizedTensor, part: torch.Tensor) -> tuple[torch.Tensor, int]:

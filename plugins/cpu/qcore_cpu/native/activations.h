@@ -9,28 +9,37 @@
 namespace qcore {
 namespace QCORE_ISA {
 
-// float32 [padded], with zeros behind the last column.
+inline F16 get(const void* from, Float type, int64_t place) {
+  if (type == Float::kF32) return load_f(static_cast<const float*>(from) + place);
+  if (type == Float::kF16) return widen_f16(static_cast<const uint16_t*>(from) + place);
+  return widen_bf16(static_cast<const uint16_t*>(from) + place);
+}
+
+inline float get_one(const void* from, Float type, int64_t place) {
+  if (type == Float::kF32) return static_cast<const float*>(from)[place];
+  const uint16_t half = static_cast<const uint16_t*>(from)[place];
+  if (type == Float::kF16) return _cvtsh_ss(half);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void widen_values(const void* from, Float type, int64_t count, float* to) {
+  int64_t place = 0;
+  for (; place + 16 <= count; place += 16) store_f(to + place, get(from, type, place));
+  for (; place < count; place++) to[place] = get_one(from, type, place);
+}
+
+// A row as float32 [padded], in the order of the packed columns, with zeros behind the last.
 inline void widen(const void* row, Float type, const Header& h, float* values) {
-  const float* wide = static_cast<const float*>(row);
-  const uint16_t* narrow = static_cast<const uint16_t*>(row);
-  auto one = [&](int64_t k) {
-    if (type == Float::kF32) return wide[k];
-    if (type == Float::kF16) return _cvtsh_ss(narrow[k]);
-    const uint32_t bits = static_cast<uint32_t>(narrow[k]) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  };
-  int64_t k = 0;
   if (h.order) {
     const int32_t* order = reinterpret_cast<const int32_t*>(section_at(h, h.order));
-    for (; k < h.columns; k++) values[k] = one(order[k]);
+    for (int64_t k = 0; k < h.columns; k++) values[k] = get_one(row, type, order[k]);
   } else {
-    for (; k + 16 <= h.columns; k += 16)
-      store_f(values + k, type == Float::kF32 ? load_f(wide + k) : type == Float::kF16 ? widen_f16(narrow + k) : widen_bf16(narrow + k));
-    for (; k < h.columns; k++) values[k] = one(k);
+    widen_values(row, type, h.columns, values);
   }
-  for (; k < h.padded; k++) values[k] = 0;
+  for (int64_t k = h.columns; k < h.padded; k++) values[k] = 0;
 }
 
 inline float sum_of(F16 lanes) {
@@ -104,8 +113,7 @@ inline void prepare(const Job& job, int64_t first, int64_t last) {
       wide.resize(padded);
       values = wide.data();
     }
-    const int64_t bytes = job.type == Float::kF32 ? 4 : 2;
-    widen(static_cast<const char*>(job.x) + m * job.stride * bytes, job.type, h, values);
+    widen(static_cast<const char*>(job.x) + m * job.stride * width_of(job.type), job.type, h, values);
     float* const sums = batch.sums + m * batch.sections;
     if (!is_integer(batch.method)) {
       each_section(batch, padded, [&](int64_t s, int64_t begin, int64_t end) {

@@ -14,13 +14,7 @@ inline void put(F16 value, Float type, void* out, int64_t place) {
   else narrow_bf16(static_cast<uint16_t*>(out) + place, value);
 }
 
-inline F16 get(const void* from, Float type, int64_t place) {
-  if (type == Float::kF32) return load_f(static_cast<const float*>(from) + place);
-  if (type == Float::kF16) return widen_f16(static_cast<const uint16_t*>(from) + place);
-  return widen_bf16(static_cast<const uint16_t*>(from) + place);
-}
-
-// Calls f(place, full) for runs of 16; of the last, `full` is how many count, and f works on a copy.
+// Calls f(place, full) for runs of 16; of the last, `full` is how many count.
 template <class F>
 QCORE_INLINE void each_run(int64_t count, F&& f) {
   for (int64_t place = 0; place < count; place += 16) f(place, count - place < 16 ? count - place : 16);
@@ -37,8 +31,7 @@ inline void put_some(F16 value, Float type, void* out, int64_t place, int64_t co
   if (count == 16) return put(value, type, out, place);
   alignas(64) float values[16];
   put(value, type, values, 0);
-  const int64_t width = type == Float::kF32 ? 4 : 2;
-  std::memcpy(static_cast<char*>(out) + place * width, values, count * width);
+  std::memcpy(static_cast<char*>(out) + place * width_of(type), values, count * width_of(type));
 }
 
 // out = x / rms(x) * weight, or x itself where there is no weight.
@@ -61,18 +54,6 @@ inline void normalize(const float* x, const float* weight, int64_t count, float 
 
 inline void narrow_values(const float* from, Float type, int64_t count, void* to) {
   each_run(count, [&](int64_t place, int64_t full) { put_some(load_some(from + place, full), type, to, place, full); });
-}
-
-inline void widen_values(const void* from, Float type, int64_t count, float* to) {
-  int64_t place = 0;
-  for (; place + 16 <= count; place += 16) store_f(to + place, get(from, type, place));
-  for (; place < count; place++) {
-    const uint16_t half = static_cast<const uint16_t*>(from)[place];
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    if (type == Float::kF32) to[place] = static_cast<const float*>(from)[place];
-    else if (type == Float::kF16) to[place] = _cvtsh_ss(half);
-    else std::memcpy(to + place, &bits, 4);
-  }
 }
 
 // e^x: x = n ln 2 + r, a polynomial of degree 6 in r (Taylor's, |r| <= 0.35: 2e-7 of the value).

@@ -20,12 +20,6 @@ QCORE_INLINE void unroll(F&& f, std::integer_sequence<int, I...>) {
 template <int N, class F>
 QCORE_INLINE void unroll(F&& f) { unroll(f, std::make_integer_sequence<int, N>{}); }
 
-constexpr int code_bits(Code code) {
-  const int value = static_cast<int>(code);
-  return value <= 8 ? value : value < 32 ? value - 16 : value < 40 ? 8 : 6;
-}
-constexpr bool is_integer(Code code) { return static_cast<int>(code) <= 8; }
-constexpr bool is_table(Code code) { return code == Code::kTable3 || code == Code::kTable4; }
 constexpr bool one_plane(int bits) { return bits == 1 || bits == 2 || bits == 4 || bits == 8; }
 
 // Quad t of a plane of `bits` bits that begins at `plane`: one code in each byte.
@@ -51,28 +45,37 @@ QCORE_INLINE I16 quad(const uint8_t* chunk) {
   }
 }
 
-// The float that a code of 1 sign bit, E exponent bits and M mantissa bits stands for; its bits are the lowest of each lane,
-// and higher ones may hold anything.
-template <int E, int M, int bias>
-QCORE_INLINE F16 small_float(I16 code) {
-  const I16 magnitude = code & all_i((1 << (E + M)) - 1);
-  const I16 normal = add(sll(magnitude, 23 - M), all_i((127 - bias) << 23));
-  constexpr float smallest = 2.0f / (1 << (bias + M));
-  const F16 subnormal = mul(to_float(magnitude), all_f(smallest));
+// Exponent bits, mantissa bits and bias of a small float.
+struct FloatShape {
+  int exponent, mantissa, bias;
+  constexpr float smallest() const { return 2.0f / static_cast<float>(1 << (bias + mantissa)); }  // a mantissa of 1, exponent 0
+};
+constexpr FloatShape shape_of(Code code) {
+  return code == Code::kE4M3Fnuz ? FloatShape{4, 3, 8}
+         : code == Code::kE5M2   ? FloatShape{5, 2, 15}
+         : code == Code::kE3M2   ? FloatShape{3, 2, 3}
+         : code == Code::kE2M3   ? FloatShape{2, 3, 1}
+                                 : FloatShape{4, 3, 7};
+}
+
+// The float that a code stands for; its bits are the lowest of each lane, and higher ones may hold anything.
+template <Code code>
+QCORE_INLINE F16 small_float(I16 lanes) {
+  constexpr FloatShape shape = shape_of(code);
+  constexpr int E = shape.exponent, M = shape.mantissa;
+  const I16 magnitude = lanes & all_i((1 << (E + M)) - 1);
+  const I16 normal = add(sll(magnitude, 23 - M), all_i((127 - shape.bias) << 23));
+  const F16 subnormal = mul(to_float(magnitude), all_f(shape.smallest()));
   const F16 value = where_zero(magnitude & all_i(((1 << E) - 1) << M), subnormal, as_float(normal));
-  return as_float(as_int(value) | (sll(code, 31 - E - M) & all_i(INT32_MIN)));
+  return as_float(as_int(value) | (sll(lanes, 31 - E - M) & all_i(INT32_MIN)));
 }
 
 template <Code code>
 struct Floats {
   explicit Floats(const float* entries) : table(is_table(code) ? table16(entries) : Table16{}) {}
   QCORE_INLINE F16 operator()(I16 lanes) const {
-    if constexpr (code == Code::kE4M3) return small_float<4, 3, 7>(lanes);
-    if constexpr (code == Code::kE4M3Fnuz) return small_float<4, 3, 8>(lanes);
-    if constexpr (code == Code::kE5M2) return small_float<5, 2, 15>(lanes);
-    if constexpr (code == Code::kE3M2) return small_float<3, 2, 3>(lanes);
-    if constexpr (code == Code::kE2M3) return small_float<2, 3, 1>(lanes);
     if constexpr (is_table(code)) return look_up(table, lanes);
+    else return small_float<code>(lanes);
   }
   Table16 table;
 };
@@ -81,7 +84,7 @@ struct Floats {
 // as they are stored, Header::zero not yet subtracted.
 template <Code code, int first, int columns, class F>
 QCORE_INLINE void each_column(const uint8_t* chunk, const Floats<code>& floats, F&& f) {
-  constexpr int bits = code_bits(code);
+  constexpr int bits = bits_of(code);
   if constexpr (one_plane(bits)) {
     constexpr int stacked = 8 / bits, quads = columns / 4, vectors = (quads + stacked - 1) / stacked;
     unroll<vectors>([&](auto vector) QCORE_INSIDE {

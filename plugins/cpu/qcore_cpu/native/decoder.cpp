@@ -60,8 +60,6 @@ class Step {
   Memory& memory_;
 };
 
-int64_t width_of(Float type) { return type == Float::kF32 ? 4 : 2; }
-
 void take_step(const Kernels& kernels, const Stack& stack, float* hidden, void* cache, int64_t capacity, const float* rope, int64_t position) {
   static thread_local Memory memory;
   Step step(kernels, stack, memory);

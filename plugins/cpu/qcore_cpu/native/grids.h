@@ -1,7 +1,7 @@
-// ggml's block types whose codes name tuples of a grid: a panel of them becomes 8-bit codes and float scales before it is
-// multiplied. Layouts: ggml's src/ggml-common.h; the definition is qcore/blocks/iq.py.
+// Opening a panel: its scales become floats, and codes that name tuples of a grid (some of ggml's types) 8-bit codes. Layouts: ggml's src/ggml-common.h; the definition is qcore/blocks/iq.py.
 #pragma once
-#include "codes.h"
+#include "kernels.h"
+#include "scales.h"
 
 namespace qcore {
 namespace QCORE_ISA {
@@ -117,6 +117,26 @@ inline void spread_grid(const Header& h, int64_t panel, uint8_t* codes, float* s
       default: spread_iq1_m(grid, blocks);
     }
   }
+}
+
+// The code of a weight's panels once they are opened: grids become 8-bit codes.
+constexpr Code opened_code(Code code) { return is_grid(code) ? Code::kInt8 : code; }
+
+// A panel with its scales and offsets spread. floats: 2 * groups * 16 of them. expanded: padded * 16 bytes where the code is a
+// grid's, or null.
+inline Strip open_panel(const Header& h, int64_t panel, float* floats, uint8_t* expanded) {
+  float* const offsets = h.offset == Offset::kNone ? nullptr : floats + h.groups * kPanel;
+  const bool before = before_scaling(h.offset);
+  const uint8_t* codes = expanded;
+  if (is_grid(h.code)) {
+    spread_grid(h, panel, expanded, floats);
+  } else {
+    codes = section_at(h, h.codes) + panel * panel_bytes(h);
+    spread_scales(h, panel, floats);
+    if (offsets) spread_offsets(h, panel, offsets);
+  }
+  const float* const table = is_table(h.code) ? reinterpret_cast<const float*>(section_at(h, h.table)) : nullptr;
+  return {h, codes, floats, before ? offsets : nullptr, before ? nullptr : offsets, table};
 }
 
 }  // namespace QCORE_ISA

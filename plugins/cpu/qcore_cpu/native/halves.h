@@ -9,25 +9,18 @@ namespace QCORE_ISA {
 // As exact_rows, of Batch::halves.
 template <Code code, int M>
 void half_rows(const Strip& strip, const Batch& batch, int64_t first, float* out) {
-  constexpr int parts = parts_of(M);
   const Header& h = strip.h;
   const Words<code> words(h, strip.table);
   const char* x[M];
-  const float* sums[M];
-  F16 total[M], sum[M][parts];
-  for (int m = 0; m < M; m++) {
-    x[m] = reinterpret_cast<const char*>(batch.halves + (first + m) * h.padded);
-    sums[m] = batch.sums + (first + m) * batch.sections;
-    total[m] = zero_f();
-    for (int p = 0; p < parts; p++) sum[m][p] = zero_f();
-  }
-  walk<code_bits(code)>(
+  for (int m = 0; m < M; m++) x[m] = reinterpret_cast<const char*>(batch.halves + (first + m) * h.padded);
+  FloatSums<M> sums(strip, batch, first);
+  walk<bits_of(code)>(
       strip, batch,
       [&](const uint8_t* chunk, int64_t base, auto begin, auto count) QCORE_INSIDE {
         each_pair<code, begin / 2, count / 2>(chunk, [&](__m512i lanes, auto pair) QCORE_INSIDE {
           const __m512bh weights = (__m512bh)words(lanes);
           for (int m = 0; m < M; m++) {
-            F16& to = sum[m][pair % parts];
+            F16& to = sums.sum[m][pair % FloatSums<M>::parts];
             const __m512bh given = (__m512bh)_mm512_set1_epi32(word_at(x[m] + 2 * base + 4 * pair));
             to.v = _mm512_dpbf16_ps(to.v, weights, given);
             if constexpr (is_table(code))
@@ -35,12 +28,8 @@ void half_rows(const Strip& strip, const Batch& batch, int64_t first, float* out
           }
         });
       },
-      [&](int64_t s, int64_t g) QCORE_INSIDE {
-        float inputs[M];
-        for (int m = 0; m < M; m++) inputs[m] = sums[m][s];
-        add_section(strip, g, inputs, sum, total);
-      });
-  for (int m = 0; m < M; m++) store_f(out + 16 * m, total[m]);
+      [&](int64_t s, int64_t g) QCORE_INSIDE { sums.end_section(s, g, 0); });  // Words subtract Header::zero
+  sums.store(out);
 }
 
 }  // namespace QCORE_ISA

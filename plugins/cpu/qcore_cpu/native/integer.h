@@ -5,14 +5,22 @@
 namespace qcore {
 namespace QCORE_ISA {
 
+struct WholeSum {
+  I16 sum = zero_i();
+  QCORE_INLINE I16 take() {
+    const I16 taken = sum;
+    sum = zero_i();
+    return taken;
+  }
+};
+
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
 // Bytes of the weight are unsigned for the instruction: 8-bit codes are shifted by 128, which the sums of the input undo.
 template <int bits>
-struct Dot {
+struct Dot : WholeSum {
   static constexpr bool pairs = false;
   static constexpr int32_t shift = bits == 8 ? 128 : 0;
-  I16 sum = zero_i();
   QCORE_INLINE static I16 ready(I16 codes) { return bits == 8 ? codes ^ all_i(static_cast<int32_t>(0x80808080)) : codes; }
   template <int t>
   QCORE_INLINE void add_quad(I16 codes, const void* x) {
@@ -25,22 +33,17 @@ struct Dot {
 #endif
   }
   QCORE_INLINE void end_chunk() {}
-  QCORE_INLINE I16 take() {
-    const I16 taken = sum;
-    sum = zero_i();
-    return taken;
-  }
 };
 
 #else
 
 // Pairs of products are summed in 16 bits, as many as fit there whatever the codes.
 template <int bits>
-struct Dot {
+struct Dot : WholeSum {
   static constexpr bool pairs = false;
   static constexpr int32_t shift = 0;
   static constexpr int fitting = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
-  I16 narrow = zero_i(), sum = zero_i();
+  I16 narrow = zero_i();
   QCORE_INLINE static I16 ready(I16 codes) { return codes; }
   template <int t>
   QCORE_INLINE void add_quad(I16 codes, const void* x) {
@@ -58,19 +61,13 @@ struct Dot {
     const __m256i one = _mm256_set1_epi16(1);
     sum = add(sum, {_mm256_madd_epi16(narrow.a, one), _mm256_madd_epi16(narrow.b, one)});
   }
-  QCORE_INLINE I16 take() {
-    const I16 taken = sum;
-    sum = zero_i();
-    return taken;
-  }
 };
 
 // Products of two 8-bit codes do not fit in pairs: both become 16 bits wide, columns 0 and 2 of a quad, then 1 and 3.
 template <>
-struct Dot<8> {
+struct Dot<8> : WholeSum {
   static constexpr bool pairs = true;
   static constexpr int32_t shift = 0;
-  I16 sum = zero_i();
   QCORE_INLINE static I16 ready(I16 codes) { return codes; }
   template <int t>
   QCORE_INLINE void add_quad(I16 codes, const void* x) {
@@ -81,11 +78,6 @@ struct Dot<8> {
     sum = add(sum, {_mm256_madd_epi16(high.a, odd), _mm256_madd_epi16(high.b, odd)});
   }
   QCORE_INLINE void end_chunk() {}
-  QCORE_INLINE I16 take() {
-    const I16 taken = sum;
-    sum = zero_i();
-    return taken;
-  }
 };
 
 #endif
@@ -115,7 +107,7 @@ struct Bytes {
 // out[m][16] of the rows first .. first + M - 1.
 template <Code code, int M>
 void integer_rows(const Strip& strip, const Batch& batch, int64_t first, float* out) {
-  constexpr int bits = code_bits(code);
+  constexpr int bits = bits_of(code);
   using D = Dot<is_table(code) ? 8 : bits>;
   const Bytes bytes(is_table(code) ? strip.table : nullptr);
   const Header& h = strip.h;

@@ -105,27 +105,14 @@ void multiply(const Job& job, int64_t first, int64_t last) {
   if (in_tiles(job.batch.method)) return multiply_tiles(job, first, last, store);
 #endif
   const Header& h = *job.weight;
-  const int64_t cells = h.groups * kPanel;
-  static thread_local std::vector<float> spread;
+  static thread_local std::vector<float> floats;
   static thread_local std::vector<uint8_t> expanded;
-  spread.resize(2 * cells);
-  float* const scales = spread.data();
-  float* const offsets = h.offset == Offset::kNone ? nullptr : scales + cells;
-  const bool grid = is_grid(h.code), before = before_scaling(h.offset);
-  if (grid) expanded.resize(h.padded * kPanel);
-  const Code code = grid ? Code::kInt8 : h.code;
-  const float* const table = is_table(code) ? reinterpret_cast<const float*>(section_at(h, h.table)) : nullptr;
+  floats.resize(2 * h.groups * kPanel);
+  if (is_grid(h.code)) expanded.resize(h.padded * kPanel);
+  const Code code = opened_code(h.code);
   alignas(64) float out[kRowsAtOnce * kPanel];
   for (int64_t panel = first; panel < last; panel++) {
-    const uint8_t* codes = section_at(h, h.codes) + panel * panel_bytes(h);
-    if (grid) {
-      spread_grid(h, panel, expanded.data(), scales);
-      codes = expanded.data();
-    } else {
-      spread_scales(h, panel, scales);
-      if (offsets) spread_offsets(h, panel, offsets);
-    }
-    const Strip strip{h, codes, scales, before ? offsets : nullptr, before ? nullptr : offsets, table};
+    const Strip strip = open_panel(h, panel, floats.data(), expanded.data());
     for (int64_t row = 0, rows; row < job.batch.rows; row += rows) {
       const int64_t left = job.batch.rows - row;
       rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -136,46 +123,36 @@ void multiply(const Job& job, int64_t first, int64_t last) {
 }
 
 template <Code code>
-void spread_panel(const Header& h, const uint8_t* codes, const float* table, float* out) {
-  const Floats<code> floats(table);
-  const F16 zero = all_f(is_integer(code) ? static_cast<float>(-h.zero) : 0);
-  for (int64_t base = 0; base < h.padded; base += kChunk, codes += 64 * code_bits(code))
-    each_column<code, 0, 32>(codes, floats, [&](F16 value, auto column) QCORE_INSIDE {
+void spread_codes(const Strip& strip, float* out) {
+  const Floats<code> floats(strip.table);
+  const F16 zero = all_f(is_integer(code) ? static_cast<float>(-strip.h.zero) : 0);
+  const uint8_t* chunk = strip.codes;
+  for (int64_t base = 0; base < strip.h.padded; base += kChunk, chunk += 64 * bits_of(code))
+    each_column<code, 0, 32>(chunk, floats, [&](F16 value, auto column) QCORE_INSIDE {
       store_f(out + 16 * (base + column), is_integer(code) ? add(value, zero) : value);
     });
 }
 
 template <Code... codes>
-void spread_any(const Header& h, Code code, const uint8_t* from, const float* table, float* out) {
-  ((code == codes ? spread_panel<codes>(h, from, table, out) : void()), ...);
+void spread_any(Code code, const Strip& strip, float* out) {
+  ((code == codes ? spread_codes<codes>(strip, out) : void()), ...);
 }
 
 void look_up(const Header& h, int64_t row, float* out) {
-  static thread_local std::vector<float> scales, offsets, values;
+  static thread_local std::vector<float> floats, values;
   static thread_local std::vector<uint8_t> expanded;
-  const int64_t panel = row / kPanel, lane = row % kPanel;
-  scales.resize(h.groups * kPanel);
-  offsets.assign(h.groups * kPanel, 0.0f);
+  floats.resize(2 * h.groups * kPanel);
   values.resize(h.padded * kPanel);
-  const uint8_t* codes = section_at(h, h.codes) + panel * panel_bytes(h);
-  Code code = h.code;
-  if (is_grid(code)) {
-    expanded.resize(h.padded * kPanel);
-    spread_grid(h, panel, expanded.data(), scales.data());
-    codes = expanded.data(), code = Code::kInt8;
-  } else {
-    spread_scales(h, panel, scales.data());
-    spread_offsets(h, panel, offsets.data());
-  }
-  const float* const table = is_table(code) ? reinterpret_cast<const float*>(section_at(h, h.table)) : nullptr;
+  if (is_grid(h.code)) expanded.resize(h.padded * kPanel);
+  const int64_t lane = row % kPanel;
+  const Strip strip = open_panel(h, row / kPanel, floats.data(), expanded.data());
   spread_any<Code::kInt1, Code::kInt2, Code::kInt3, Code::kInt4, Code::kInt5, Code::kInt6, Code::kInt7, Code::kInt8, Code::kTable3, Code::kTable4,
-             Code::kE4M3, Code::kE4M3Fnuz, Code::kE5M2, Code::kE3M2, Code::kE2M3>(h, code, codes, table, values.data());
+             Code::kE4M3, Code::kE4M3Fnuz, Code::kE5M2, Code::kE3M2, Code::kE2M3>(opened_code(h.code), strip, values.data());
   const int32_t* const order = h.order ? reinterpret_cast<const int32_t*>(section_at(h, h.order)) : nullptr;
-  const bool before = before_scaling(h.offset);
   for (int64_t k = 0; k < h.columns; k++) {
     const int64_t cell = k / h.group * kPanel + lane;
-    const float value = values[k * kPanel + lane], scale = scales[cell], offset = offsets[cell];
-    out[order ? order[k] : k] = before ? (value + offset) * scale : value * scale + offset;
+    const float zero = strip.zeros ? strip.zeros[cell] : 0, offset = strip.offsets ? strip.offsets[cell] : 0;
+    out[order ? order[k] : k] = (values[k * kPanel + lane] + zero) * strip.scales[cell] + offset;
   }
 }
 

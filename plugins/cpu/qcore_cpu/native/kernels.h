@@ -6,6 +6,8 @@ namespace qcore {
 
 enum class Float : int64_t { kF32 = 0, kF16, kBF16 };
 
+constexpr int64_t width_of(Float type) { return type == Float::kF32 ? 4 : 2; }  // bytes
+
 // How rows are multiplied, and so what becomes of them first.
 enum class Method : int64_t {
   kFloats,         // float32 by float32

@@ -50,8 +50,6 @@ class Scratch {
 
 thread_local Scratch scratch;
 
-int64_t width_of(Float type) { return type == Float::kF32 ? 4 : 2; }
-
 // How the rows are multiplied, without their memory.
 Batch plan(const Kernels& kernels, const Header& h, int64_t rows, Float type) {
   Batch batch{};

@@ -84,17 +84,18 @@ struct Header {  // every field has 8 bytes
   int64_t total;                          // bytes of the whole
   double tensor_scale, shift, input_scale;
   int64_t coarse_group;
-  int64_t whole;                          // 1 where the code's table holds whole numbers of int8
-  int64_t reserved[7];
+  int64_t reserved[8];
 };
 static_assert(sizeof(Header) == 256);
 
-inline int bits_of(Code code) {
-  const int64_t value = static_cast<int64_t>(code);
-  return value <= 8 ? static_cast<int>(value) : value < 32 ? static_cast<int>(value) - 16 : value < 40 ? 8 : 6;
+constexpr int bits_of(Code code) {
+  const int value = static_cast<int>(code);
+  return value <= 8 ? value : value < 32 ? value - 16 : value < 40 ? 8 : 6;
 }
+constexpr bool is_integer(Code code) { return code <= Code::kInt8; }
+constexpr bool is_table(Code code) { return code == Code::kTable3 || code == Code::kTable4; }
 
-inline bool is_grid(Code code) { return code >= Code::kIQ2XXS; }
+constexpr bool is_grid(Code code) { return code >= Code::kIQ2XXS; }
 
 inline int64_t grid_block_bytes(Code code) {  // of 256 codes
   return code == Code::kIQ2XXS ? 66 : code == Code::kIQ2XS ? 74 : code == Code::kIQ1S ? 50 : 56;

@@ -55,19 +55,38 @@ constexpr int parts_of(int rows) { return rows == 1 ? 4 : rows <= 4 ? 2 : 1; }
 constexpr int parts_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
-// The end of a section whose products were summed in float32: total += (sum + zero * x) * scale + offset * x, x being the sum of
-// the section's input.
-template <int M, int parts>
-QCORE_INLINE void add_section(const Strip& strip, int64_t g, const float (&inputs)[M], F16 (&sum)[M][parts], F16 (&total)[M]) {
-  const F16 scale = load_f(strip.scales + 16 * g);
-  for (int m = 0; m < M; m++) {
-    for (int p = 1; p < parts; p++) sum[m][0] = add(sum[m][0], sum[m][p]);
-    if (strip.zeros) sum[m][0] = fma(load_f(strip.zeros + 16 * g), all_f(inputs[m]), sum[m][0]);
-    total[m] = fma(sum[m][0], scale, total[m]);
-    if (strip.offsets) total[m] = fma(load_f(strip.offsets + 16 * g), all_f(inputs[m]), total[m]);
-    for (int p = 0; p < parts; p++) sum[m][p] = zero_f();
+// Sums in float32 of some rows by a panel. Products of a section go to sum[m], and are scaled at its end.
+template <int M>
+struct FloatSums {
+  static constexpr int parts = parts_of(M);
+  const Strip& strip;
+  const float* inputs[M];  // the rows' sums of each section
+  F16 total[M], sum[M][parts];
+
+  QCORE_INLINE FloatSums(const Strip& strip, const Batch& batch, int64_t first) : strip(strip) {
+    for (int m = 0; m < M; m++) {
+      inputs[m] = batch.sums + (first + m) * batch.sections;
+      total[m] = zero_f();
+      for (int p = 0; p < parts; p++) sum[m][p] = zero_f();
+    }
   }
-}
+  // total += (sum + (zero - own) * x) * scale + offset * x, x being the sum of the section's input.
+  QCORE_INLINE void end_section(int64_t s, int64_t g, float own) {
+    const F16 scale = load_f(strip.scales + 16 * g);
+    for (int m = 0; m < M; m++) {
+      const F16 x = all_f(inputs[m][s]);
+      for (int p = 1; p < parts; p++) sum[m][0] = add(sum[m][0], sum[m][p]);
+      if (own != 0) sum[m][0] = fma(all_f(-own), x, sum[m][0]);
+      if (strip.zeros) sum[m][0] = fma(load_f(strip.zeros + 16 * g), x, sum[m][0]);
+      total[m] = fma(sum[m][0], scale, total[m]);
+      if (strip.offsets) total[m] = fma(load_f(strip.offsets + 16 * g), x, total[m]);
+      for (int p = 0; p < parts; p++) sum[m][p] = zero_f();
+    }
+  }
+  QCORE_INLINE void store(float* out) const {
+    for (int m = 0; m < M; m++) store_f(out + 16 * m, total[m]);
+  }
+};
 
 }  // namespace QCORE_ISA
 }  // namespace qcore

@@ -36,7 +36,7 @@ inline void spread_scales(const Header& h, int64_t panel, float* out) {
       });
     case Scale::kE4M3:
       return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
-        return mul(small_float<4, 3, 7>(widen_u8(stored + 16 * g)), all_f(static_cast<float>(h.tensor_scale)));
+        return mul(small_float<Code::kE4M3>(widen_u8(stored + 16 * g)), all_f(static_cast<float>(h.tensor_scale)));
       });
     case Scale::kRuns:
     case Scale::kNibbles: {

@@ -152,9 +152,11 @@ void find_threads(void* library) {
   find(torch_threads, "_ZN2at15get_num_threadsEv");
 }
 
+bool has_threads() { return gomp_parallel && omp_in_parallel && torch_threads; }
+
 int threads() {
   if (team) return team->size;
-  if (!gomp_parallel || !omp_in_parallel || !torch_threads || omp_in_parallel()) return 1;
+  if (!has_threads() || omp_in_parallel()) return 1;
   return torch_threads();
 }
 

@@ -9,6 +9,9 @@ using Work = void (*)(void* context, int64_t first, int64_t last);
 // Finds the runtime among the libraries that `library`, an open handle of torch's, was linked with.
 void find_threads(void* library);
 
+// Whether it was found; else every loop runs on one thread.
+bool has_threads();
+
 // Threads that torch would use for a loop that begins here; 1 inside of one.
 int threads();
 

@@ -19,7 +19,7 @@ using Unpack = void (*)(const Strip& strip, int64_t first_column, int64_t column
 
 template <Code code>
 void unpack_halves(const Strip& strip, int64_t first, int64_t columns, uint8_t* out, uint8_t* rest) {
-  constexpr int bits = code_bits(code);
+  constexpr int bits = bits_of(code);
   const Words<code> words(strip.h, strip.table);
   const uint8_t* chunk = strip.codes + first / kChunk * 64 * bits;
   for (int64_t done = 0; done < columns; done += kChunk, chunk += 64 * bits, out += 1024) {
@@ -36,7 +36,7 @@ void unpack_halves(const Strip& strip, int64_t first, int64_t columns, uint8_t* 
 // Narrow integers have Header::zero subtracted, so that all are signed.
 template <Code code>
 void unpack_bytes(const Strip& strip, int64_t first, int64_t columns, uint8_t* out, uint8_t*) {
-  constexpr int bits = code_bits(code);
+  constexpr int bits = bits_of(code);
   const Bytes bytes(is_table(code) ? strip.table : nullptr);
   const __m512i zero = _mm512_set1_epi8(static_cast<char>(strip.h.zero));
   const uint8_t* chunk = strip.codes + first / kChunk * 64 * bits;
@@ -198,11 +198,10 @@ template <bool integers>
 void multiply_block(const Job& job, int64_t first, int64_t last, TileMemory& memory, Store store) {
   const Header& h = *job.weight;
   const Batch& batch = job.batch;
-  const bool grid = is_grid(h.code), before = before_scaling(h.offset);
-  const Code code = grid ? Code::kInt8 : h.code;
+  const Code code = opened_code(h.code);
   const Unpack unpack = unpacker(code, integers);
-  const float* const table = is_table(code) ? reinterpret_cast<const float*>(section_at(h, h.table)) : nullptr;
-  const bool twice = !integers && is_table(code) && Words<Code::kTable4>(h, table).inexact;
+  const bool twice = !integers && is_table(code) &&
+                     Words<Code::kTable4>(h, reinterpret_cast<const float*>(section_at(h, h.table))).inexact;
   const int64_t panels = last - first, groups = h.groups * kPanel;
   const int64_t whole = batch.section < kColumnsOfABlock ? kColumnsOfABlock / batch.section * batch.section : batch.section;
   // A tile may reach behind the last column: activations are zeros there, and whatever B holds does not count.
@@ -211,7 +210,7 @@ void multiply_block(const Job& job, int64_t first, int64_t last, TileMemory& mem
   memory.codes.resize(panels * bytes + 1024);
   if (twice) memory.rest.resize(panels * bytes + 1024);
   memory.spread.resize(2 * groups * panels);
-  if (grid) memory.expanded.resize(panels * h.padded * kPanel);
+  if (is_grid(h.code)) memory.expanded.resize(panels * h.padded * kPanel);
   const int64_t even = (panels + 1) / 2 * 2;  // corners follow each other
   memory.sums.assign((blocks + 1) / 2 * 2 * even * 256, 0.0f);
   const float zero = integers && bits_of(code) == 8 ? static_cast<float>(h.zero) : 0;
@@ -219,19 +218,8 @@ void multiply_block(const Job& job, int64_t first, int64_t last, TileMemory& mem
 
   std::vector<Side> sides;
   for (int64_t p = 0; p < panels; p++) {
-    float* const scales = memory.spread.data() + 2 * groups * p;
-    float* const offsets = h.offset == Offset::kNone ? nullptr : scales + groups;
-    const uint8_t* codes = section_at(h, h.codes) + (first + p) * panel_bytes(h);
-    if (grid) {
-      uint8_t* const expanded = memory.expanded.data() + p * h.padded * kPanel;
-      spread_grid(h, first + p, expanded, scales);
-      codes = expanded;
-    } else {
-      spread_scales(h, first + p, scales);
-      if (offsets) spread_offsets(h, first + p, offsets);
-    }
     sides.push_back({memory.codes.data() + p * bytes, twice ? memory.rest.data() + p * bytes : nullptr,
-                     {h, codes, scales, before ? offsets : nullptr, before ? nullptr : offsets, table}});
+                     open_panel(h, first + p, memory.spread.data() + 2 * groups * p, memory.expanded.data() + p * h.padded * kPanel)});
   }
   const int64_t sections = whole / batch.section;
   for (int64_t s = 0; s < batch.sections; s += sections) {

@@ -33,9 +33,10 @@ struct Torch {
   int32_t (*f16)();
   int32_t (*bf16)();
   int32_t (*u8)();
+  int32_t (*i64)();
   int32_t (*cpu)();
 } torch;
-int32_t f32, f16, bf16, u8, cpu;
+int32_t f32, f16, bf16, u8, i64, cpu;
 
 void check(Error error, const char* what) {
   if (error) throw std::runtime_error(std::string("qcore_cpu: torch failed at ") + what);
@@ -59,26 +60,42 @@ const qcore::Kernels& kernels() {
   return *found;
 }
 
+// Memory of a tensor whose elements are of `dtype`, and how many there are.
+void* memory_of(Tensor tensor, int32_t dtype, int64_t* count = nullptr) {
+  void* memory;
+  int32_t own;
+  check(torch.data(tensor, &memory), "data_ptr");
+  check(torch.dtype(tensor, &own), "dtype");
+  if (own != dtype) throw std::runtime_error("qcore_cpu: a tensor has another type than the operator takes");
+  if (count) check(torch.numel(tensor, count), "numel");
+  return memory;
+}
+
+// A packed weight, checked.
+const qcore::Header& weight_of(Tensor tensor) {
+  int64_t bytes;
+  const auto* const weight = static_cast<const qcore::Header*>(memory_of(tensor, u8, &bytes));
+  if (const char* fault = qcore::fault_of(weight, bytes)) throw std::runtime_error(std::string("qcore_cpu: ") + fault);
+  return *weight;
+}
+
 // linear(Tensor x, Tensor weight, int rows) -> Tensor; x: [..., K] with contiguous rows of one distance.
 void linear(Value* stack, uint64_t, uint64_t) {
   const Owned x{reinterpret_cast<Tensor>(stack[0])}, packed{reinterpret_cast<Tensor>(stack[1])};
   const int64_t outputs = static_cast<int64_t>(stack[2]);
-  void *from, *block;
-  int64_t dim, bytes, *sizes, *strides;
+  void* from;
+  int64_t dim, *sizes, *strides;
   int32_t dtype;
   check(torch.data(x.tensor, &from), "data_ptr");
   check(torch.dim(x.tensor, &dim), "dim");
   check(torch.sizes(x.tensor, &sizes), "sizes");
   check(torch.strides(x.tensor, &strides), "strides");
   check(torch.dtype(x.tensor, &dtype), "dtype");
-  check(torch.data(packed.tensor, &block), "data_ptr");
-  check(torch.numel(packed.tensor, &bytes), "numel");
-  const qcore::Header* const weight = static_cast<const qcore::Header*>(block);
-  if (const char* fault = qcore::fault_of(weight, bytes)) throw std::runtime_error(std::string("qcore_cpu::linear: ") + fault);
-  if (dim < 1 || dim > 16 || sizes[dim - 1] != weight->columns || outputs != weight->rows)
+  const qcore::Header& weight = weight_of(packed.tensor);
+  if (dim < 1 || dim > 16 || sizes[dim - 1] != weight.columns || outputs != weight.rows)
     throw std::runtime_error("qcore_cpu::linear: x has " + std::to_string(dim < 1 ? 0 : sizes[dim - 1]) + " columns and " +
-                             std::to_string(outputs) + " are wanted of a weight [" + std::to_string(weight->rows) + ", " +
-                             std::to_string(weight->columns) + "]");
+                             std::to_string(outputs) + " are wanted of a weight [" + std::to_string(weight.rows) + ", " +
+                             std::to_string(weight.columns) + "]");
   int64_t rows = 1, shape[16], steps[16];
   for (int64_t i = 0; i < dim - 1; i++) rows *= shape[i] = sizes[i];
   shape[dim - 1] = outputs;
@@ -95,7 +112,7 @@ void linear(Value* stack, uint64_t, uint64_t) {
   if (rows) {
     try {
       check(torch.data(out, &to), "data_ptr");
-      qcore::linear(kernels(), *weight, from, rows, stride, type, to);
+      qcore::linear(kernels(), weight, from, rows, stride, type, to);
     } catch (...) {
       torch.release(out);
       throw;
@@ -104,39 +121,28 @@ void linear(Value* stack, uint64_t, uint64_t) {
   stack[0] = reinterpret_cast<Value>(out);
 }
 
-// Memory of a contiguous tensor; its bytes where `bytes` is given.
-void* memory_of(Tensor tensor, int64_t element_bytes = 0, int64_t* bytes = nullptr) {
-  void* memory;
-  check(torch.data(tensor, &memory), "data_ptr");
-  if (bytes) {
-    check(torch.numel(tensor, bytes), "numel");
-    *bytes *= element_bytes;
-  }
-  return memory;
-}
-
 // look_up(Tensor tokens, Tensor weight, int columns) -> Tensor: int64 [...] -> float32 [..., columns].
 void look_up(Value* stack, uint64_t, uint64_t) {
   const Owned tokens{reinterpret_cast<Tensor>(stack[0])}, packed{reinterpret_cast<Tensor>(stack[1])};
   const int64_t columns = static_cast<int64_t>(stack[2]);
-  int64_t dim, count, bytes, *sizes, shape[17], steps[17];
+  int64_t dim, count, *sizes, shape[17], steps[17];
   check(torch.dim(tokens.tensor, &dim), "dim");
-  check(torch.numel(tokens.tensor, &count), "numel");
   check(torch.sizes(tokens.tensor, &sizes), "sizes");
-  const int64_t* const wanted = static_cast<const int64_t*>(memory_of(tokens.tensor));
-  const auto* const weight = static_cast<const qcore::Header*>(memory_of(packed.tensor, 1, &bytes));
-  if (const char* fault = qcore::fault_of(weight, bytes)) throw std::runtime_error(std::string("qcore_cpu::look_up: ") + fault);
-  if (dim > 16 || columns != weight->columns) throw std::runtime_error("qcore_cpu::look_up: tokens and weight do not go together");
+  const int64_t* const wanted = static_cast<const int64_t*>(memory_of(tokens.tensor, i64, &count));
+  const qcore::Header& weight = weight_of(packed.tensor);
+  if (dim > 16 || columns != weight.columns) throw std::runtime_error("qcore_cpu::look_up: tokens and weight do not go together");
   for (int64_t i = 0; i < dim; i++) shape[i] = sizes[i];
   shape[dim] = columns;
   for (int64_t i = dim, step = 1; i >= 0; step *= shape[i--]) steps[i] = step;
   for (int64_t i = 0; i < count; i++)
-    if (wanted[i] < 0 || wanted[i] >= weight->rows)
-      throw std::runtime_error("qcore_cpu::look_up: token " + std::to_string(wanted[i]) + " of " + std::to_string(weight->rows));
+    if (wanted[i] < 0 || wanted[i] >= weight.rows)
+      throw std::runtime_error("qcore_cpu::look_up: token " + std::to_string(wanted[i]) + " of " + std::to_string(weight.rows));
   Tensor out;
   check(torch.empty(dim + 1, shape, steps, f32, cpu, 0, &out), "empty");
-  float* const to = count ? static_cast<float*>(memory_of(out)) : nullptr;
-  for (int64_t i = 0; i < count; i++) kernels().look_up(*weight, wanted[i], to + i * columns);
+  float* const to = count ? static_cast<float*>(memory_of(out, f32)) : nullptr;
+  qcore::parallel(count, 8, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) kernels().look_up(weight, wanted[i], to + i * columns);
+  });
   stack[0] = reinterpret_cast<Value>(out);
 }
 
@@ -145,14 +151,22 @@ void decode(Value* values, uint64_t, uint64_t) {
   const Owned hidden{reinterpret_cast<Tensor>(values[0])}, stack{reinterpret_cast<Tensor>(values[1])};
   const Owned cache{reinterpret_cast<Tensor>(values[2])}, rope{reinterpret_cast<Tensor>(values[3])};
   const int64_t capacity = static_cast<int64_t>(values[4]), position = static_cast<int64_t>(values[5]);
-  int64_t hidden_bytes, stack_bytes, cache_elements;
-  float* const x = static_cast<float*>(memory_of(hidden.tensor, 4, &hidden_bytes));
-  const auto* const plan = static_cast<const qcore::Stack*>(memory_of(stack.tensor, 1, &stack_bytes));
-  void* const kept = memory_of(cache.tensor, 1, &cache_elements);
-  if (stack_bytes < static_cast<int64_t>(sizeof(qcore::Stack)) || plan->size != stack_bytes || hidden_bytes != 4 * plan->hidden ||
-      cache_elements != plan->layers * 2 * plan->kv_heads * capacity * plan->head_dim || position < 0 || position >= capacity)
-    throw std::runtime_error("qcore_cpu::decode: hidden, stack, cache and position do not go together");
-  qcore::decode(kernels(), *plan, x, kept, capacity, static_cast<const float*>(memory_of(rope.tensor)), position);
+  int64_t hidden_count, stack_bytes, cache_count, rope_count;
+  float* const x = static_cast<float*>(memory_of(hidden.tensor, f32, &hidden_count));
+  const auto* const plan = static_cast<const qcore::Stack*>(memory_of(stack.tensor, u8, &stack_bytes));
+  const auto* const positions = static_cast<const float*>(memory_of(rope.tensor, f32, &rope_count));
+  const bool whole = stack_bytes >= static_cast<int64_t>(sizeof(qcore::Stack)) &&
+                     plan->size == stack_bytes && stack_bytes == static_cast<int64_t>(sizeof(qcore::Stack) + plan->layers * sizeof(qcore::Layer));
+  if (!whole) throw std::runtime_error("qcore_cpu::decode: the stack is none");
+  const int32_t types[] = {f32, f16, bf16};
+  void* const kept = memory_of(cache.tensor, types[static_cast<int64_t>(plan->type)], &cache_count);
+  const auto* const layers = reinterpret_cast<const qcore::Layer*>(plan + 1);
+  int64_t tables = 0;
+  for (int64_t i = 0; i < plan->layers; i++) tables = layers[i].rope >= tables ? layers[i].rope + 1 : tables;
+  if (hidden_count != plan->hidden || cache_count != plan->layers * 2 * plan->kv_heads * capacity * plan->head_dim || position < 0 ||
+      position >= capacity || rope_count < tables * 2 * capacity * plan->rope_dim)
+    throw std::runtime_error("qcore_cpu::decode: hidden, stack, cache, rope and position do not go together");
+  qcore::decode(kernels(), *plan, x, kept, capacity, positions, position);
 }
 
 }  // namespace
@@ -179,13 +193,14 @@ QCORE_API const char* qcore_register(const char* library) {
       {reinterpret_cast<void**>(&torch.f16), "aoti_torch_dtype_float16"},
       {reinterpret_cast<void**>(&torch.bf16), "aoti_torch_dtype_bfloat16"},
       {reinterpret_cast<void**>(&torch.u8), "aoti_torch_dtype_uint8"},
+      {reinterpret_cast<void**>(&torch.i64), "aoti_torch_dtype_int64"},
       {reinterpret_cast<void**>(&torch.cpu), "aoti_torch_device_type_cpu"},
   };
   for (const auto& function : functions) {
     *function.place = dlsym(handle, function.name);
     if (!*function.place) return (fault = std::string("torch has no ") + function.name).c_str();
   }
-  f32 = torch.f32(), f16 = torch.f16(), bf16 = torch.bf16(), u8 = torch.u8(), cpu = torch.cpu();
+  f32 = torch.f32(), f16 = torch.f16(), bf16 = torch.bf16(), u8 = torch.u8(), i64 = torch.i64(), cpu = torch.cpu();
   qcore::find_threads(handle);
   void *fragment, *implementations;  // kept for ever: releasing them would take the operator back
   if (torch.library_fragment("qcore_cpu", "", 0, &fragment) || torch.define(fragment, "linear(Tensor x, Tensor weight, int rows) -> Tensor") ||
@@ -197,3 +212,6 @@ QCORE_API const char* qcore_register(const char* library) {
     return "torch did not take the operator";
   return nullptr;
 }
+
+// Whether the operators share torch's threads; else they run on one.
+QCORE_API int qcore_has_threads() { return qcore::has_threads(); }

@@ -15,7 +15,7 @@ QCORE_INLINE uint16_t bf16_of(float value) {  // value has no more than 8 signif
 }
 
 // Whether 32 entries name every value of the code: up to 5 bits.
-constexpr bool is_small(Code code) { return is_table(code) || (is_integer(code) && code_bits(code) <= 5); }
+constexpr bool is_small(Code code) { return is_table(code) || (is_integer(code) && bits_of(code) <= 5); }
 
 // 16-bit lanes that hold a code in their low byte -> bfloat16. Header::zero is subtracted from integers. Of a table whose values
 // need more than 8 bits, `rest` gives what bfloat16 leaves over.
@@ -28,11 +28,11 @@ struct Words {
   Words(const Header& h, const float* entries) {
     alignas(64) uint16_t high[32] = {}, low[32] = {};
     for (int i = 0; i < 32; i++) {
-      const int index = i & ((1 << (code_bits(code) < 5 ? code_bits(code) : 5)) - 1);
+      const int index = i & ((1 << (bits_of(code) < 5 ? bits_of(code) : 5)) - 1);
       float value = 0;
       if constexpr (is_table(code)) value = entries[index];
       if constexpr (is_integer(code)) value = static_cast<float>(index - h.zero);
-      if constexpr (!is_table(code) && !is_integer(code)) value = static_cast<float>(i & 7) * smallest();
+      if constexpr (!is_table(code) && !is_integer(code)) value = static_cast<float>(i & 7) * shape.smallest();
       high[i] = bf16_of(value);
       const uint32_t kept = static_cast<uint32_t>(high[i]) << 16;
       float rounded;
@@ -45,10 +45,7 @@ struct Words {
     zero = _mm512_set1_epi32(static_cast<int32_t>(h.zero));
   }
 
-  static constexpr int exponent = code == Code::kE5M2 ? 5 : code == Code::kE3M2 ? 3 : code == Code::kE2M3 ? 2 : 4;
-  static constexpr int mantissa = code == Code::kE5M2 || code == Code::kE3M2 ? 2 : 3;
-  static constexpr int bias = code == Code::kE4M3Fnuz ? 8 : code == Code::kE5M2 ? 15 : code == Code::kE3M2 ? 3 : code == Code::kE2M3 ? 1 : 7;
-  static constexpr float smallest() { return 2.0f / (1 << (bias + mantissa)); }
+  static constexpr FloatShape shape = shape_of(code);
 
   // Bits above the code's may hold anything where is_small(code); elsewhere the high byte is 0.
   QCORE_INLINE __m512i operator()(__m512i lanes) const {
@@ -63,11 +60,11 @@ struct Words {
       const __m512i low = widen(lanes), high = widen(_mm512_srli_epi32(lanes, 16));
       return _mm512_or_si512(_mm512_srli_epi32(low, 16), high);  // the low halves are zeros: 8 bits are exact
     } else {
-      const __m512i magnitude = _mm512_and_si512(lanes, _mm512_set1_epi16((1 << (exponent + mantissa)) - 1));
-      const __mmask32 subnormal = _mm512_testn_epi16_mask(magnitude, _mm512_set1_epi16(((1 << exponent) - 1) << mantissa));
-      __m512i value = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 7 - mantissa), _mm512_set1_epi16((127 - bias) << 7));
+      const __m512i magnitude = _mm512_and_si512(lanes, _mm512_set1_epi16((1 << (shape.exponent + shape.mantissa)) - 1));
+      const __mmask32 subnormal = _mm512_testn_epi16_mask(magnitude, _mm512_set1_epi16(((1 << shape.exponent) - 1) << shape.mantissa));
+      __m512i value = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 7 - shape.mantissa), _mm512_set1_epi16((127 - shape.bias) << 7));
       value = _mm512_mask_permutexvar_epi16(value, subnormal, magnitude, table);
-      const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(lanes, 15 - exponent - mantissa), _mm512_set1_epi16(INT16_MIN));
+      const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(lanes, 15 - shape.exponent - shape.mantissa), _mm512_set1_epi16(INT16_MIN));
       return _mm512_or_si512(value, sign);
     }
   }
@@ -78,7 +75,7 @@ struct Words {
 // 4 t + 1 and 4 t + 3. lanes: as Words takes them.
 template <Code code, int first, int pairs, class F>
 QCORE_INLINE void each_pair(const uint8_t* chunk, F&& f) {
-  constexpr int bits = code_bits(code);
+  constexpr int bits = bits_of(code);
   if constexpr (one_plane(bits) && is_small(code)) {
     unroll<pairs>([&](auto place) QCORE_INSIDE {
       constexpr int pair = first + place, t = pair / 2, stacked = 8 / bits, shift = 8 * (pair % 2) + bits * (t % stacked);

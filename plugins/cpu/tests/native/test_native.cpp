@@ -82,7 +82,6 @@ Weight make(const Case& c) {
   const bool integer = static_cast<int64_t>(c.code) <= 8, table = c.code == Code::kTable3 || c.code == Code::kTable4;
   if (integer && bits < 8) h.zero = below(1 << bits);
   if (c.input == Input::kStatic) h.input_scale = 0.02;
-  h.whole = table;
   const int64_t panels = panels_of(h), cells = panels * h.groups * 16;
   int64_t place = sizeof(Header);
   auto section = [&](int64_t& at, int64_t size) { at = place, place += (size + 63) / 64 * 64; };
