@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from commands import command
 from qcore.bench.linear import Question, measure
 from qcore.model.devices import find_device
 from qcore.scheme import Scheme
@@ -38,9 +38,7 @@ def test_peers_are_the_other_kernels_that_take_the_layer() -> None:
 
 
 def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "qcore", "bench", "linear", *arguments], capture_output=True, text=True
-    )
+    return command("bench", "linear", *arguments)
 
 
 def test_json_and_picture(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The command line as a user meets it: each command in a process of its own."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from commands import command as qcore
 from makers import too_slow
 from qcore.discovery import registry
 from qcore.explanation import explain
@@ -22,13 +22,6 @@ from sim import sim_registry
 GOLDEN = Path(__file__).parent / "golden"
 GGUF, GPTQ, PACKED = (GOLDEN / name for name in ("gguf-q4_0", "gptqmodel-gptq-4bit-sym", "llmcompressor-w4a16-gptq"))
 COMMANDS = ("run", "inspect", "explain", "eval", "convert", "quantize", "plugins", "doctor", "bench", "bench load")
-
-
-def qcore(*arguments: object, text: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qcore", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, input=text, env={**os.environ, **environment}, check=False
-    )
 
 
 def answer(*arguments: object, code: int = 0) -> Any:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qcore
+from commands import command
 from makers import LLAMA, dense_llama, gptq_tensors
 from qcore.blocks.types import BLOCK_TYPES
 from qcore.checkpoint.architecture import model_class
@@ -433,12 +434,6 @@ def test_a_killed_run_leaves_nothing_under_the_name(tmp_path: Path) -> None:
 
 
 # --- the command line
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "qcore", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
 
 
 def test_the_commands(tmp_path: Path) -> None:

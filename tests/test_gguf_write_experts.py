@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import qcore
+from commands import command
 from mixture_shapes import MODELS, header_of, shortened
 from mixtures import EXPERTS, HIDDEN, INNER, Mixture, Tensors, gptq, logits
 from qcore.blocks.dequantize import dequantize_blocks
@@ -26,7 +27,7 @@ from qcore.refusal import Refusal, Refused
 from test_experts import FORMATS, GPTQ
 from test_experts import quantized as quantized_parts
 from test_gguf_experts import CHANGES, tensors_of
-from test_gguf_write import BASE, GOLDEN, VOCABULARY, command, imatrix
+from test_gguf_write import BASE, GOLDEN, VOCABULARY, imatrix
 from test_mxfp4 import CONFIG as MXFP4
 from test_mxfp4 import quantized as mxfp4_experts
 

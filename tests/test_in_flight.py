@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import qcore
+from commands import command
 from makers import dense_llama, write
 from qcore.algorithms.codebook import codebook, dynamic8, llm_int8
 from qcore.bits import unpack
@@ -192,6 +191,5 @@ def test_a_bitsandbytes_config_that_asks_for_nothing_is_refused(tmp_path: Path) 
 
 def test_the_command_line_takes_the_request(tmp_path: Path) -> None:
     path = write(tmp_path, dense_llama())
-    command = [sys.executable, "-m", "qcore", "run", str(path), "-p", "x", "--quantize", "bitsandbytes:nf5", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = command("run", path, "-p", "x", "--quantize", "bitsandbytes:nf5", "--json")
     assert done.returncode == 2 and json.loads(done.stdout)["refusal"]["code"] == "bad-scheme", done.stderr

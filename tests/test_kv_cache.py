@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import qcore
+from commands import command
 from kv_reference import (
     E5M2,
     FP8,
@@ -260,9 +260,7 @@ def test_an_architecture_without_keys_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_runs_with_it() -> None:
     def run(choice: str) -> subprocess.CompletedProcess[str]:
-        command = ["-m", "qcore", "run", str(GOLDEN / "base"), "-p", "Who", "--max-new-tokens", "3", "--json"]
-        done = [sys.executable, *command, "--kv-cache", choice]
-        return subprocess.run(done, capture_output=True, text=True, check=False)
+        return command("run", GOLDEN / "base", "-p", "Who", "--max-new-tokens", 3, "--json", "--kv-cache", choice)
 
     assert json.loads(run("auto").stdout)["kv_cache"] is None
     assert json.loads(run("int8").stdout)["kv_cache"] == "int8-token-sym-dyn"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import qcore
+from commands import command
 from makers import too_slow
 from qcore.discovery import registry
 from qcore.methods.gptq import Gptq
@@ -224,8 +225,8 @@ def test_every_tick_rests_on_a_record_whose_command_reproduces_it() -> None:
                 if proof.grade == "measured" and proof.kernel != "reference_linear" and plugin == "cpu":
                     commands.add(proof.command)
     assert commands
-    for command in sorted(commands):
-        done = subprocess.run([sys.executable, "-m", *shlex.split(command), "--json"], capture_output=True, text=True)
+    for words in sorted(commands):
+        done = command(*shlex.split(words)[1:], "--json")
         assert done.returncode == 0, done.stderr
         findings = json.loads(done.stdout)["findings"]
         assert findings and all(not f["failures"] and f["error"] <= f["bound"] for f in findings)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qcore.bench.contenders import Contender, Product, dense, of_registry, of_tools
+from qcore.bench.contenders import Contender, Product, dense, of_registry
+from qcore.bench.tools import of_tools
 from qcore.discovery import registry
 from qcore.kernels.activations import quantize_input
 from qcore.refusal import Refusal, Refused
@@ -47,7 +48,7 @@ def measure(question: Question, device: Device) -> Iterator[dict[str, Any]]:
             if not own:
                 raise Refused(Refusal("no-kernel", "notimpl", f"linear {scheme} on {device.platform}", "only the reference takes this layer",
                                       f"in {question.dtype}", "`qcore explain` shows why other kernels do not."))  # fmt: skip
-            others = [*own[1:], *of_tools(layer)] if question.peers else []
+            others = [*own[1:], *of_tools(layer, question.exact)] if question.peers else []
             runs = [_Run(contender, question.cold) for contender in (own[0], dense(layer), *others)]
             for batch in question.batches:
                 yield _row(layer, scheme, batch, runs, question.rounds)

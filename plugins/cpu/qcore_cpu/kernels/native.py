@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from qcore.scheme import TensorScheme
     from qcore.tensor import LayerTensors
 
-_BLOCK = 32
-"""Activations under one scale where kernels round them (native/linear.cpp)."""
+_BLOCK = 128
+"""Activations under one scale where kernels round them, at most (native/linear.cpp)."""
 
 
 class NativeLinear(torch.nn.Module):
@@ -57,7 +57,8 @@ class NativeLinear(torch.nn.Module):
 
 
 class NativeLinearInt8(NativeLinear):
-    """The same with activations rounded to int8, 16 or 32 of them under one scale, where the scheme leaves them whole."""
+    """The same with activations rounded to int8 where the scheme leaves them whole: a scale for each group of the weight, or for each 128 of its
+    columns."""
 
     @classmethod
     def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> NativeLinearInt8:
@@ -66,7 +67,8 @@ class NativeLinearInt8(NativeLinear):
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [..., K]: what x [..., K] stands for once it is rounded. Runs of columns are those of the packed order."""
         header, columns = header_of(self.packed), x.shape[-1]
-        size = min(header.group, _BLOCK)
+        divided = header.group > _BLOCK and (header.groups == 1 or header.group % _BLOCK == 0)
+        size = _BLOCK if divided else header.group
         order = torch.arange(columns)
         if header.order:
             order = self.packed[header.order : header.order + 4 * columns].view(torch.int32).long()

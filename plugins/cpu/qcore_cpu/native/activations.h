@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "integer.h"
 #include "kernels.h"
 #include "scales.h"
 
@@ -89,13 +90,26 @@ inline void round_row(const float* values, const Header& h, const Batch& batch, 
 inline void put_pairs(const int8_t* from, int64_t count, int16_t* to) {
   for (int64_t k = 0; k < count; k += 4) to[k] = from[k], to[k + 1] = from[k + 2], to[k + 2] = from[k + 1], to[k + 3] = from[k + 3];
 }
+// The same of bfloat16: the high halves of floats whose low halves are zeros.
+inline void put_halves(const float* from, int64_t count, uint16_t* to) {
+  const uint16_t* high = reinterpret_cast<const uint16_t*>(from) + 1;
+  for (int64_t k = 0; k < count; k += 4)
+    to[k] = high[2 * k], to[k + 1] = high[2 * k + 4], to[k + 2] = high[2 * k + 2], to[k + 3] = high[2 * k + 6];
+}
+
+// A row's words of 32 bits into its places among the rows of a run.
+inline void put_run(const void* row, int64_t words, int64_t m, int64_t run, void* to) {
+  const int32_t* from = static_cast<const int32_t*>(row);
+  int32_t* const first = static_cast<int32_t*>(to) + m / run * run * words + m % run;
+  for (int64_t word = 0; word < words; word++) first[word * run] = from[word];
+}
 
 // A row's bytes into its places in the tiles.
-inline void put_tiles(const uint8_t* row, int64_t bytes, int64_t m, int64_t steps, int64_t width, uint8_t* tiles) {
+inline void put_tiles(const void* row, int64_t bytes, int64_t m, int64_t steps, int64_t width, uint8_t* tiles) {
   uint8_t* const to = tiles + m / 16 * steps * 16 * width + m % 16 * width;
   for (int64_t step = 0, done = 0; step < steps; step++, done += width) {
     const int64_t count = bytes - done < width ? bytes - done : width;
-    std::memcpy(to + step * 16 * width, row + done, count);
+    std::memcpy(to + step * 16 * width, static_cast<const uint8_t*>(row) + done, count);
     std::memset(to + step * 16 * width + count, 0, width - count);
   }
 }
@@ -103,51 +117,50 @@ inline void put_tiles(const uint8_t* row, int64_t bytes, int64_t m, int64_t step
 inline void prepare(const Job& job, int64_t first, int64_t last) {
   const Header& h = *job.weight;
   const Batch& batch = job.batch;
-  static thread_local std::vector<float> wide;
-  static thread_local std::vector<uint16_t> narrow;
-  static thread_local std::vector<int8_t> rounded;
-  const int64_t padded = h.padded, steps = tile_steps(batch, padded);
+  static thread_local std::vector<float> values;
+  static thread_local std::vector<int16_t> narrow;
+  static thread_local std::vector<int8_t> codes;
+  const int64_t padded = h.padded;
+  values.resize(padded);
+  auto put = [&](const void* row, int64_t bytes, int64_t m, void* to) {
+    if (batch.way == Way::kTiles) put_tiles(row, bytes, m, tile_steps(batch, padded), batch.tile_bytes, batch.tiles);
+    else put_run(row, bytes / 4, m, batch.run, to);
+  };
   for (int64_t m = first; m < last; m++) {
-    float* values = batch.values + m * padded;
-    if (batch.method != Method::kFloats) {
-      wide.resize(padded);
-      values = wide.data();
-    }
-    widen(static_cast<const char*>(job.x) + m * job.stride * width_of(job.type), job.type, h, values);
+    widen(static_cast<const char*>(job.x) + m * job.stride * width_of(job.type), job.type, h, values.data());
     float* const sums = batch.sums + m * batch.sections;
-    if (!is_integer(batch.method)) {
+    if (batch.numbers != Numbers::kIntegers) {
       each_section(batch, padded, [&](int64_t s, int64_t begin, int64_t end) {
         F16 lanes = zero_f();
-        for (int64_t k = begin; k < end; k += 16) lanes = add(lanes, load_f(values + k));
+        for (int64_t k = begin; k < end; k += 16) lanes = add(lanes, load_f(values.data() + k));
         sums[s] = sum_of(lanes);
       });
-      if (batch.method == Method::kFloats) continue;
-      uint16_t* halves = batch.halves + m * padded;
-      if (in_tiles(batch.method)) {
+      if (batch.numbers == Numbers::kFloats) {
+        put(values.data(), 4 * padded, m, batch.values);
+      } else {
         narrow.resize(padded);
-        halves = narrow.data();
+        put_halves(values.data(), padded, reinterpret_cast<uint16_t*>(narrow.data()));
+        put(narrow.data(), 2 * padded, m, batch.halves);
       }
-      const uint16_t* high = reinterpret_cast<const uint16_t*>(values) + 1;  // values are bfloat16 ones: their low halves are zeros
-      for (int64_t k = 0; k < padded; k += 4)
-        halves[k] = high[2 * k], halves[k + 1] = high[2 * k + 4], halves[k + 2] = high[2 * k + 2], halves[k + 3] = high[2 * k + 6];
-      if (in_tiles(batch.method)) put_tiles(reinterpret_cast<const uint8_t*>(halves), 2 * padded, m, steps, batch.tile_bytes, batch.tiles);
       continue;
     }
-    int8_t* codes = batch.codes + m * padded;
-    if (in_tiles(batch.method)) {
-      rounded.resize(padded);
-      codes = rounded.data();
-    }
+    codes.resize(padded);
     float* const scales = batch.scales + m * batch.sections;
-    round_row(values, h, batch, codes, scales);
+    round_row(values.data(), h, batch, codes.data(), scales);
     each_section(batch, padded, [&](int64_t s, int64_t begin, int64_t end) {
       int32_t total = 0;
       for (int64_t k = begin; k < end; k++) total += codes[k];
       batch.totals[m * batch.sections + s] = total;
+      batch.shifts[m * batch.sections + s] = total * zero_of(h);
       sums[s] = static_cast<float>(total) * scales[s];
     });
-    if (in_tiles(batch.method)) put_tiles(reinterpret_cast<const uint8_t*>(codes), padded, m, steps, batch.tile_bytes, batch.tiles);
-    else if (batch.pairs) put_pairs(codes, padded, batch.pairs + m * padded);
+    if (batch.pairs) {
+      narrow.resize(padded);
+      put_pairs(codes.data(), padded, narrow.data());
+      put(narrow.data(), 2 * padded, m, batch.pairs);
+    } else {
+      put(codes.data(), padded, m, batch.codes);
+    }
   }
 }
 

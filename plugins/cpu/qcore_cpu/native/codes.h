@@ -9,6 +9,21 @@
 namespace qcore {
 namespace QCORE_ISA {
 
+template <Code... codes>
+struct Codes {};
+using WholeCodes = Codes<Code::kInt1, Code::kInt2, Code::kInt3, Code::kInt4, Code::kInt5, Code::kInt6, Code::kInt7, Code::kInt8, Code::kTable3,
+                         Code::kTable4>;
+using AllCodes = Codes<Code::kInt1, Code::kInt2, Code::kInt3, Code::kInt4, Code::kInt5, Code::kInt6, Code::kInt7, Code::kInt8, Code::kTable3,
+                       Code::kTable4, Code::kE4M3, Code::kE4M3Fnuz, Code::kE5M2, Code::kE3M2, Code::kE2M3>;
+
+// What `make` gives for a code of a list, which comes as a constant; nothing for any other.
+template <class Made, Code... codes, class Make>
+Made made_for(Codes<codes...>, Code code, Make&& make) {
+  Made found{};
+  ((code == codes ? void(found = make(std::integral_constant<Code, codes>{})) : void()), ...);
+  return found;
+}
+
 #define QCORE_INLINE inline __attribute__((always_inline))
 #define QCORE_INSIDE __attribute__((always_inline))  // of lambdas: their captures then stay in registers
 

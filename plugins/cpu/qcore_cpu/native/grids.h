@@ -136,7 +136,7 @@ inline Strip open_panel(const Header& h, int64_t panel, float* floats, uint8_t* 
     if (offsets) spread_offsets(h, panel, offsets);
   }
   const float* const table = is_table(h.code) ? reinterpret_cast<const float*>(section_at(h, h.table)) : nullptr;
-  return {h, codes, floats, before ? offsets : nullptr, before ? nullptr : offsets, table};
+  return {&h, codes, floats, before ? offsets : nullptr, before ? nullptr : offsets, table};
 }
 
 }  // namespace QCORE_ISA

@@ -1,9 +1,18 @@
-// Few rows by one panel, activations in int8: products and sums of codes are whole numbers, exactly.
+// Activations in int8: products and sums of codes are whole numbers, exactly. A row by one panel, and the parts that blocks of rows share.
 #pragma once
 #include "panel.h"
 
 namespace qcore {
 namespace QCORE_ISA {
+
+// Sums stay in the order in which they are written: compilers would make all products first, for which there are too few registers.
+QCORE_INLINE void keep_order(I16& sum) {
+#ifdef __AVX512F__
+  __asm__("" : "+v"(sum.v));
+#else
+  __asm__("" : "+x"(sum.a), "+x"(sum.b));
+#endif
+}
 
 struct WholeSum {
   I16 sum = zero_i();
@@ -14,6 +23,8 @@ struct WholeSum {
   }
 };
 
+// A sum of products. Codes come in steps, four to a row: as quads of bytes, or where `pairs` is set as two pairs of 16 bits, the columns
+// 0 2 and 1 3 of a quad. Behind `fitting` steps end_run is called.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
 // Bytes of the weight are unsigned for the instruction: 8-bit codes are shifted by 128, which the sums of the input undo.
@@ -21,9 +32,9 @@ template <int bits>
 struct Dot : WholeSum {
   static constexpr bool pairs = false;
   static constexpr int32_t shift = bits == 8 ? 128 : 0;
+  static constexpr int fitting = 8;
   QCORE_INLINE static I16 ready(I16 codes) { return bits == 8 ? codes ^ all_i(static_cast<int32_t>(0x80808080)) : codes; }
-  template <int t>
-  QCORE_INLINE void add_quad(I16 codes, const void* x) {
+  QCORE_INLINE void add_step(I16 codes, const void* x) {
 #ifdef __AVX512VNNI__
     sum.v = _mm512_dpbusd_epi32(sum.v, codes.v, _mm512_set1_epi32(word_at(x)));
 #else
@@ -32,12 +43,13 @@ struct Dot : WholeSum {
     sum.b = _mm256_dpbusd_avx_epi32(sum.b, codes.b, given);
 #endif
   }
-  QCORE_INLINE void end_chunk() {}
+  QCORE_INLINE void end_run() {}
 };
+constexpr int dot_bits(int bits) { return bits == 8 ? 8 : 4; }
 
 #else
 
-// Pairs of products are summed in 16 bits, as many as fit there whatever the codes.
+// Products are summed in 16 bits, as many as fit there whatever the codes.
 template <int bits>
 struct Dot : WholeSum {
   static constexpr bool pairs = false;
@@ -45,42 +57,44 @@ struct Dot : WholeSum {
   static constexpr int fitting = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
   I16 narrow = zero_i();
   QCORE_INLINE static I16 ready(I16 codes) { return codes; }
-  template <int t>
-  QCORE_INLINE void add_quad(I16 codes, const void* x) {
+  QCORE_INLINE void add_step(I16 codes, const void* x) {
     const __m256i given = _mm256_set1_epi32(word_at(x));
-    const I16 product{_mm256_maddubs_epi16(codes.a, given), _mm256_maddubs_epi16(codes.b, given)};
-    if constexpr (t % fitting == 0) {
-      if constexpr (t > 0) widen();
-      narrow = product;
-    } else {
-      narrow = {_mm256_add_epi16(narrow.a, product.a), _mm256_add_epi16(narrow.b, product.b)};
-    }
+    narrow.a = _mm256_add_epi16(narrow.a, _mm256_maddubs_epi16(codes.a, given));
+    narrow.b = _mm256_add_epi16(narrow.b, _mm256_maddubs_epi16(codes.b, given));
+    keep_order(narrow);
   }
-  QCORE_INLINE void end_chunk() { widen(); }
-  QCORE_INLINE void widen() {
+  QCORE_INLINE void end_run() {
     const __m256i one = _mm256_set1_epi16(1);
     sum = add(sum, {_mm256_madd_epi16(narrow.a, one), _mm256_madd_epi16(narrow.b, one)});
+    narrow = zero_i();
   }
 };
 
-// Products of two 8-bit codes do not fit in pairs: both become 16 bits wide, columns 0 and 2 of a quad, then 1 and 3.
+// Products of two 8-bit codes do not fit in pairs: both become 16 bits wide.
 template <>
 struct Dot<8> : WholeSum {
   static constexpr bool pairs = true;
   static constexpr int32_t shift = 0;
+  static constexpr int fitting = 8;
   QCORE_INLINE static I16 ready(I16 codes) { return codes; }
-  template <int t>
-  QCORE_INLINE void add_quad(I16 codes, const void* x) {
-    const __m256i even = _mm256_set1_epi32(word_at(x)), odd = _mm256_set1_epi32(word_at(static_cast<const char*>(x) + 4));
-    const I16 low{_mm256_srai_epi16(_mm256_slli_epi16(codes.a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(codes.b, 8), 8)};
-    const I16 high{_mm256_srai_epi16(codes.a, 8), _mm256_srai_epi16(codes.b, 8)};
-    sum = add(sum, {_mm256_madd_epi16(low.a, even), _mm256_madd_epi16(low.b, even)});
-    sum = add(sum, {_mm256_madd_epi16(high.a, odd), _mm256_madd_epi16(high.b, odd)});
+  QCORE_INLINE static I16 even(I16 codes) {
+    return {_mm256_srai_epi16(_mm256_slli_epi16(codes.a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(codes.b, 8), 8)};
   }
-  QCORE_INLINE void end_chunk() {}
+  QCORE_INLINE static I16 odd(I16 codes) { return {_mm256_srai_epi16(codes.a, 8), _mm256_srai_epi16(codes.b, 8)}; }
+  QCORE_INLINE void add_step(I16 codes, const void* x) {
+    const __m256i given = _mm256_set1_epi32(word_at(x));
+    sum = add(sum, {_mm256_madd_epi16(codes.a, given), _mm256_madd_epi16(codes.b, given)});
+    keep_order(sum);
+  }
+  QCORE_INLINE void end_run() {}
 };
+constexpr int dot_bits(int bits) { return bits < 4 ? 4 : bits; }
 
 #endif
+
+// Narrow codes share what is the same for them.
+template <Code code>
+using DotOf = Dot<dot_bits(is_table(code) ? 8 : bits_of(code))>;
 
 // A table's whole numbers by the codes of a quad: int8 in each byte.
 struct Bytes {
@@ -104,24 +118,44 @@ struct Bytes {
   I16 table;
 };
 
-// out[m][16] of the rows first .. first + M - 1.
-template <Code code, int M>
-void integer_rows(const Strip& strip, const Batch& batch, int64_t first, float* out) {
-  constexpr int bits = bits_of(code);
-  using D = Dot<is_table(code) ? 8 : bits>;
-  const Bytes bytes(is_table(code) ? strip.table : nullptr);
-  const Header& h = strip.h;
-  const int32_t zero = static_cast<int32_t>(h.zero) + D::shift;
-  const char* x[M];
-  F16 total[M];
-  constexpr int width = D::pairs ? 2 : 1;
-  for (int m = 0; m < M; m++) {
-    const void* row = D::pairs ? static_cast<const void*>(batch.pairs + (first + m) * h.padded)
-                               : static_cast<const void*>(batch.codes + (first + m) * h.padded);
-    x[m] = static_cast<const char*>(row);
-    total[m] = zero_f();
+// What a weight's codes are too great by, as Dot takes them.
+inline int32_t zero_of(const Header& h) {
+  const bool wide = is_table(h.code) || is_grid(h.code) || h.code == Code::kInt8;
+  return static_cast<int32_t>(h.zero) + (wide ? Dot<8>::shift : 0);
+}
+
+// How sections end: copied from a panel and a batch, so that it stays in registers.
+struct SectionEnd {
+  const float *scales, *zeros, *offsets;                        // of the panel
+  const float *row_scales, *sums;                               // of the rows
+  const int32_t *totals, *shifts;
+  int64_t sections;
+
+  SectionEnd(const Strip& strip, const Batch& batch)
+      : scales(strip.scales), zeros(strip.zeros), offsets(strip.offsets), row_scales(batch.scales), sums(batch.sums), totals(batch.totals),
+        shifts(batch.shifts), sections(batch.sections) {}
+
+  // The total of a row with the sum of products of its section s, which is exact until it is scaled.
+  QCORE_INLINE F16 add(int64_t row, int64_t s, int64_t g, I16 products, F16 total) const {
+    const int64_t place = row * sections + s;
+    F16 sum = to_float(sub(products, all_i(shifts[place])));
+    if (zeros) sum = fma(load_f(zeros + 16 * g), all_f(static_cast<float>(totals[place])), sum);
+    total = fma(sum, mul(load_f(scales + 16 * g), all_f(row_scales[place])), total);
+    return offsets ? fma(load_f(offsets + 16 * g), all_f(sums[place]), total) : total;
   }
-  D dot[M];
+};
+
+template <Code code>
+void integer_row(const Strip& strip, const Batch& batch, int64_t row, float* out) {
+  constexpr int bits = bits_of(code);
+  using D = DotOf<code>;
+  const Bytes bytes(is_table(code) ? strip.table : nullptr);
+  constexpr int width = D::pairs ? 2 : 1;
+  const void* const numbers = D::pairs ? static_cast<const void*>(batch.pairs) : batch.codes;
+  const char* const x = static_cast<const char*>(numbers) + row * strip.h->padded * width;
+  const SectionEnd end(strip, batch);
+  F16 total = zero_f();
+  D dot;
   walk<bits>(
       strip, batch,
       [&](const uint8_t* chunk, int64_t base, auto begin, auto count) QCORE_INSIDE {
@@ -129,22 +163,18 @@ void integer_rows(const Strip& strip, const Batch& batch, int64_t first, float* 
           constexpr int t = begin / 4 + place;
           I16 codes = quad<bits, t>(chunk);
           if constexpr (is_table(code)) codes = bytes(codes);
-          codes = D::ready(codes);
-          for (int m = 0; m < M; m++) dot[m].template add_quad<place>(codes, x[m] + width * (base + 4 * t));
+          const char* const given = x + width * (base + 4 * t);
+          if constexpr (D::pairs) {
+            dot.add_step(D::even(codes), given);
+            dot.add_step(D::odd(codes), given + 4);
+          } else {
+            dot.add_step(D::ready(codes), given);
+          }
+          if constexpr (place % D::fitting == D::fitting - 1 || place == count / 4 - 1) dot.end_run();
         });
-        for (int m = 0; m < M; m++) dot[m].end_chunk();
       },
-      [&](int64_t s, int64_t g) QCORE_INSIDE {
-        const F16 scale = load_f(strip.scales + 16 * g);
-        for (int m = 0; m < M; m++) {
-          const int64_t at = (first + m) * batch.sections + s;
-          F16 sum = to_float(sub(dot[m].take(), all_i(zero * batch.totals[at])));
-          if (strip.zeros) sum = fma(load_f(strip.zeros + 16 * g), all_f(static_cast<float>(batch.totals[at])), sum);
-          total[m] = fma(sum, mul(scale, all_f(batch.scales[at])), total[m]);
-          if (strip.offsets) total[m] = fma(load_f(strip.offsets + 16 * g), all_f(batch.sums[at]), total[m]);
-        }
-      });
-  for (int m = 0; m < M; m++) store_f(out + 16 * m, total[m]);
+      [&](int64_t s, int64_t g) QCORE_INSIDE { total = end.add(row, s, g, dot.take(), total); });
+  store_f(out, total);
 }
 
 }  // namespace QCORE_ISA

@@ -1,14 +1,13 @@
 // The kernels of one instruction set: compiled once for each, with QCORE_ISA as its name. Where QCORE_EXACT_OF or QCORE_INTEGER_OF
-// names another, that one's kernels for few rows serve here too, for they would be the same.
+// names another, that one's serve here too,
+// for they would be the same.
 #include "kernels.h"
 
 #include <vector>
 
 #include "activations.h"
 #include "around.h"
-#include "exact.h"
-#include "grids.h"
-#include "integer.h"
+#include "blocks.h"
 #ifdef __AVX512BF16__
 #include "halves.h"
 #endif
@@ -22,46 +21,14 @@
 #define QCORE_JOIN(a, b) QCORE_JOIN2(a, b)
 
 namespace qcore {
-namespace QCORE_ISA {
-namespace {
-
-constexpr int kRowsAtOnce = 4;  // kernels exist for 1, 2 and 4 rows
-
-// The kernels of some codes; each function gives null for any other.
-template <Code... codes>
-struct Choices {
-  static RowsKernel exact(Code code, int64_t rows) {
-    RowsKernel found = nullptr;
-    ((code == codes ? void(found = rows == 1 ? exact_rows<codes, 1> : rows == 2 ? exact_rows<codes, 2> : exact_rows<codes, 4>) : void()), ...);
-    return found;
-  }
-  static RowsKernel integer(Code code, int64_t rows) {
-    RowsKernel found = nullptr;
-    ((code == codes ? void(found = rows == 1 ? integer_rows<codes, 1> : rows == 2 ? integer_rows<codes, 2> : integer_rows<codes, 4>) : void()), ...);
-    return found;
-  }
-#ifdef __AVX512BF16__
-  static RowsKernel halves(Code code, int64_t rows) {
-    RowsKernel found = nullptr;
-    ((code == codes ? void(found = rows == 1 ? half_rows<codes, 1> : rows == 2 ? half_rows<codes, 2> : half_rows<codes, 4>) : void()), ...);
-    return found;
-  }
-#endif
-};
-using Whole = Choices<Code::kInt1, Code::kInt2, Code::kInt3, Code::kInt4, Code::kInt5, Code::kInt6, Code::kInt7, Code::kInt8, Code::kTable3,
-                      Code::kTable4>;
-using SmallFloats = Choices<Code::kE4M3, Code::kE4M3Fnuz, Code::kE5M2, Code::kE3M2, Code::kE2M3>;
-
-}  // namespace
-}  // namespace QCORE_ISA
 
 #ifdef QCORE_EXACT_OF
 #define QCORE_EXACT QCORE_JOIN(exact_, QCORE_EXACT_OF)
 #else
 #define QCORE_EXACT QCORE_JOIN(exact_, QCORE_ISA)
-RowsKernel QCORE_EXACT(Code code, int64_t rows) {
-  const RowsKernel found = QCORE_ISA::Whole::exact(code, rows);
-  return found ? found : QCORE_ISA::SmallFloats::exact(code, rows);
+CodeKernels QCORE_EXACT(Code code) {
+  using namespace QCORE_ISA;
+  return made_for<CodeKernels>(AllCodes{}, code, [](auto c) { return exact_kernels<c>(); });
 }
 #endif
 
@@ -69,21 +36,21 @@ RowsKernel QCORE_EXACT(Code code, int64_t rows) {
 #define QCORE_INTEGER QCORE_JOIN(integer_, QCORE_INTEGER_OF)
 #else
 #define QCORE_INTEGER QCORE_JOIN(integer_, QCORE_ISA)
-RowsKernel QCORE_INTEGER(Code code, int64_t rows) { return QCORE_ISA::Whole::integer(code, rows); }
+CodeKernels QCORE_INTEGER(Code code) {
+  using namespace QCORE_ISA;
+  return made_for<CodeKernels>(WholeCodes{}, code, [](auto c) { return integer_kernels<c>(); });
+}
 #endif
 
 namespace QCORE_ISA {
 namespace {
 
-RowsKernel choose(Code code, Method method, int64_t rows) {
-  if (method == Method::kIntegers) return QCORE_INTEGER(code, rows);
+CodeKernels choose(Code code, Numbers numbers) {
+  if (numbers == Numbers::kIntegers) return QCORE_INTEGER(code);
 #ifdef __AVX512BF16__
-  if (method == Method::kHalves) {
-    const RowsKernel found = Whole::halves(code, rows);
-    return found ? found : SmallFloats::halves(code, rows);
-  }
+  if (numbers == Numbers::kHalves) return made_for<CodeKernels>(AllCodes{}, code, [](auto c) { return CodeKernels{half_row<c>, nullptr, nullptr, 2}; });
 #endif
-  return QCORE_EXACT(code, rows);
+  return QCORE_EXACT(code);
 }
 
 // One row of a panel's results, in the type of the output.
@@ -102,40 +69,23 @@ void store(const Job& job, int64_t row, int64_t panel, const float* values) {
 
 void multiply(const Job& job, int64_t first, int64_t last) {
 #ifdef __AMX_TILE__
-  if (in_tiles(job.batch.method)) return multiply_tiles(job, first, last, store);
+  if (job.batch.way == Way::kTiles) return multiply_tiles(job, first, last, store);
 #endif
   const Header& h = *job.weight;
+  const CodeKernels kernels = choose(opened_code(h.code), job.batch.numbers);
+  if (job.batch.way == Way::kBlocks) return multiply_blocks(job, kernels, first, last, store);
   static thread_local std::vector<float> floats;
   static thread_local std::vector<uint8_t> expanded;
   floats.resize(2 * h.groups * kPanel);
   if (is_grid(h.code)) expanded.resize(h.padded * kPanel);
-  const Code code = opened_code(h.code);
-  alignas(64) float out[kRowsAtOnce * kPanel];
+  alignas(64) float out[kPanel];
   for (int64_t panel = first; panel < last; panel++) {
     const Strip strip = open_panel(h, panel, floats.data(), expanded.data());
-    for (int64_t row = 0, rows; row < job.batch.rows; row += rows) {
-      const int64_t left = job.batch.rows - row;
-      rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      choose(code, job.batch.method, rows)(strip, job.batch, row, out);
-      for (int64_t m = 0; m < rows; m++) store(job, row + m, panel, out + kPanel * m);
+    for (int64_t row = 0; row < job.batch.rows; row++) {
+      kernels.row(strip, job.batch, row, out);
+      store(job, row, panel, out);
     }
   }
-}
-
-template <Code code>
-void spread_codes(const Strip& strip, float* out) {
-  const Floats<code> floats(strip.table);
-  const F16 zero = all_f(is_integer(code) ? static_cast<float>(-strip.h.zero) : 0);
-  const uint8_t* chunk = strip.codes;
-  for (int64_t base = 0; base < strip.h.padded; base += kChunk, chunk += 64 * bits_of(code))
-    each_column<code, 0, 32>(chunk, floats, [&](F16 value, auto column) QCORE_INSIDE {
-      store_f(out + 16 * (base + column), is_integer(code) ? add(value, zero) : value);
-    });
-}
-
-template <Code... codes>
-void spread_any(Code code, const Strip& strip, float* out) {
-  ((code == codes ? spread_codes<codes>(strip, out) : void()), ...);
 }
 
 void look_up(const Header& h, int64_t row, float* out) {
@@ -144,16 +94,9 @@ void look_up(const Header& h, int64_t row, float* out) {
   floats.resize(2 * h.groups * kPanel);
   values.resize(h.padded * kPanel);
   if (is_grid(h.code)) expanded.resize(h.padded * kPanel);
-  const int64_t lane = row % kPanel;
-  const Strip strip = open_panel(h, row / kPanel, floats.data(), expanded.data());
-  spread_any<Code::kInt1, Code::kInt2, Code::kInt3, Code::kInt4, Code::kInt5, Code::kInt6, Code::kInt7, Code::kInt8, Code::kTable3, Code::kTable4,
-             Code::kE4M3, Code::kE4M3Fnuz, Code::kE5M2, Code::kE3M2, Code::kE2M3>(opened_code(h.code), strip, values.data());
+  QCORE_EXACT(opened_code(h.code)).unpack(open_panel(h, row / kPanel, floats.data(), expanded.data()), 0, h.padded, values.data());
   const int32_t* const order = h.order ? reinterpret_cast<const int32_t*>(section_at(h, h.order)) : nullptr;
-  for (int64_t k = 0; k < h.columns; k++) {
-    const int64_t cell = k / h.group * kPanel + lane;
-    const float zero = strip.zeros ? strip.zeros[cell] : 0, offset = strip.offsets ? strip.offsets[cell] : 0;
-    out[order ? order[k] : k] = (values[k * kPanel + lane] + zero) * strip.scales[cell] + offset;
-  }
+  for (int64_t k = 0; k < h.columns; k++) out[order ? order[k] : k] = values[k * kPanel + row % kPanel];
 }
 
 }  // namespace
@@ -161,17 +104,12 @@ void look_up(const Header& h, int64_t row, float* out) {
 
 const Kernels* QCORE_JOIN(kernels_, QCORE_ISA)() {
   using namespace QCORE_ISA;
-#ifdef __AVX512BF16__
-  constexpr bool halves = true;
-#else
-  constexpr bool halves = false;
-#endif
 #ifdef __AMX_TILE__
-  constexpr int64_t tiles_from = 4;
+  constexpr bool tiles = true;
 #else
-  constexpr int64_t tiles_from = 0;
+  constexpr bool tiles = false;
 #endif
-  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), halves, Dot<8>::pairs, tiles_from, prepare, multiply, look_up,
+  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), tiles, Dot<8>::pairs, kFloatRun, kIntegerRun, prepare, multiply, look_up,
                                normalize, activate, attend, narrow_values, widen_values};
   return &kernels;
 }

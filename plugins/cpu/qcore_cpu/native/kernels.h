@@ -8,37 +8,42 @@ enum class Float : int64_t { kF32 = 0, kF16, kBF16 };
 
 constexpr int64_t width_of(Float type) { return type == Float::kF32 ? 4 : 2; }  // bytes
 
-// How rows are multiplied, and so what becomes of them first.
-enum class Method : int64_t {
-  kFloats,         // float32 by float32
-  kHalves,         // bfloat16 by bfloat16, where activations are that; both sides exact
-  kIntegers,       // int8 by int8
-  kHalfTiles,      // as kHalves, by tiles of 16 x 16
-  kIntegerTiles,   // as kIntegers, by tiles of 16 x 16
+// What is multiplied.
+enum class Numbers : int64_t {
+  kFloats,    // float32 by float32
+  kHalves,    // bfloat16 by bfloat16, where activations are that; both sides exact
+  kIntegers,  // int8 by int8
 };
 
-inline bool is_integer(Method method) { return method == Method::kIntegers || method == Method::kIntegerTiles; }
-inline bool in_tiles(Method method) { return method == Method::kHalfTiles || method == Method::kIntegerTiles; }
+// How.
+enum class Way : int64_t {
+  kRow,     // one by one: codes become numbers in registers
+  kBlocks,  // rows by blocks of panels that are unpacked into the cache
+  kTiles,   // the same, by tiles of 16 x 16
+};
 
 // Rows of activations, made ready once a call and read by every thread. `padded` is the weight's.
 struct Batch {
-  Method method;
+  Numbers numbers;
+  Way way;
   int64_t rows;
+  int64_t run;            // rows that lie interleaved: [rows / run][columns][run]; nothing behind the last row
   int64_t section;        // columns of a section: of a group of the weight, or of a part of one
   int64_t sections;
   int64_t tile_bytes;     // of a row of a tile: 64, or fewer where sections are shorter
-  float* values;          // [rows][padded]: kFloats
+  float* values;          // [rows / run][padded][run]: kFloats
   uint16_t* halves;       // [rows][padded], bfloat16, of each quad columns 0 2 1 3: kHalves
-  int8_t* codes;          // [rows][padded]: kIntegers
-  int16_t* pairs;         // [rows][padded], of each quad columns 0 2 1 3; where 8-bit products are made of 16-bit ones
-  uint8_t* tiles;         // [rows / 16][steps][16][tile_bytes]: halves or codes; nothing behind the last row
+  int8_t* codes;          // [rows / run][padded / 4][run][4]: kIntegers
+  int16_t* pairs;         // [rows / run][padded / 2][run][2], of each quad columns 0 2 1 3; where 8-bit products are made of 16-bit ones
+  uint8_t* tiles;         // [rows / 16][steps][16][tile_bytes]: halves or codes
   float* scales;          // [rows][sections], of codes
   int32_t* totals;        // [rows][sections], sums of codes
+  int32_t* shifts;        // [rows][sections], what the zero point of the weight's codes adds to sums of products
   float* sums;            // [rows][sections], sums of what the rows stand for
 };
 
 // Columns that a row of a tile holds, and how many tiles a row of the weight takes.
-inline int64_t tile_columns(const Batch& batch) { return batch.method == Method::kHalfTiles ? batch.tile_bytes / 2 : batch.tile_bytes; }
+inline int64_t tile_columns(const Batch& batch) { return batch.numbers == Numbers::kHalves ? batch.tile_bytes / 2 : batch.tile_bytes; }
 inline int64_t tile_steps(const Batch& batch, int64_t padded) { return (padded + tile_columns(batch) - 1) / tile_columns(batch); }
 
 struct Job {
@@ -52,7 +57,7 @@ struct Job {
 
 // One panel, its scales spread: float32 [groups][16].
 struct Strip {
-  const Header& h;
+  const Header* h;
   const uint8_t* codes;
   const float* scales;
   const float* zeros;    // of each group, negated; null where there are none
@@ -60,16 +65,33 @@ struct Strip {
   const float* table;
 };
 
-// Some rows of a batch, from `first` on, by a panel: out [rows][16].
-using RowsKernel = void (*)(const Strip& strip, const Batch& batch, int64_t first, float* out);
+// A row of a batch by a panel: out [16].
+using RowKernel = void (*)(const Strip& strip, const Batch& batch, int64_t row, float* out);
+
+// Columns first .. first + columns - 1 of a panel, whole chunks, as numbers of CodeKernels::width bytes.
+using Unpack = void (*)(const Strip& strip, int64_t first, int64_t columns, void* block);
+
+// totals [..][16] += some rows of a batch, from `row` on, by such a block, which begins and ends with sections. x: the rows' numbers.
+using BlockKernel = void (*)(const Strip& strip, const Batch& batch, int64_t row, int64_t first, int64_t columns, const void* x, const void* block, float* totals);
+
+// What there is for one code.
+struct CodeKernels {
+  RowKernel row;
+  Unpack unpack;
+  const BlockKernel* blocks;  // of 1, 2 .. Batch::run rows
+  int64_t width;
+};
+
+// One row of a panel's results, to where the job wants them.
+using Store = void (*)(const Job& job, int64_t row, int64_t panel, const float* values);
 
 struct Attention;
 
 struct Kernels {
   const char* name;
-  bool has_halves;        // kHalves
+  bool has_tiles;         // and kHalves
   bool has_pairs;         // integer products of 8-bit codes read Batch::pairs
-  int64_t tiles_from;     // rows from which tiles are used; 0 where there are none
+  int64_t float_run, integer_run;  // Batch::run of blocks
   void (*prepare)(const Job& job, int64_t first_row, int64_t last_row);
   void (*multiply)(const Job& job, int64_t first_panel, int64_t last_panel);
   // A row of the weight as float32 [columns].
@@ -83,9 +105,9 @@ struct Kernels {
 };
 
 // Kernels of one instruction set that another uses too (kernels.cpp); null for a code that they do not know.
-RowsKernel exact_avx2(Code code, int64_t rows);
-RowsKernel exact_avx512(Code code, int64_t rows);
-RowsKernel integer_avx512(Code code, int64_t rows);
+CodeKernels exact_avx2(Code code);
+CodeKernels exact_avx512(Code code);
+CodeKernels integer_avx512(Code code);
 
 const Kernels* kernels_avx2();
 const Kernels* kernels_avxvnni();

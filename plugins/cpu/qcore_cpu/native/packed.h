@@ -63,7 +63,7 @@ enum class Offset : int64_t {
 // How activations are treated.
 enum class Input : int64_t {
   kExact = 0,   // in float32
-  kBlocks,      // rounded to int8 with one scale for each group of columns, or for 32 of them
+  kBlocks,      // rounded to int8 with one scale for each group of columns, or for each 128 of a longer one
   kToken,       // rounded to int8 with one scale for each row
   kStatic,      // rounded to int8 with Header::input_scale
 };
@@ -94,7 +94,6 @@ constexpr int bits_of(Code code) {
 }
 constexpr bool is_integer(Code code) { return code <= Code::kInt8; }
 constexpr bool is_table(Code code) { return code == Code::kTable3 || code == Code::kTable4; }
-
 constexpr bool is_grid(Code code) { return code >= Code::kIQ2XXS; }
 
 inline int64_t grid_block_bytes(Code code) {  // of 256 codes

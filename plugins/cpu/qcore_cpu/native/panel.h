@@ -1,4 +1,4 @@
-// One panel made ready, and the walk over its columns that the kernels for few rows share.
+// The walk over a panel's columns that the kernels for one row share.
 #pragma once
 #include "kernels.h"
 #include "scales.h"
@@ -18,73 +18,67 @@ QCORE_INLINE void prefetch(const uint8_t* chunk) {
   for (int line = 0; line < bits; line++) _mm_prefetch(reinterpret_cast<const char*>(chunk) + 1536 + 64 * line, _MM_HINT_T0);
 }
 
+// The sections of a weight in turn, and the group that each belongs to; divisions would take longer than a section.
+struct Section {
+  int64_t length, group, number, of_group, left;  // left: sections of the group, this one with them
+  Section(const Header& h, const Batch& batch, int64_t column)
+      : length(batch.section), group((h.group + length - 1) / length), number(column / length), of_group(number / group), left(group - number % group) {}
+  QCORE_INLINE void next() {
+    number++;
+    if (--left == 0) of_group++, left = group;
+  }
+};
+
 // Calls multiply(chunk, column, first, count) for the chunks of a panel in turn, `column` being that of the chunk's beginning; first
 // and count are constants: the whole chunk, or one of its halves. Calls end(section, group) behind each section.
 template <int bits, class Multiply, class End>
 QCORE_INLINE void walk(const Strip& strip, const Batch& batch, Multiply&& multiply, End&& end) {
   using std::integral_constant;
-  const Header& h = strip.h;
+  const int64_t padded = strip.h->padded, length = batch.section;
   const uint8_t* chunk = strip.codes;
-  int64_t s = 0, column = 0;
-  if (batch.section < kChunk) {
-    for (; s < batch.sections; column += kChunk, chunk += 64 * bits) {
+  Section section(*strip.h, batch, 0);
+  int64_t column = 0;
+  if (length < kChunk) {
+    for (; column < padded; column += kChunk, chunk += 64 * bits) {
       prefetch<bits>(chunk);
-      multiply(chunk, column, integral_constant<int, 0>{}, integral_constant<int, 16>{});
-      end(s, s * batch.section / h.group);
-      if (++s == batch.sections) break;
-      multiply(chunk, column, integral_constant<int, 16>{}, integral_constant<int, 16>{});
-      end(s, s * batch.section / h.group);
-      s++;
+      unroll<2>([&](auto half) QCORE_INSIDE {
+        if (column + 16 * half >= length * batch.sections) return;
+        multiply(chunk, column, integral_constant<int, 16 * half>{}, integral_constant<int, 16>{});
+        end(section.number, section.of_group);
+        section.next();
+      });
     }
     return;
   }
-  for (; s < batch.sections; s++) {
-    const int64_t stop = column + batch.section < h.padded ? column + batch.section : h.padded;
+  for (; column < padded; section.next()) {
+    const int64_t stop = column + length < padded ? column + length : padded;
     for (; column < stop; column += kChunk, chunk += 64 * bits) {
       prefetch<bits>(chunk);
       multiply(chunk, column, integral_constant<int, 0>{}, integral_constant<int, 32>{});
     }
-    end(s, s * batch.section / h.group);
+    end(section.number, section.of_group);
   }
 }
 
-// Parts that the sum of a row has, so that one addition need not wait for the one before.
-#ifdef __AVX512F__
-constexpr int parts_of(int rows) { return rows == 1 ? 4 : rows <= 4 ? 2 : 1; }
-#else
-constexpr int parts_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
-#endif
-
-// Sums in float32 of some rows by a panel. Products of a section go to sum[m], and are scaled at its end.
-template <int M>
-struct FloatSums {
-  static constexpr int parts = parts_of(M);
+// The sum of a row by a panel, in float32. Products of a section go to `sum`, and are scaled at its end.
+struct FloatSum {
+  static constexpr int parts = 4;  // so that one addition need not wait for the one before
   const Strip& strip;
-  const float* inputs[M];  // the rows' sums of each section
-  F16 total[M], sum[M][parts];
+  const float* inputs;  // the row's sums of each section
+  F16 total = zero_f(), sum[parts];
 
-  QCORE_INLINE FloatSums(const Strip& strip, const Batch& batch, int64_t first) : strip(strip) {
-    for (int m = 0; m < M; m++) {
-      inputs[m] = batch.sums + (first + m) * batch.sections;
-      total[m] = zero_f();
-      for (int p = 0; p < parts; p++) sum[m][p] = zero_f();
-    }
+  QCORE_INLINE FloatSum(const Strip& strip, const Batch& batch, int64_t row) : strip(strip), inputs(batch.sums + row * batch.sections) {
+    for (F16& part : sum) part = zero_f();
   }
   // total += (sum + (zero - own) * x) * scale + offset * x, x being the sum of the section's input.
   QCORE_INLINE void end_section(int64_t s, int64_t g, float own) {
-    const F16 scale = load_f(strip.scales + 16 * g);
-    for (int m = 0; m < M; m++) {
-      const F16 x = all_f(inputs[m][s]);
-      for (int p = 1; p < parts; p++) sum[m][0] = add(sum[m][0], sum[m][p]);
-      if (own != 0) sum[m][0] = fma(all_f(-own), x, sum[m][0]);
-      if (strip.zeros) sum[m][0] = fma(load_f(strip.zeros + 16 * g), x, sum[m][0]);
-      total[m] = fma(sum[m][0], scale, total[m]);
-      if (strip.offsets) total[m] = fma(load_f(strip.offsets + 16 * g), x, total[m]);
-      for (int p = 0; p < parts; p++) sum[m][p] = zero_f();
-    }
-  }
-  QCORE_INLINE void store(float* out) const {
-    for (int m = 0; m < M; m++) store_f(out + 16 * m, total[m]);
+    const F16 x = all_f(inputs[s]);
+    F16 all = add(add(sum[0], sum[1]), add(sum[2], sum[3]));
+    if (own != 0) all = fma(all_f(-own), x, all);
+    if (strip.zeros) all = fma(load_f(strip.zeros + 16 * g), x, all);
+    total = fma(all, load_f(strip.scales + 16 * g), total);
+    if (strip.offsets) total = fma(load_f(strip.offsets + 16 * g), x, total);
+    for (F16& part : sum) part = zero_f();
   }
 };
 

@@ -1,11 +1,10 @@
 // Many rows by many panels on AMX: codes of a block of panels are unpacked into the cache once, as bfloat16 or int8, and used by
 // every row. Products of a section are exact or in float32, and scaled in float32 as they leave the tiles.
 #pragma once
-#include <vector>
-
 #include "grids.h"
 #include "integer.h"
 #include "panel.h"
+#include "scratch.h"
 #include "words.h"
 
 namespace qcore {
@@ -15,12 +14,12 @@ constexpr int64_t kPanelsOfABlock = 16;
 constexpr int64_t kColumnsOfABlock = 1024;
 
 // Rows of B, 64 bytes each: 16 panel rows x 2 bfloat16, or x 4 int8. `columns` are whole chunks.
-using Unpack = void (*)(const Strip& strip, int64_t first_column, int64_t columns, uint8_t* out, uint8_t* rest);
+using UnpackTiles = void (*)(const Strip& strip, int64_t first_column, int64_t columns, uint8_t* out, uint8_t* rest);
 
 template <Code code>
 void unpack_halves(const Strip& strip, int64_t first, int64_t columns, uint8_t* out, uint8_t* rest) {
   constexpr int bits = bits_of(code);
-  const Words<code> words(strip.h, strip.table);
+  const Words<code> words(*strip.h, strip.table);
   const uint8_t* chunk = strip.codes + first / kChunk * 64 * bits;
   for (int64_t done = 0; done < columns; done += kChunk, chunk += 64 * bits, out += 1024) {
     prefetch<bits>(chunk);
@@ -38,7 +37,7 @@ template <Code code>
 void unpack_bytes(const Strip& strip, int64_t first, int64_t columns, uint8_t* out, uint8_t*) {
   constexpr int bits = bits_of(code);
   const Bytes bytes(is_table(code) ? strip.table : nullptr);
-  const __m512i zero = _mm512_set1_epi8(static_cast<char>(strip.h.zero));
+  const __m512i zero = _mm512_set1_epi8(static_cast<char>(strip.h->zero));
   const uint8_t* chunk = strip.codes + first / kChunk * 64 * bits;
   for (int64_t done = 0; done < columns; done += kChunk, chunk += 64 * bits, out += 512) {
     prefetch<bits>(chunk);
@@ -51,27 +50,9 @@ void unpack_bytes(const Strip& strip, int64_t first, int64_t columns, uint8_t* o
   }
 }
 
-template <Code... codes>
-struct Unpackers {
-  static Unpack halves(Code code) {
-    Unpack found = nullptr;
-    ((code == codes ? void(found = unpack_halves<codes>) : void()), ...);
-    return found;
-  }
-  static Unpack bytes(Code code) {
-    Unpack found = nullptr;
-    ((code == codes ? void(found = unpack_bytes<codes>) : void()), ...);
-    return found;
-  }
-};
-
-inline Unpack unpacker(Code code, bool integers) {
-  using Whole = Unpackers<Code::kInt1, Code::kInt2, Code::kInt3, Code::kInt4, Code::kInt5, Code::kInt6, Code::kInt7, Code::kInt8,
-                          Code::kTable3, Code::kTable4>;
-  using Rest = Unpackers<Code::kE4M3, Code::kE4M3Fnuz, Code::kE5M2, Code::kE3M2, Code::kE2M3>;
-  if (integers) return Whole::bytes(code);
-  const Unpack found = Whole::halves(code);
-  return found ? found : Rest::halves(code);
+inline UnpackTiles unpacker(Code code, bool integers) {
+  if (integers) return made_for<UnpackTiles>(WholeCodes{}, code, [](auto c) { return unpack_bytes<c>; });
+  return made_for<UnpackTiles>(AllCodes{}, code, [](auto c) { return unpack_halves<c>; });
 }
 
 // Tiles 0 to 3 are C, 4 and 5 are A, 6 and 7 are B.
@@ -131,7 +112,8 @@ struct Corner {
   void multiply(const Header& h, const Side* sides, int64_t row, int64_t base, int64_t first, int64_t last, float* sums) {
     const int64_t width = tile_columns(batch), tile = 16 * batch.tile_bytes, step_bytes = 16 * batch.tile_bytes;
     const uint8_t* const a_rows = batch.tiles + row / 16 * steps * tile;
-    for (int64_t s = first; s < last; s++) {
+    Section section(h, batch, first * batch.section);
+    for (int64_t s = first; s < last; s++, section.next()) {
       const int64_t begin = s * batch.section, stop = begin + batch.section < h.padded ? begin + batch.section : h.padded;
       _tile_zero(0);
       _tile_zero(1);
@@ -153,13 +135,13 @@ struct Corner {
       if constexpr (rows == 2) _tile_stored(2, products[2], 64);
       if constexpr (rows == 2 && panels == 2) _tile_stored(3, products[3], 64);
       for (int r = 0; r < rows; r++)
-        for (int p = 0; p < panels; p++) scale(sides[p].strip, row + 16 * r, s, products[2 * r + p], sums + 256 * (2 * r + p));
+        for (int p = 0; p < panels; p++) scale(sides[p].strip, row + 16 * r, s, section.of_group, products[2 * r + p], sums + 256 * (2 * r + p));
     }
   }
 
   // sums += products of a section, scaled.
-  QCORE_INLINE void scale(const Strip& strip, int64_t row, int64_t s, const float* from, float* sums) {
-    const int64_t g = s * batch.section / strip.h.group, count = batch.rows - row < 16 ? batch.rows - row : 16;
+  QCORE_INLINE void scale(const Strip& strip, int64_t row, int64_t s, int64_t g, const float* from, float* sums) {
+    const int64_t count = batch.rows - row < 16 ? batch.rows - row : 16;
     const F16 scale = load_f(strip.scales + 16 * g);
     const int64_t at = row * batch.sections + s;
     const bool plain = !strip.zeros && !strip.offsets && zero == 0;
@@ -185,21 +167,13 @@ struct Corner {
   }
 };
 
-// Everything that a thread needs for a block of panels, kept from one call to the next.
-struct TileMemory {
-  std::vector<uint8_t> codes, rest, expanded;
-  std::vector<float> spread, sums;
-};
-
-using Store = void (*)(const Job& job, int64_t row, int64_t panel, const float* values);
-
 // The panels first .. last - 1, at most kPanelsOfABlock of them.
 template <bool integers>
-void multiply_block(const Job& job, int64_t first, int64_t last, TileMemory& memory, Store store) {
+void multiply_block(const Job& job, int64_t first, int64_t last, Store store) {
   const Header& h = *job.weight;
   const Batch& batch = job.batch;
   const Code code = opened_code(h.code);
-  const Unpack unpack = unpacker(code, integers);
+  const UnpackTiles unpack = unpacker(code, integers);
   const bool twice = !integers && is_table(code) &&
                      Words<Code::kTable4>(h, reinterpret_cast<const float*>(section_at(h, h.table))).inexact;
   const int64_t panels = last - first, groups = h.groups * kPanel;
@@ -207,52 +181,54 @@ void multiply_block(const Job& job, int64_t first, int64_t last, TileMemory& mem
   // A tile may reach behind the last column: activations are zeros there, and whatever B holds does not count.
   const int64_t columns = whole < h.padded ? whole : tile_steps(batch, h.padded) * tile_columns(batch);
   const int64_t bytes = columns * (integers ? 16 : 32), blocks = (batch.rows + 15) / 16;
-  memory.codes.resize(panels * bytes + 1024);
-  if (twice) memory.rest.resize(panels * bytes + 1024);
-  memory.spread.resize(2 * groups * panels);
-  if (is_grid(h.code)) memory.expanded.resize(panels * h.padded * kPanel);
-  const int64_t even = (panels + 1) / 2 * 2;  // corners follow each other
-  memory.sums.assign((blocks + 1) / 2 * 2 * even * 256, 0.0f);
+  const int64_t even = (panels + 1) / 2 * 2, cells = (blocks + 1) / 2 * 2 * even * 256;  // corners follow each other
+  const int64_t expansion = is_grid(h.code) ? h.padded * kPanel : 0;
+  uint8_t *codes, *rest, *expanded;
+  float *spread, *sums;
+  static thread_local Scratch scratch;
+  scratch.begin(panels * (2 * bytes + expansion + 8 * groups) + 4 * cells, 5);
+  scratch.take(codes, panels * bytes);
+  scratch.take(rest, twice ? panels * bytes : 0);
+  scratch.take(expanded, panels * expansion);
+  scratch.take(spread, panels * 2 * groups);
+  scratch.take(sums, cells);
+  std::memset(sums, 0, cells * sizeof(float));
   const float zero = integers && bits_of(code) == 8 ? static_cast<float>(h.zero) : 0;
   Corner<integers> corner{batch, tile_steps(batch, h.padded), zero, {}};
 
-  std::vector<Side> sides;
-  for (int64_t p = 0; p < panels; p++) {
-    sides.push_back({memory.codes.data() + p * bytes, twice ? memory.rest.data() + p * bytes : nullptr,
-                     open_panel(h, first + p, memory.spread.data() + 2 * groups * p, memory.expanded.data() + p * h.padded * kPanel)});
-  }
+  Side sides[kPanelsOfABlock];
+  for (int64_t p = 0; p < panels; p++)
+    sides[p] = {codes + p * bytes, twice ? rest + p * bytes : nullptr, open_panel(h, first + p, spread + 2 * groups * p, expanded + p * expansion)};
   const int64_t sections = whole / batch.section;
   for (int64_t s = 0; s < batch.sections; s += sections) {
     const int64_t end = s + sections < batch.sections ? s + sections : batch.sections;
     const int64_t base = s * batch.section, stop = end * batch.section < h.padded ? end * batch.section : h.padded;
     for (int64_t p = 0; p < panels; p++)
-      unpack(sides[p].strip, base, (stop - base + kChunk - 1) / kChunk * kChunk, memory.codes.data() + p * bytes,
-             twice ? memory.rest.data() + p * bytes : nullptr);
+      unpack(sides[p].strip, base, (stop - base + kChunk - 1) / kChunk * kChunk, codes + p * bytes, twice ? rest + p * bytes : nullptr);
     for (int64_t block = 0; block < blocks; block += 2)
       for (int64_t p = 0; p < panels; p += 2) {
-        float* const sums = memory.sums.data() + (block * even + 2 * p) * 256;
+        float* const corner_sums = sums + (block * even + 2 * p) * 256;
         const bool tall = block + 1 < blocks, wide = p + 1 < panels;
-        if (tall && wide) corner.template multiply<2, 2>(h, &sides[p], 16 * block, base, s, end, sums);
-        else if (tall) corner.template multiply<2, 1>(h, &sides[p], 16 * block, base, s, end, sums);
-        else if (wide) corner.template multiply<1, 2>(h, &sides[p], 16 * block, base, s, end, sums);
-        else corner.template multiply<1, 1>(h, &sides[p], 16 * block, base, s, end, sums);
+        if (tall && wide) corner.template multiply<2, 2>(h, &sides[p], 16 * block, base, s, end, corner_sums);
+        else if (tall) corner.template multiply<2, 1>(h, &sides[p], 16 * block, base, s, end, corner_sums);
+        else if (wide) corner.template multiply<1, 2>(h, &sides[p], 16 * block, base, s, end, corner_sums);
+        else corner.template multiply<1, 1>(h, &sides[p], 16 * block, base, s, end, corner_sums);
       }
   }
   for (int64_t row = 0; row < batch.rows; row++)
     for (int64_t p = 0; p < panels; p++) {
       const int64_t block = row / 16;
-      const float* const corner_sums = memory.sums.data() + (block / 2 * 2 * even + 2 * (p / 2 * 2)) * 256;
+      const float* const corner_sums = sums + (block / 2 * 2 * even + 2 * (p / 2 * 2)) * 256;
       store(job, row, first + p, corner_sums + 256 * (2 * (block % 2) + p % 2) + 16 * (row % 16));
     }
 }
 
 inline void multiply_tiles(const Job& job, int64_t first, int64_t last, Store store) {
-  static thread_local TileMemory memory;
   configure_tiles(job.batch.tile_bytes);
   for (int64_t panel = first; panel < last; panel += kPanelsOfABlock) {
     const int64_t end = panel + kPanelsOfABlock < last ? panel + kPanelsOfABlock : last;
-    if (is_integer(job.batch.method)) multiply_block<true>(job, panel, end, memory, store);
-    else multiply_block<false>(job, panel, end, memory, store);
+    if (job.batch.numbers == Numbers::kIntegers) multiply_block<true>(job, panel, end, store);
+    else multiply_block<false>(job, panel, end, store);
   }
   _tile_release();
 }

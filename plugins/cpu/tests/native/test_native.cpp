@@ -168,7 +168,7 @@ Weight make(const Case& c) {
 // What the kernels' input stands for: float32 [rows][columns] in the packed order's runs.
 void round_like(const Header& h, std::vector<float>& row) {
   const int32_t* order = reinterpret_cast<const int32_t*>(reinterpret_cast<const char*>(&h) + h.order);
-  const int64_t span = h.input == Input::kBlocks ? (h.group < 32 ? h.group : h.groups == 1 || h.group % 32 == 0 ? 32 : h.group) : h.padded;
+  const int64_t span = h.input != Input::kBlocks ? h.padded : h.group > 128 && (h.groups == 1 || h.group % 128 == 0) ? 128 : h.group;
   for (int64_t begin = 0; begin < h.columns; begin += span) {
     float most = 0;
     auto at = [&](int64_t k) -> float& { return row[h.order ? order[k] : k]; };
