@@ -34,7 +34,7 @@ docs: .venv/developed
 
 .venv/installed: pyproject.toml plugins/cpu/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) torch hatchling scikit-build-core cmake ninja
+	$(PIP) torch hatchling editables scikit-build-core cmake ninja
 	$(PIP) $(BUILD) --editable . --editable plugins/cpu
 	touch $@
 
