@@ -1,4 +1,4 @@
-"""qcore bench: measurements of this host: loading, and single linear layers."""
+"""qcore bench: measurements of this host: loading, whole models, and single linear layers."""
 
 from __future__ import annotations
 
@@ -42,6 +42,55 @@ def load(
         print_json(answer)
     else:
         print_table(("measure", "value"), answer.items())
+
+
+@app.command("model")
+def model(
+    path: options.Path,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens that are taken at once.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that are taken one by one.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="Threads; default torch's.")] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Beside llama.cpp and transformers, where they are installed.")
+    ] = False,
+    dtype: options.Dtype = "checkpoint",
+    activations: options.Activations = "exact",
+    rounds: Annotated[int, typer.Option(help="Turns that each contender takes, each in a process of its own.")] = 3,
+    json: options.Json = False,
+) -> None:
+    """Time a whole model: loading, a prompt, and steps from token to token.
+
+    Example: qcore bench model ./model.gguf --peers --activations int8
+    """
+    from qcore.bench.model import measure
+    from qcore.bench.model_probe import Task
+    from qcore.select import exact_activations
+
+    options.checked_dtype(dtype)
+    exact_activations(activations)
+    for name, value, least in (
+        ("--prompt-tokens", prompt_tokens, 1),
+        ("--new-tokens", new_tokens, 2),
+        ("--threads", threads or 1, 1),
+        ("--rounds", rounds, 1),
+    ):
+        if value < least:
+            raise _bad(name, f"found {value}, expected at least {least}", "Use a greater number.")
+    if threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
+    task = Task(path, threads, prompt_tokens, new_tokens, dtype, activations)
+    rows = measure(task, peers, rounds, note)
+    if json:
+        print_json({"threads": threads, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rows": rows})
+        return
+    headings = ("", "load s", "peak MiB", "prefill tok/s", "decode tok/s", "by")
+    keys = ("name", "load_s", "peak_rss_mib", "prefill_tokens_per_s", "decode_tokens_per_s", "by")
+    print_table(
+        headings,
+        [[row.get(key, "-") for key in keys] if "by" in row else [row["name"], *"----", row["failed"]] for row in rows],
+    )
 
 
 @app.command("linear")

@@ -74,7 +74,7 @@ def generate(
     ends = end_tokens(model, tokenizer)
     random = torch.Generator().manual_seed(seed)
     text = _Text(tokenizer)
-    arguments = _last_only(model)
+    arguments = last_only(model)
     steps: Stepper | None = None
     token = 0
     for _ in range(min(max_new_tokens, room)):
@@ -137,8 +137,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     return ends | {int(tokenizer.convert_tokens_to_ids(token)) for token in _TURN_ENDS if token in known}
 
 
-def _last_only(model: PreTrainedModel) -> dict[str, int]:
-    """Asks for the last position's logits alone, where the model's forward can (transformers 4.55 and later can)."""
+def last_only(model: PreTrainedModel) -> dict[str, int]:
+    """Arguments that ask for the last position's logits alone, where the model's forward can (transformers 4.55 and later can)."""
     import inspect
 
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

@@ -82,6 +82,10 @@ def load_model(
     return model
 
 
+_FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_)
+"""What new parameters are filled with does not matter; finding out that they have no memory takes a while."""
+
+
 class _MetaParameters(TorchFunctionMode):
     """Parameters, which torch makes with torch.empty, take no memory; buffers, which are computed, are real."""
 
@@ -89,6 +93,8 @@ class _MetaParameters(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
+        elif func in _FILLS and args[0].is_meta:
+            return args[0]
         check_size(func, args)
         return func(*args, **kwargs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -40,7 +41,7 @@ class Places:
         self.state = frozenset(model.state_dict())
         layouts = ((name, Layout.of(module)) for name, module in model.named_modules())
         self.experts = {name: layout for name, layout in layouts if layout is not None}
-        self._renamings = _renamings(model)
+        self.model = model
 
     def module(self, name: str) -> str | Slot:
         """The place of a linear layer or embedding."""
@@ -51,15 +52,22 @@ class Places:
 
     def parameter(self, name: str) -> str | Slot:
         """The place of a tensor; the name itself where the model has no such tensor."""
+        if found := self._known(name):
+            return found
         spelling = name
-        for rename in (None, *self._renamings):
-            if rename is not None:
-                spelling = rename.rename_source_key(spelling)[0]
-            if spelling in self.state:
-                return spelling
-            if slot := self._slot(spelling):
-                return slot
+        for rename in self._renamings:
+            spelling = rename.rename_source_key(spelling)[0]
+            if found := self._known(spelling):
+                return found
         return name
+
+    @cached_property
+    def _renamings(self) -> list[Any]:
+        """Made where a name is not the model's: it takes a while."""
+        return _renamings(self.model)
+
+    def _known(self, name: str) -> str | Slot | None:
+        return name if name in self.state else self._slot(name)
 
     def _slot(self, name: str) -> Slot | None:
         found = _EXPERT.fullmatch(name)

@@ -44,8 +44,8 @@ class Header(ctypes.Structure):
 
 @dataclass
 class Source:
-    """Codes, a block of rows after the other: uint8 [rows, bytes], a bit stream of `bits` bits. Every block but the last has a
-    multiple of 16 rows. flip: what is added to each code, in 8 bits."""
+    """Codes, a block of rows after the other: uint8 [rows, bytes], a bit stream of `bits` bits, or ggml's blocks of type -`bits`.
+    Every block but the last has a multiple of 16 rows. flip: what is added to each code, in 8 bits."""
 
     blocks: Iterable[torch.Tensor]
     bits: int

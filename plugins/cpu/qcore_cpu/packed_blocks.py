@@ -6,6 +6,7 @@ bits each: up to 1.46 times the memory, and no lookups of tuples when they are m
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +18,7 @@ from qcore.blocks.lookup import FP4_DOUBLED, IQ4
 from qcore.blocks.types import BLOCK_TYPES
 from qcore.blocks.unpack import field
 from qcore.elements import Block
+from qcore_cpu.library import register
 from qcore_cpu.packed import (
     E4M3,
     E8M0,
@@ -119,7 +121,10 @@ def block_parts_of(weight: QuantizedTensor) -> Parts:
         None if part[0] is None else torch.cat(part).view(rows, -1) for part in zip(*pieces, strict=True)
     )
     assert scales is not None
-    parts = Parts(header, Source(_codes(weight, form), 8), scales, offsets, super_scales, super_offsets)
+    kind = BLOCK_TYPES[element.type].id
+    native = register().qcore_reads_blocks(ctypes.c_int64(kind))
+    source = Source([weight.codes], -kind) if native else Source(_codes(weight, form), 8)
+    parts = Parts(header, source, scales, offsets, super_scales, super_offsets)
     header.scale = _KINDS.get(form.scales, FLOAT_SCALES[torch.float16])
     header.tensor_scale = form.factor
     if offsets is not None or super_offsets is not None:

@@ -18,15 +18,35 @@ class Step {
  public:
   Step(const Kernels& kernels, const Stack& stack, Memory& memory) : kernels_(kernels), stack_(stack), memory_(memory) {}
 
-  // out = W x + bias, x being of the stack's type.
-  void multiply(const Header& weight, const void* x, const float* bias, std::vector<float>& out) {
-    out.resize(weight.rows);
-    memory_.narrow_out.resize(weight.rows);
-    void* const to = stack_.type == Float::kF32 ? out.data() : memory_.narrow_out.data();
-    linear(kernels_, weight, x, 1, weight.columns, stack_.type, to);
-    if (stack_.type != Float::kF32) kernels_.widen(to, stack_.type, weight.rows, out.data());
-    if (bias)
-      for (int64_t i = 0; i < weight.rows; i++) out[i] += bias[i];
+  struct Layered {
+    const Header* weight;
+    const float* bias;
+    std::vector<float>& out;
+  };
+
+  // out = W x + bias of each, x being of the stack's type.
+  template <int count>
+  void multiply(const void* x, const Layered (&parts)[count]) {
+    Product products[count];
+    int64_t cells = 0;
+    for (const Layered& part : parts) cells += part.weight->rows;
+    memory_.narrow_out.resize(cells);
+    const bool wide = stack_.type == Float::kF32;
+    char* room = reinterpret_cast<char*>(memory_.narrow_out.data());
+    for (int i = 0; i < count; i++) {
+      const int64_t rows = parts[i].weight->rows;
+      parts[i].out.resize(rows);
+      products[i] = {parts[i].weight, wide ? static_cast<void*>(parts[i].out.data()) : room};
+      room += rows * width_of(stack_.type);
+    }
+    linears(kernels_, products, count, x, stack_.type);
+    for (int i = 0; i < count; i++) {
+      const int64_t rows = parts[i].weight->rows;
+      float* const out = parts[i].out.data();
+      if (!wide) kernels_.widen(products[i].out, stack_.type, rows, out);
+      if (parts[i].bias)
+        for (int64_t k = 0; k < rows; k++) out[k] += parts[i].bias[k];
+    }
   }
 
   // What a linear layer is given: x, normalized where there is a norm.
@@ -72,9 +92,7 @@ void take_step(const Kernels& kernels, const Stack& stack, float* hidden, void* 
     char* const keys = static_cast<char*>(cache) + 2 * l * heads_bytes;
     char* const values = keys + heads_bytes;
     const void* x = step.ready(hidden, layer.input_norm, stack.hidden);
-    step.multiply(*layer.query, x, layer.query_bias, memory.query);
-    step.multiply(*layer.key, x, layer.key_bias, memory.key);
-    step.multiply(*layer.value, x, layer.value_bias, memory.value);
+    step.multiply(x, {{layer.query, layer.query_bias, memory.query}, {layer.key, layer.key_bias, memory.key}, {layer.value, layer.value_bias, memory.value}});
     const float* const cosines = layer.rope < 0 ? nullptr : rope + (2 * layer.rope * capacity + position) * stack.rope_dim;
     const float* const sines = cosines + (cosines ? capacity * stack.rope_dim : 0);
     step.rotate(memory.query, stack.heads, layer.query_norm, cosines, sines);
@@ -89,14 +107,13 @@ void take_step(const Kernels& kernels, const Stack& stack, float* hidden, void* 
                               static_cast<float>(stack.scale), static_cast<float>(stack.softcap), memory.scores.data(), memory.attended.data()};
     const int64_t share = stack.heads / stack.kv_heads;
     parallel(stack.kv_heads, 1, [&](int64_t from, int64_t to) { kernels.attend(attention, from * share, to * share); });
-    step.multiply(*layer.out, memory.attended.data(), layer.out_bias, memory.wide);
+    step.multiply(memory.attended.data(), {{layer.out, layer.out_bias, memory.wide}});
     step.add(hidden, memory.wide, layer.attention_norm);
     x = step.ready(hidden, layer.mlp_norm, stack.hidden);
-    step.multiply(*layer.gate, x, nullptr, memory.gate);
-    step.multiply(*layer.up, x, nullptr, memory.up);
+    step.multiply(x, {{layer.gate, nullptr, memory.gate}, {layer.up, nullptr, memory.up}});
     memory.narrow_in.resize(layer.gate->rows);
     kernels.activate(memory.gate.data(), memory.up.data(), layer.gate->rows, static_cast<int64_t>(stack.activation), stack.type, memory.narrow_in.data());
-    step.multiply(*layer.down, memory.narrow_in.data(), nullptr, memory.wide);
+    step.multiply(memory.narrow_in.data(), {{layer.down, nullptr, memory.wide}});
     step.add(hidden, memory.wide, layer.output_norm);
   }
   kernels.normalize(hidden, stack.final_norm, stack.hidden, static_cast<float>(stack.norm_epsilon), Float::kF32, hidden);

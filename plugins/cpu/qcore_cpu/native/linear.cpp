@@ -54,15 +54,32 @@ void take_memory(const Kernels& kernels, const Header& h, Batch& batch) {
   scratch.take(batch.sums, parts);
 }
 
-void multiply(const Kernels& kernels, const Header& h, const void* x, int64_t rows, int64_t stride, Float type, void* out) {
-  Job job{&h, plan(kernels, h, rows, type), x, stride, out, type};
+// Whether activations that were made ready for one weight serve for another.
+bool alike(const Header& a, const Header& b) {
+  if (a.columns != b.columns || a.group != b.group || a.groups != b.groups || a.input != b.input || a.order || b.order) return false;
+  return a.input == Input::kExact || (a.code == b.code && a.zero == b.zero && a.input_scale == b.input_scale);
+}
+
+// The rows by weights that are alike, their panels one after the other.
+void multiply(const Kernels& kernels, const Product* products, int count, const void* x, int64_t rows, int64_t stride, Float type) {
+  const Header& h = *products->weight;
+  Job job{&h, plan(kernels, h, rows, type), x, stride, nullptr, type};
   take_memory(kernels, h, job.batch);
   parallel(rows, 16, [&](int64_t first, int64_t last) { kernels.prepare(job, first, last); });
-  const int64_t panels = panels_of(h), workers = threads();
+  int64_t panels = 0, bytes = 0;
+  for (int i = 0; i < count; i++) panels += panels_of(*products[i].weight), bytes += products[i].weight->total;
+  const int64_t workers = threads();
   // Waking threads takes about ten microseconds, in which one alone reads this many bytes.
-  const bool alone = workers == 1 || (!in_team() && h.total * (1 + rows / 4) < kWorthWaking);
+  const bool alone = workers == 1 || (!in_team() && bytes * (1 + rows / 4) < kWorthWaking);
   const int64_t step = alone ? panels : panels / (8 * workers) > 1 ? panels / (8 * workers) : 1;
-  parallel(panels, step, [&](int64_t first, int64_t last) { kernels.multiply(job, first, last); });
+  parallel(panels, step, [&](int64_t first, int64_t last) {
+    for (int i = 0; i < count && last > 0; i++) {
+      const int64_t own = panels_of(*products[i].weight), from = first > 0 ? first : 0, to = last < own ? last : own;
+      const Job part{products[i].weight, job.batch, x, stride, products[i].out, type};
+      if (from < to) kernels.multiply(part, from, to);
+      first -= own, last -= own;
+    }
+  });
   scratch.end();
 }
 
@@ -71,8 +88,15 @@ void multiply(const Kernels& kernels, const Header& h, const void* x, int64_t ro
 void linear(const Kernels& kernels, const Header& h, const void* x, int64_t rows, int64_t stride, Float type, void* out) {
   for (int64_t row = 0; row < rows; row += kRowsOfABatch) {
     const int64_t count = rows - row < kRowsOfABatch ? rows - row : kRowsOfABatch;
-    multiply(kernels, h, static_cast<const char*>(x) + row * stride * width_of(type), count, stride, type,
-             static_cast<char*>(out) + row * h.rows * width_of(type));
+    const Product product{&h, static_cast<char*>(out) + row * h.rows * width_of(type)};
+    multiply(kernels, &product, 1, static_cast<const char*>(x) + row * stride * width_of(type), count, stride, type);
+  }
+}
+
+void linears(const Kernels& kernels, const Product* products, int count, const void* x, Float type) {
+  for (int first = 0, last; first < count; first = last) {
+    for (last = first + 1; last < count && alike(*products[first].weight, *products[last].weight);) last++;
+    multiply(kernels, products + first, last - first, x, 1, products[first].weight->columns, type);
   }
 }
 

@@ -8,6 +8,14 @@ namespace qcore {
 // checked.
 void linear(const Kernels& kernels, const Header& weight, const void* x, int64_t rows, int64_t stride, Float type, void* out);
 
+struct Product {
+  const Header* weight;
+  void* out;  // [rows][weight rows]
+};
+
+// One row of `type` by several weights of as many columns, in as few steps as they allow.
+void linears(const Kernels& kernels, const Product* products, int count, const void* x, Float type);
+
 // Null, or what is wrong with `bytes` bytes as a packed weight.
 const char* fault_of(const Header* weight, int64_t bytes);
 

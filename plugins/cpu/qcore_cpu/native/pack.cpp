@@ -2,11 +2,70 @@
 #include <sys/mman.h>
 
 #include <cstring>
+#include <utility>
 
 #include "packed.h"
 #include "threads.h"
 
+namespace qcore {
 namespace {
+
+constexpr int64_t kMostColumns = 256;  // of what is read at once: a chunk, or a block of ggml's
+
+// Some bits of ggml's codes: `run` bytes hold the lowest bits of as many codes, then the next bits of the codes that follow, and so on.
+struct Plane {
+  int at, bits, run;
+};
+
+// Where ggml's blocks keep their codes (ggml-common.h, ggml-quants.c); `high` goes on top of `low`.
+struct BlockForm {
+  int64_t type;  // ggml's number
+  int64_t columns, bytes;
+  Plane low, high;
+};
+
+constexpr BlockForm kForms[] = {
+    {2, 32, 18, {2, 4, 16}, {}},             // q4_0
+    {3, 32, 20, {4, 4, 16}, {}},             // q4_1
+    {6, 32, 22, {6, 4, 16}, {2, 1, 1}},      // q5_0
+    {7, 32, 24, {8, 4, 16}, {4, 1, 1}},      // q5_1
+    {8, 32, 34, {2, 8, 32}, {}},             // q8_0
+    {10, 256, 84, {16, 2, 32}, {}},          // q2_k
+    {11, 256, 110, {32, 2, 32}, {0, 1, 32}},   // q3_k
+    {12, 256, 144, {16, 4, 32}, {}},         // q4_k
+    {13, 256, 176, {48, 4, 32}, {16, 1, 32}},  // q5_k
+    {14, 256, 210, {0, 4, 64}, {128, 2, 32}},  // q6_k
+    {20, 32, 18, {2, 4, 16}, {}},            // iq4_nl
+    {23, 256, 136, {8, 4, 16}, {}},          // iq4_xs
+    {35, 256, 66, {0, 2, 32}, {}},           // tq2_0
+    {39, 32, 17, {1, 4, 16}, {}},            // mxfp4
+    {41, 128, 18, {2, 1, 1}, {}},            // q1_0
+    {42, 64, 18, {2, 2, 1}, {}},             // q2_0
+};
+
+const BlockForm* form_of(int64_t type) {
+  for (const BlockForm& form : kForms)
+    if (form.type == type) return &form;
+  return nullptr;
+}
+
+// Adds a plane's bits, `low` of them being there already, to codes of a byte each.
+void add_plane(const uint8_t* block, Plane plane, int64_t columns, int low, uint8_t* codes) {
+  const uint8_t* from = block + plane.at;
+  const uint64_t mask = 0x0101010101010101u * ((1u << plane.bits) - 1);
+  for (uint8_t* const end = codes + columns; codes < end; from += plane.run)
+    for (int shift = 0; shift < 8; shift += plane.bits, codes += plane.run)
+      if (plane.run == 1)
+        *codes = static_cast<uint8_t>(*codes | (*from >> shift & (mask & 0xff)) << low);
+      else
+        for (int i = 0; i < plane.run; i += 8) {
+          uint64_t word, held;
+          std::memcpy(&word, from + i, 8);
+          std::memcpy(&held, codes + i, 8);
+          held |= (word >> shift & mask) << low;
+          std::memcpy(codes + i, &held, 8);
+        }
+}
 
 // Code `k` of a row: a little-endian bit stream.
 inline uint32_t code_at(const uint8_t* row, int64_t row_bytes, int bits, int64_t k) {
@@ -16,75 +75,99 @@ inline uint32_t code_at(const uint8_t* row, int64_t row_bytes, int bits, int64_t
   return word >> (bit & 7) & ((1u << bits) - 1);
 }
 
-// Codes base .. base + count - 1, or those that `order` names.
-void read_codes(const uint8_t* row, int64_t row_bytes, int bits, int64_t base, int64_t count, const int32_t* order, uint8_t* out) {
-  if (order) {
-    for (int64_t k = 0; k < count; k++) out[k] = static_cast<uint8_t>(code_at(row, row_bytes, bits, order[base + k]));
-  } else if (bits == 8) {
-    std::memcpy(out, row + base, count);
-  } else if (bits == 4) {
-    for (int64_t k = 0; k + 1 < count; k += 2) {
-      const uint8_t pair = row[(base + k) / 2];
-      out[k] = pair & 15, out[k + 1] = pair >> 4;
+// Rows of codes, however they are stored. order: int32 [columns] or null, the code of each packed column.
+struct Source {
+  const uint8_t* codes;
+  int64_t row_bytes;
+  const BlockForm* form;  // null: a bit stream of `bits` bits
+  int bits;
+  const int32_t* order;
+
+  int64_t columns_at_once() const { return form ? form->columns : kChunk; }
+
+  // Codes base .. base + count - 1 of a row, a byte each; `to` holds zeros.
+  void read(int64_t row, int64_t base, int64_t count, uint8_t* to) const {
+    const uint8_t* const from = codes + row * row_bytes;
+    if (form) {
+      const uint8_t* const block = from + base / form->columns * form->bytes;
+      add_plane(block, form->low, form->columns, 0, to);
+      if (form->high.bits) add_plane(block, form->high, form->columns, form->low.bits, to);
+    } else if (order) {
+      for (int64_t k = 0; k < count; k++) to[k] = static_cast<uint8_t>(code_at(from, row_bytes, bits, order[base + k]));
+    } else if (bits == 8) {
+      std::memcpy(to, from + base, count);
+    } else if (bits == 4 && count == kChunk) {
+      for (int64_t k = 0; k < kChunk; k += 2) {
+        const uint8_t pair = from[(base + k) / 2];
+        to[k] = pair & 15, to[k + 1] = pair >> 4;
+      }
+    } else {
+      for (int64_t k = 0; k < count; k++) to[k] = static_cast<uint8_t>(code_at(from, row_bytes, bits, base + k));
     }
-    if (count % 2) out[count - 1] = row[(base + count) / 2] & 15;
-  } else {
-    for (int64_t k = 0; k < count; k++) out[k] = static_cast<uint8_t>(code_at(row, row_bytes, bits, base + k));
+  }
+};
+
+// The quads of a row's chunk, one code in each byte, into the planes of `bits` bits above the lowest `low`: the row's words of `out`.
+template <int bits, int low = 0>
+inline void pack_row(const uint32_t* quads, uint8_t* out) {
+  if constexpr (bits > 0) {
+    constexpr int plane = bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1, stacked = 8 / plane;
+    constexpr uint32_t mask = 0x01010101u * ((1u << plane) - 1);
+    for (int vector = 0; vector < plane; vector++) {
+      uint32_t word = 0;
+      for (int t = 0; t < stacked; t++) word |= (quads[vector * stacked + t] >> low & mask) << plane * t;
+      std::memcpy(out + 64 * vector, &word, 4);
+    }
+    pack_row<bits - plane, low + plane>(quads, out + 64 * plane);
   }
 }
 
-int64_t panels_between(int64_t first, int64_t last) { return (last + qcore::kPanel - 1) / qcore::kPanel - first / qcore::kPanel; }
+template <int... bits>
+void pack_row_of(int wanted, const uint32_t* quads, uint8_t* out, std::integer_sequence<int, bits...>) {
+  ((wanted == bits + 1 ? pack_row<bits + 1>(quads, out) : void()), ...);
+}
 
-// A chunk of 16 rows by 32 codes, one byte each, into planes: the four codes of a quad go together, as a word. codes: [16][32].
-void pack_chunk(const uint8_t* codes, int bits, uint8_t* out) {
-  std::memset(out, 0, 64 * bits);
-  for (int low = 0; bits;) {
-    const int plane = bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1, stacked = 8 / plane;
-    const uint32_t mask = 0x01010101u * ((1u << plane) - 1);
-    for (int row = 0; row < 16; row++)
-      for (int t = 0; t < 8; t++) {
-        uint32_t quad, word;
-        std::memcpy(&quad, codes + 32 * row + 4 * t, 4);
-        uint8_t* const place = out + 64 * (t / stacked) + 4 * row;
-        std::memcpy(&word, place, 4);
-        word |= (quad >> low & mask) << plane * (t % stacked);
-        std::memcpy(place, &word, 4);
-      }
-    out += 64 * plane;
-    low += plane;
-    bits -= plane;
-  }
+int64_t panels_between(int64_t first, int64_t last) { return (last + kPanel - 1) / kPanel - first / kPanel; }
+
+// A panel of `rows` rows, the first of which is row `first` of the source.
+void pack_panel(const Header& h, const Source& source, int64_t first, int64_t rows, const uint8_t* map, uint8_t* out) {
+  const int bits = bits_of(h.code);
+  const int64_t step = source.columns_at_once();
+  if (rows < kPanel) std::memset(out, 0, panel_bytes(h));
+  for (int64_t base = 0; base < h.padded; base += step)
+    for (int64_t row = 0; row < rows; row++) {
+      alignas(64) uint32_t quads[kMostColumns / 4] = {};
+      uint8_t* const codes = reinterpret_cast<uint8_t*>(quads);
+      const int64_t count = h.columns - base < step ? h.columns - base : step;
+      source.read(first + row, base, count, codes);
+      if (map)
+        for (int64_t k = 0; k < count; k++) codes[k] = map[codes[k]];
+      for (int64_t k = 0; k < step && base + k < h.padded; k += kChunk)
+        pack_row_of(bits, quads + k / 4, out + (base + k) / kChunk * 64 * bits + 4 * row, std::make_integer_sequence<int, 8>{});
+    }
 }
 
 }  // namespace
+}  // namespace qcore
 
-// Rows first .. last - 1 (first is a multiple of 16) of codes: [last - first][row_bytes], a bit stream of `source_bits` bits.
-// header: the packed weight, whose header is filled in. order: int32 [columns] or null, the code of each packed column.
-// map: [256] or null, what each code becomes.
-QCORE_API void qcore_pack_codes(qcore::Header* header, const uint8_t* source, int64_t row_bytes, int64_t source_bits, int64_t first,
-                                int64_t last, const int32_t* order, const uint8_t* map) {
+// Rows first .. last - 1 (first is a multiple of 16) of codes: [last - first][row_bytes], a bit stream of `source_bits` bits, or ggml's
+// blocks of type -source_bits. header: the packed weight, whose header is filled in. order: as of Source. map: [256] or null, what
+// each code becomes.
+QCORE_API void qcore_pack_codes(qcore::Header* header, const uint8_t* codes, int64_t row_bytes, int64_t source_bits, int64_t first, int64_t last,
+                                const int32_t* order, const uint8_t* map) {
   using namespace qcore;
-  const int bits = bits_of(header->code);
-  const int wide = static_cast<int>(source_bits);
+  const Source source{codes, row_bytes, source_bits < 0 ? form_of(-source_bits) : nullptr, static_cast<int>(source_bits), order};
   parallel(panels_between(first, last), 4, [&](int64_t begin, int64_t end) {
     for (int64_t panel = first / kPanel + begin; panel < first / kPanel + end; panel++) {
-      uint8_t* out = reinterpret_cast<uint8_t*>(header) + header->codes + panel * panel_bytes(*header);
       const int64_t rows = last - panel * kPanel < kPanel ? last - panel * kPanel : kPanel;
-      const uint8_t* const from = source + (panel * kPanel - first) * row_bytes;
-      for (int64_t base = 0; base < header->padded; base += kChunk, out += 64 * bits) {
-        uint8_t codes[kPanel * kChunk] = {};
-        const int64_t count = header->columns - base < kChunk ? header->columns - base : kChunk;
-        for (int64_t row = 0; row < rows; row++) {
-          uint8_t* const to = codes + row * kChunk;
-          read_codes(from + row * row_bytes, row_bytes, wide, base, count, order, to);
-          if (map)
-            for (int64_t k = 0; k < count; k++) to[k] = map[to[k]];
-        }
-        pack_chunk(codes, bits, out);
-      }
+      uint8_t* const out = reinterpret_cast<uint8_t*>(header) + header->codes + panel * panel_bytes(*header);
+      pack_panel(*header, source, panel * kPanel - first, rows, map, out);
     }
   });
 }
+
+// Whether qcore_pack_codes reads the blocks of one of ggml's types.
+QCORE_API int qcore_reads_blocks(int64_t type) { return qcore::form_of(type) != nullptr; }
 
 // Asks for huge pages behind a block of memory that is not touched yet; the system may decline.
 QCORE_API void qcore_huge_pages(void* memory, int64_t bytes) {

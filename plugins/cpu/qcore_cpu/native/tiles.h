@@ -225,8 +225,10 @@ void multiply_block(const Job& job, int64_t first, int64_t last, Store store) {
 
 inline void multiply_tiles(const Job& job, int64_t first, int64_t last, Store store) {
   configure_tiles(job.batch.tile_bytes);
-  for (int64_t panel = first; panel < last; panel += kPanelsOfABlock) {
-    const int64_t end = panel + kPanelsOfABlock < last ? panel + kPanelsOfABlock : last;
+  // Few rows use what is unpacked once: no more of it than the first cache holds.
+  const int64_t most = job.batch.rows <= 32 ? 2 : kPanelsOfABlock;
+  for (int64_t panel = first; panel < last; panel += most) {
+    const int64_t end = panel + most < last ? panel + most : last;
     if (job.batch.numbers == Numbers::kIntegers) multiply_block<true>(job, panel, end, store);
     else multiply_block<false>(job, panel, end, store);
   }
