@@ -10,7 +10,7 @@
 namespace qcore {
 namespace {
 
-constexpr int64_t kMostColumns = 256;  // of what is read at once: a chunk, or a block of ggml's
+constexpr int64_t kStep = 256;  // columns that are read at once: whole blocks of any of ggml's types
 
 // Some bits of ggml's codes: `run` bytes hold the lowest bits of as many codes, then the next bits of the codes that follow, and so on.
 struct Plane {
@@ -49,22 +49,25 @@ const BlockForm* form_of(int64_t type) {
   return nullptr;
 }
 
-// Adds a plane's bits, `low` of them being there already, to codes of a byte each.
-void add_plane(const uint8_t* block, Plane plane, int64_t columns, int low, uint8_t* codes) {
+// A plane's bits into codes of a byte each; behind the first, above the `low` bits that are there already.
+template <bool first>
+void read_plane(const uint8_t* block, const Plane& plane, int64_t columns, int low, uint8_t* codes) {
   const uint8_t* from = block + plane.at;
-  const uint64_t mask = 0x0101010101010101u * ((1u << plane.bits) - 1);
-  for (uint8_t* const end = codes + columns; codes < end; from += plane.run)
-    for (int shift = 0; shift < 8; shift += plane.bits, codes += plane.run)
-      if (plane.run == 1)
-        *codes = static_cast<uint8_t>(*codes | (*from >> shift & (mask & 0xff)) << low);
-      else
-        for (int i = 0; i < plane.run; i += 8) {
-          uint64_t word, held;
+  const int bits = plane.bits, run = plane.run;
+  const uint64_t mask = 0x0101010101010101u * ((1u << bits) - 1);
+  for (uint8_t* const end = codes + columns; codes < end; from += run)
+    for (int shift = 0; shift < 8; shift += bits, codes += run)
+      if (run == 1) {
+        *codes = static_cast<uint8_t>((first ? 0 : *codes) | (*from >> shift & (mask & 0xff)) << low);
+      } else {
+        for (int i = 0; i < run; i += 8) {
+          uint64_t word, held = 0;
           std::memcpy(&word, from + i, 8);
-          std::memcpy(&held, codes + i, 8);
+          if constexpr (!first) std::memcpy(&held, codes + i, 8);
           held |= (word >> shift & mask) << low;
           std::memcpy(codes + i, &held, 8);
         }
+      }
 }
 
 // Code `k` of a row: a little-endian bit stream.
@@ -83,24 +86,21 @@ struct Source {
   int bits;
   const int32_t* order;
 
-  int64_t columns_at_once() const { return form ? form->columns : kChunk; }
-
-  // Codes base .. base + count - 1 of a row, a byte each; `to` holds zeros.
+  // Codes base .. base + count - 1 of a row, a byte each. base: a multiple of kStep; count: at most kStep, of blocks a whole number.
   void read(int64_t row, int64_t base, int64_t count, uint8_t* to) const {
     const uint8_t* const from = codes + row * row_bytes;
     if (form) {
-      const uint8_t* const block = from + base / form->columns * form->bytes;
-      add_plane(block, form->low, form->columns, 0, to);
-      if (form->high.bits) add_plane(block, form->high, form->columns, form->low.bits, to);
+      const uint8_t* block = from + base / form->columns * form->bytes;
+      for (int64_t k = 0; k < count; k += form->columns, block += form->bytes) {
+        read_plane<true>(block, form->low, form->columns, 0, to + k);
+        if (form->high.bits) read_plane<false>(block, form->high, form->columns, form->low.bits, to + k);
+      }
     } else if (order) {
       for (int64_t k = 0; k < count; k++) to[k] = static_cast<uint8_t>(code_at(from, row_bytes, bits, order[base + k]));
     } else if (bits == 8) {
       std::memcpy(to, from + base, count);
-    } else if (bits == 4 && count == kChunk) {
-      for (int64_t k = 0; k < kChunk; k += 2) {
-        const uint8_t pair = from[(base + k) / 2];
-        to[k] = pair & 15, to[k + 1] = pair >> 4;
-      }
+    } else if (bits == 4) {
+      for (int64_t k = 0; k < count; k++) to[k] = from[(base + k) / 2] >> 4 * (k % 2) & 15;
     } else {
       for (int64_t k = 0; k < count; k++) to[k] = static_cast<uint8_t>(code_at(from, row_bytes, bits, base + k));
     }
@@ -132,17 +132,17 @@ int64_t panels_between(int64_t first, int64_t last) { return (last + kPanel - 1)
 // A panel of `rows` rows, the first of which is row `first` of the source.
 void pack_panel(const Header& h, const Source& source, int64_t first, int64_t rows, const uint8_t* map, uint8_t* out) {
   const int bits = bits_of(h.code);
-  const int64_t step = source.columns_at_once();
   if (rows < kPanel) std::memset(out, 0, panel_bytes(h));
-  for (int64_t base = 0; base < h.padded; base += step)
+  for (int64_t base = 0; base < h.padded; base += kStep)
     for (int64_t row = 0; row < rows; row++) {
-      alignas(64) uint32_t quads[kMostColumns / 4] = {};
+      alignas(64) uint32_t quads[kStep / 4];
       uint8_t* const codes = reinterpret_cast<uint8_t*>(quads);
-      const int64_t count = h.columns - base < step ? h.columns - base : step;
+      const int64_t count = h.columns - base < kStep ? h.columns - base : kStep;
+      if (count < kStep) std::memset(codes, 0, kStep);
       source.read(first + row, base, count, codes);
       if (map)
         for (int64_t k = 0; k < count; k++) codes[k] = map[codes[k]];
-      for (int64_t k = 0; k < step && base + k < h.padded; k += kChunk)
+      for (int64_t k = 0; k < kStep && base + k < h.padded; k += kChunk)
         pack_row_of(bits, quads + k / 4, out + (base + k) / kChunk * 64 * bits + 4 * row, std::make_integer_sequence<int, 8>{});
     }
 }
