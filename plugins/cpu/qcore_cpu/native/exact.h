@@ -5,22 +5,121 @@
 namespace qcore {
 namespace QCORE_ISA {
 
+template <Code code>
+struct FloatProducts {
+  Floats<code> floats;
+  PartSums sums;
+  explicit FloatProducts(const float* table) : floats(table) {}
+  template <int first, int columns>
+  QCORE_INLINE void add_chunk(const uint8_t* chunk, const float* x) {
+    each_column<code, first, columns>(chunk, floats, [&](F16 value, auto column) QCORE_INSIDE {
+      F16& to = sums.part[column % PartSums::count];
+      to = fma(value, all_f(x[column]), to);
+    });
+  }
+  QCORE_INLINE F16 take() { return sums.take(); }
+};
+
+#ifndef __AVX512F__
+
+// Products where the four columns of a quad lie side by side, because codes of a byte each become floats more quickly so: `Expand` makes
+// eight floats four times of 32 codes, and says which rows they are of. Sums are turned into rows at a section's end.
+template <Code code, class Expand>
+struct SideProducts {
+  const Expand expand;
+  __m256 sums[8];
+  explicit SideProducts(const float* table) : expand(table) {
+    for (__m256& sum : sums) sum = _mm256_setzero_ps();
+  }
+  template <int first, int columns>
+  QCORE_INLINE void add_chunk(const uint8_t* chunk, const float* x) {
+    unroll<columns / 4>([&](auto place) QCORE_INSIDE {
+      constexpr int t = first / 4 + place;
+      const I16 codes = quad<bits_of(code), t>(chunk);
+      const __m256 given = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x + 4 * t));
+      expand(codes.a, [&](auto i, __m256 values) QCORE_INSIDE { sums[i] = _mm256_fmadd_ps(values, given, sums[i]); });
+      expand(codes.b, [&](auto i, __m256 values) QCORE_INSIDE { sums[4 + i] = _mm256_fmadd_ps(values, given, sums[4 + i]); });
+    });
+  }
+  QCORE_INLINE F16 take() {
+    F16 rows;
+    rows.a = Expand::in_order(_mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3])));
+    rows.b = Expand::in_order(_mm256_hadd_ps(_mm256_hadd_ps(sums[4], sums[5]), _mm256_hadd_ps(sums[6], sums[7])));
+    for (__m256& sum : sums) sum = _mm256_setzero_ps();
+    return rows;
+  }
+};
+
+// AVX2 looks up no 16 floats at once, but 16 bytes: a float's four bytes come one by one and are put together. Rows i and i + 4.
+struct ExpandTable {
+  __m256i bytes[4];
+  explicit ExpandTable(const float* entries) {
+    for (int byte = 0; byte < 4; byte++) {
+      alignas(16) uint8_t row[16];
+      for (int i = 0; i < 16; i++) std::memcpy(row + i, reinterpret_cast<const uint8_t*>(entries + i) + byte, 1);
+      bytes[byte] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(row)));
+    }
+  }
+  template <class F>
+  QCORE_INLINE void operator()(__m256i codes, F&& f) const {
+    using std::integral_constant;
+    const __m256i a = _mm256_shuffle_epi8(bytes[0], codes), b = _mm256_shuffle_epi8(bytes[1], codes);
+    const __m256i c = _mm256_shuffle_epi8(bytes[2], codes), d = _mm256_shuffle_epi8(bytes[3], codes);
+    const __m256i low = _mm256_unpacklo_epi8(a, b), low2 = _mm256_unpacklo_epi8(c, d);
+    const __m256i high = _mm256_unpackhi_epi8(a, b), high2 = _mm256_unpackhi_epi8(c, d);
+    f(integral_constant<int, 0>{}, _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2)));
+    f(integral_constant<int, 1>{}, _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2)));
+    f(integral_constant<int, 2>{}, _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2)));
+    f(integral_constant<int, 3>{}, _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2)));
+  }
+  QCORE_INLINE static __m256 in_order(__m256 rows) { return rows; }
+};
+
+// A float of 8 bits is one of 16 but for a power of two: the exponent of float16 has a bit more, or as many. Rows 2 i and 2 i + 1.
+template <Code code>
+struct ExpandFloat8 {
+  static constexpr FloatShape shape = shape_of(code);
+  explicit ExpandFloat8(const float*) {}
+  QCORE_INLINE static __m256i halves(__m256i high_bytes) {
+    if constexpr (shape.exponent == 5) return high_bytes;
+    return _mm256_and_si256(_mm256_srai_epi16(high_bytes, 1), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+  }
+  template <class F>
+  QCORE_INLINE void operator()(__m256i codes, F&& f) const {
+    using std::integral_constant;
+    const __m256i none = _mm256_setzero_si256();
+    const __m256i low = halves(_mm256_unpacklo_epi8(none, codes)), high = halves(_mm256_unpackhi_epi8(none, codes));
+    f(integral_constant<int, 0>{}, _mm256_cvtph_ps(_mm256_castsi256_si128(low)));
+    f(integral_constant<int, 1>{}, _mm256_cvtph_ps(_mm256_castsi256_si128(high)));
+    f(integral_constant<int, 2>{}, _mm256_cvtph_ps(_mm256_extracti128_si256(low, 1)));
+    f(integral_constant<int, 3>{}, _mm256_cvtph_ps(_mm256_extracti128_si256(high, 1)));
+  }
+  QCORE_INLINE static __m256 in_order(__m256 rows) {  // 0 2 4 6 1 3 5 7
+    const __m256 ordered = _mm256_permutevar8x32_ps(rows, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    return _mm256_mul_ps(ordered, _mm256_set1_ps(static_cast<float>(1 << (15 - shape.bias))));
+  }
+};
+
+template <Code code>
+using ProductsOf = std::conditional_t<is_table(code), SideProducts<code, ExpandTable>,
+                                      std::conditional_t<!is_integer(code) && bits_of(code) == 8, SideProducts<code, ExpandFloat8<code>>, FloatProducts<code>>>;
+
+#else
+template <Code code>
+using ProductsOf = FloatProducts<code>;
+#endif
+
 // Products of a section are summed before they are scaled.
 template <Code code>
 void exact_row(const Strip& strip, const Batch& batch, int64_t row, float* out) {
-  const Floats<code> floats(strip.table);
+  ProductsOf<code> products(strip.table);
   const float zero = is_integer(code) ? static_cast<float>(strip.h->zero) : 0;
   const float* const x = batch.values + row * strip.h->padded;
   FloatSum sum(strip, batch, row);
   walk<bits_of(code)>(
       strip, batch,
-      [&](const uint8_t* chunk, int64_t base, auto begin, auto count) QCORE_INSIDE {
-        each_column<code, begin, count>(chunk, floats, [&](F16 value, auto column) QCORE_INSIDE {
-          F16& to = sum.sum[column % FloatSum::parts];
-          to = fma(value, all_f(x[base + column]), to);
-        });
-      },
-      [&](int64_t s, int64_t g) QCORE_INSIDE { sum.end_section(s, g, zero); });
+      [&](const uint8_t* chunk, int64_t base, auto begin, auto count) QCORE_INSIDE { products.template add_chunk<begin, count>(chunk, x + base); },
+      [&](int64_t s, int64_t g) QCORE_INSIDE { sum.end_section(products.take(), s, g, zero); });
   store_f(out, sum.total);
 }
 

@@ -21,8 +21,8 @@ Batch plan(const Kernels& kernels, const Header& h, int64_t rows, Float type) {
   const bool integers = h.input != Input::kExact;
   batch.numbers = integers ? Numbers::kIntegers : type == Float::kBF16 && kernels.has_tiles ? Numbers::kHalves : Numbers::kFloats;
   const bool tiles = kernels.has_tiles && (integers ? rows >= kTilesFrom : batch.numbers == Numbers::kHalves);
-  // Two rows of floats by whole numbers are quicker one by one than what unpacking takes.
-  const bool apart = rows == 1 || (rows == 2 && batch.numbers == Numbers::kFloats && is_integer(h.code));
+  // Two rows of floats are quicker one by one than what unpacking takes.
+  const bool apart = rows == 1 || (rows == 2 && batch.numbers == Numbers::kFloats);
   batch.way = apart ? Way::kRow : tiles ? Way::kTiles : Way::kBlocks;
   batch.run = batch.way != Way::kBlocks ? 1 : integers ? kernels.integer_run : kernels.float_run;
   batch.rows = rows;

@@ -60,25 +60,31 @@ QCORE_INLINE void walk(const Strip& strip, const Batch& batch, Multiply&& multip
   }
 }
 
-// The sum of a row by a panel, in float32. Products of a section go to `sum`, and are scaled at its end.
+// Products of a section, in parts: one addition need not wait for the one before.
+struct PartSums {
+  static constexpr int count = 4;
+  F16 part[count] = {zero_f(), zero_f(), zero_f(), zero_f()};
+  QCORE_INLINE F16 take() {
+    const F16 all = add(add(part[0], part[1]), add(part[2], part[3]));
+    for (F16& one : part) one = zero_f();
+    return all;
+  }
+};
+
+// The sum of a row by a panel, in float32: products of a section are scaled at its end.
 struct FloatSum {
-  static constexpr int parts = 4;  // so that one addition need not wait for the one before
   const Strip& strip;
   const float* inputs;  // the row's sums of each section
-  F16 total = zero_f(), sum[parts];
+  F16 total = zero_f();
 
-  QCORE_INLINE FloatSum(const Strip& strip, const Batch& batch, int64_t row) : strip(strip), inputs(batch.sums + row * batch.sections) {
-    for (F16& part : sum) part = zero_f();
-  }
+  QCORE_INLINE FloatSum(const Strip& strip, const Batch& batch, int64_t row) : strip(strip), inputs(batch.sums + row * batch.sections) {}
   // total += (sum + (zero - own) * x) * scale + offset * x, x being the sum of the section's input.
-  QCORE_INLINE void end_section(int64_t s, int64_t g, float own) {
+  QCORE_INLINE void end_section(F16 all, int64_t s, int64_t g, float own) {
     const F16 x = all_f(inputs[s]);
-    F16 all = add(add(sum[0], sum[1]), add(sum[2], sum[3]));
     if (own != 0) all = fma(all_f(-own), x, all);
     if (strip.zeros) all = fma(load_f(strip.zeros + 16 * g), x, all);
     total = fma(all, load_f(strip.scales + 16 * g), total);
     if (strip.offsets) total = fma(load_f(strip.offsets + 16 * g), x, total);
-    for (F16& part : sum) part = zero_f();
   }
 };
 
