@@ -52,16 +52,21 @@ def _sources(module: str) -> dict[str, bytes]:
 @cache
 def _files(module: str, patterns: tuple[str, ...]) -> dict[str, bytes]:
     """The files of the module's top package that the patterns name, by their paths in it."""
-    folder = _folder(module.partition(".")[0]) if patterns else None
-    if folder is None:
-        return {}
-    paths = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes().replace(b"\r\n", b"\n") for path in paths}
+    found: dict[str, bytes] = {}
+    for folder in _folders(module.partition(".")[0]) if patterns else []:
+        for path in (path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
+            found.setdefault(path.relative_to(folder).as_posix(), path.read_bytes().replace(b"\r\n", b"\n"))
+    return found
 
 
-def _folder(package: str) -> Path | None:
+def _folders(package: str) -> list[Path]:
+    """Where a package's files are. An editable install of one with compiled parts has them apart from its sources, and the sources
+    where its origin is."""
     spec = importlib.util.find_spec(package)
-    return Path(spec.submodule_search_locations[0]) if spec is not None and spec.submodule_search_locations else None
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    origins = [Path(spec.origin).parent] if spec.origin else []
+    return list(dict.fromkeys([*origins, *map(Path, spec.submodule_search_locations)]))
 
 
 @cache
@@ -75,8 +80,8 @@ def _read(module: str) -> bytes | None:
     if not spec.submodule_search_locations:
         candidates = [] if rest else [Path(spec.origin)]
     else:
-        inside = Path(spec.submodule_search_locations[0]).joinpath(*rest)
-        candidates = [inside.with_suffix(".py"), inside / "__init__.py"]
+        inside = [folder.joinpath(*rest) for folder in _folders(top)]
+        candidates = [path for place in inside for path in (place.with_suffix(".py"), place / "__init__.py")]
     found = next((path for path in candidates if path.suffix == ".py" and path.is_file()), None)
     return found.read_bytes().replace(b"\r\n", b"\n") if found else None
 
