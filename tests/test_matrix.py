@@ -262,8 +262,8 @@ def test_evidence_files_of_all_plugins_are_current() -> None:
 
 def test_every_kernel_has_a_digest_of_its_sources() -> None:
     """Evidence that is tied to nothing would never be stale."""
-    for kernel, _ in registry().kernels:
-        assert source_digest(kernel).startswith("sha256:"), kernel.name
+    for row, _ in registry().kernels:
+        assert source_digest(row).startswith("sha256:"), row.name
 
 
 def test_evidence_is_written_whole_and_read_back(tmp_path: Path) -> None:
