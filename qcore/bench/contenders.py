@@ -33,14 +33,14 @@ class Contender:
     dtype: torch.dtype
 
 
-def dense(layer: LayerTensors) -> Contender:
-    """torch's own product with the weight in bfloat16: what every other time is compared with."""
-    weight = layer.weight.dequantize(torch.bfloat16)
+def dense(layer: LayerTensors, dtype: torch.dtype) -> Contender:
+    """torch's own product with the weight in a float type; in bfloat16, what every other time is compared with."""
+    weight = layer.weight.dequantize(dtype)
 
     def make() -> Product:
         return partial(torch.nn.functional.linear, weight=weight.clone())
 
-    return Contender("dense bfloat16", make, weight.nbytes, torch.bfloat16)
+    return Contender(f"dense {str(dtype).removeprefix('torch.')}", make, weight.nbytes, dtype)
 
 
 def of_registry(

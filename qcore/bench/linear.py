@@ -48,8 +48,10 @@ def measure(question: Question, device: Device) -> Iterator[dict[str, Any]]:
             if not own:
                 raise Refused(Refusal("no-kernel", "notimpl", f"linear {scheme} on {device.platform}", "only the reference takes this layer",
                                       f"in {question.dtype}", "`qcore explain` shows why other kernels do not."))  # fmt: skip
-            others = [*own[1:], *of_tools(layer, question.exact)] if question.peers else []
-            runs = [_Run(contender, question.cold) for contender in (own[0], dense(layer), *others)]
+            others: list[Contender] = []
+            if question.peers:
+                others = [dense(layer, torch.float32), *own[1:], *of_tools(layer, question.exact)]
+            runs = [_Run(contender, question.cold) for contender in (own[0], dense(layer, torch.bfloat16), *others)]
             for batch in question.batches:
                 yield _row(layer, scheme, batch, runs, question.rounds)
 

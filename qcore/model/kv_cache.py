@@ -141,8 +141,14 @@ def quantize_kv_cache(
 
 def kv_cache_of(model: PreTrainedModel) -> TensorScheme | None:
     """The kv cache that a loaded model runs with; None is an unquantized one."""
+    roundings = kv_roundings_of(model)
+    return None if roundings is None else roundings.scheme
+
+
+def kv_roundings_of(model: PreTrainedModel) -> KvRoundings | None:
+    """How keys and values are rounded; None where they are not."""
     hooks = (getattr(hook, "__self__", None) for hook in model.base_model._forward_pre_hooks.values())
-    return next((hook.roundings.scheme for hook in hooks if isinstance(hook, _Hook)), None)
+    return next((hook.roundings for hook in hooks if isinstance(hook, _Hook)), None)
 
 
 class _Hook:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcore.elements import Float
 from qcore.model.linear import QuantizedLinear
 from qcore.refusal import Refusal, Refused
 from qcore_cpu.kernels.native import NativeLinear
@@ -25,9 +26,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from qcore.kernels.kv_cache import KvRounding
+
 _NORMS = ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_norm", "output_norm")
 _WEIGHTS = ("query", "key", "value", "out", "gate", "up", "down")
 _BIASES = ("query_bias", "key_bias", "value_bias", "out_bias")
+_SIDES = tuple(f"{side}_{part}" for side in ("key", "value") for part in ("scale", "zero", "inverse"))
+_KEPT = {"int8": 1, "e4m3fn": 2, "e5m2": 3}
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1}
 _FIRST_CAPACITY = 256
@@ -38,7 +43,7 @@ class _Layer(ctypes.Structure):
     """native/decoder.h's `Layer`."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*_NORMS, *_WEIGHTS, *_BIASES)),
+        *((name, ctypes.c_void_p) for name in (*_NORMS, *_WEIGHTS, *_BIASES, *_SIDES)),
         ("window", ctypes.c_int64),
         ("rope", ctypes.c_int64),
     ]
@@ -52,7 +57,7 @@ class _Stack(ctypes.Structure):
             "size", "layers", "hidden", "heads", "kv_heads", "head_dim", "rope_dim", "activation", "type")),
         *((name, ctypes.c_double) for name in ("norm_epsilon", "scale", "softcap")),
         ("final_norm", ctypes.c_void_p),
-        ("reserved", ctypes.c_int64 * 3),
+        *((name, ctypes.c_int64) for name in ("kept", "row_bytes", "reserved")),
     ]  # fmt: skip
 
 
@@ -87,6 +92,8 @@ class NativeDecoder:
         self.heads = attention.q_proj.out_features // attention.head_dim
         self.kv_heads, self.head_dim = attention.k_proj.out_features // attention.head_dim, attention.head_dim
         self.layers = len(layers)
+        self.roundings = _roundings(model, len(layers))
+        self.kv_kind, self.row = self._rows()
         self.rope = torch.empty(0)
         self.plan = self._plan(model, layers, base.norm)
 
@@ -96,6 +103,19 @@ class NativeDecoder:
             return cls(model)
         except AttributeError as error:  # a module without what llama's have
             raise _unknown(str(error)) from error
+
+    def _rows(self) -> tuple[int, int]:
+        """How keys and values are kept (native/decoder.h's `Kept`), and elements of a row: of the model's type, or bytes."""
+        if not self.roundings:
+            return 0, self.head_dim
+        sides = [side for pair in self.roundings for side in pair]
+        kinds = {
+            (side.element.format if isinstance(side.element, Float) else "int8", side.scale is None) for side in sides
+        }
+        if len(kinds) != 1:
+            raise _unknown("a kv cache of several kinds")
+        ((kind, dynamic),) = kinds
+        return _KEPT[kind], self.head_dim + 4 * dynamic
 
     # --- What the model is made of ---------------------------------------------------------------------------------
 
@@ -112,14 +132,15 @@ class NativeDecoder:
         stack = _Stack(
             layers=len(layers), hidden=model.config.hidden_size, heads=self.heads, kv_heads=self.kv_heads,
             head_dim=self.head_dim, rope_dim=self.tables(1).shape[-1], activation=_ACTIVATIONS[activation], type=_TYPES[self.dtype],
-            norm_epsilon=_epsilon(final), scale=scale, softcap=softcap, final_norm=self._norm(final),
+            norm_epsilon=_epsilon(final), scale=scale, softcap=softcap, final_norm=self._norm(final), kept=self.kv_kind,
+            row_bytes=self.row if self.kv_kind else self.row * self.dtype.itemsize,
         )  # fmt: skip
         stack.size = ctypes.sizeof(_Stack) + len(layers) * ctypes.sizeof(_Layer)
-        parts = zip(layers, self.kinds, self.windows, strict=True)
-        rows = b"".join(bytes(self._layer(*part, stack)) for part in parts)
+        rows = b"".join(bytes(self._layer(number, layer, stack)) for number, layer in enumerate(layers))
         return torch.frombuffer(bytearray(bytes(stack) + rows), dtype=torch.uint8)
 
-    def _layer(self, layer: Any, kind: str | None, window: int, stack: _Stack) -> _Layer:
+    def _layer(self, number: int, layer: Any, stack: _Stack) -> _Layer:
+        kind, window = self.kinds[number], self.windows[number]
         attention, mlp = layer.self_attn, layer.mlp
         around = hasattr(layer, "pre_feedforward_layernorm")  # gemma's: what a block gives is normalized too
         parts = {
@@ -145,6 +166,11 @@ class NativeDecoder:
                 if _epsilon(norm) != stack.norm_epsilon:
                     raise _unknown("norms with epsilons of their own")
                 setattr(made, name, self._norm(norm))
+        for side, rounding in zip(("key", "value"), self.roundings[number] if self.roundings else (), strict=False):
+            for part in ("scale", "zero", "inverse"):
+                values = getattr(rounding, part)
+                if values is not None:
+                    setattr(made, f"{side}_{part}", self._floats(values.flatten().expand(self.kv_heads)))
         return made
 
     def _weight(self, module: torch.nn.Module) -> int:
@@ -192,7 +218,7 @@ class NativeDecoder:
         return self.rope
 
     def begin(self, cache: Any, length: int) -> NativeSteps:
-        states = _states(cache)
+        states = _states(cache, rounded=bool(self.kv_kind))
         if len(states) != self.layers:
             raise _unknown("a cache of another size")
         steps = NativeSteps(self, max(_FIRST_CAPACITY, 2 * length), length)
@@ -200,7 +226,11 @@ class NativeDecoder:
             if window not in (0, self.windows[layer]):  # a cache may hold all, and a mask keep the window
                 raise _unknown(f"a cache with a window of {window} tokens for one of {self.windows[layer]}")
             for which, state in enumerate(pair):
-                if (*state.shape[:2], state.shape[3]) != (1, self.kv_heads, self.head_dim) or state.dtype != self.dtype:
+                if (*state.shape[:2], state.shape[3]) != (
+                    1,
+                    self.kv_heads,
+                    self.row,
+                ) or state.dtype != steps.cache.dtype:
                     raise _unknown(f"a cache of {list(state.shape)} in {state.dtype}")
                 steps.cache[layer, which, :, length - state.shape[2] : length] = state[
                     0
@@ -222,7 +252,7 @@ class NativeDecoder:
 
 
 class NativeSteps:
-    """One text: keys and values [layers, 2, kv_heads, capacity, head_dim] in the model's type, of which `length` are there."""
+    """One text: keys and values [layers, 2, kv_heads, capacity, row] in the model's type or in bytes, of which `length` are there."""
 
     def __init__(self, decoder: NativeDecoder, capacity: int, length: int) -> None:
         self.decoder, self.length = decoder, length
@@ -246,7 +276,8 @@ class NativeSteps:
 
     def _room(self, capacity: int) -> torch.Tensor:
         decoder = self.decoder
-        return torch.zeros(decoder.layers, 2, decoder.kv_heads, capacity, decoder.head_dim, dtype=decoder.dtype)
+        dtype = torch.uint8 if decoder.kv_kind else decoder.dtype
+        return torch.zeros(decoder.layers, 2, decoder.kv_heads, capacity, decoder.row, dtype=dtype)
 
 
 def _rope_kind(layer: Any) -> str | None:
@@ -267,12 +298,19 @@ def _epsilon(norm: torch.nn.Module) -> float:
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)  # type: ignore[arg-type]
 
 
-def _states(cache: Any) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Window, keys and values of each layer in transformers' plain caches."""
+def _roundings(model: PreTrainedModel, layers: int) -> list[tuple[KvRounding, KvRounding]]:
+    """How each layer's keys and values are rounded; nothing where they are not."""
+    from qcore.model.kv_cache import kv_roundings_of
+
+    found = kv_roundings_of(model)
+    return [] if found is None else [found.layers.get(number, found.default) for number in range(layers)]
+
+
+def _states(cache: Any, *, rounded: bool) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Window, keys and values of each layer in transformers' plain caches, or in ours."""
     layers = getattr(cache, "layers", None)
-    if layers is None or any(
-        type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer") for layer in layers
-    ):
+    known = ("RoundedLayer", "RoundedSlidingLayer") if rounded else ("DynamicLayer", "DynamicSlidingWindowLayer")
+    if layers is None or any(type(layer).__name__ not in known for layer in layers):
         raise _unknown(f"a cache of {type(cache).__name__}")
     return [(int(getattr(layer, "sliding_window", 0) or 0), layer.keys, layer.values) for layer in layers]
 

@@ -79,17 +79,90 @@ inline void activate(const float* gate, const float* up, int64_t count, int64_t 
   });
 }
 
+// The nearest code of a float of 8 bits, ties to even; values beyond the greatest number become it.
+template <Code code>
+uint8_t float8_of(float value, float greatest) {
+  constexpr FloatShape shape = shape_of(code);
+  const float magnitude = std::fmin(std::fabs(value), greatest);
+  int32_t found;
+  if (magnitude < shape.smallest() * (1 << shape.mantissa)) {
+    found = static_cast<int32_t>(std::nearbyint(magnitude / shape.smallest()));
+  } else {
+    std::memcpy(&found, &magnitude, 4);
+    found += (1 << (22 - shape.mantissa)) - 1 + (found >> (23 - shape.mantissa) & 1);
+    found = (found >> (23 - shape.mantissa)) - ((127 - shape.bias) << shape.mantissa);
+  }
+  return static_cast<uint8_t>(found | (std::signbit(value) ? 128 : 0));
+}
+
+// A head's key or value as a row of codes, as qcore.kernels.kv_cache has it. count is a multiple of 16.
+inline void keep_row(const float* from, const KvSide& side, Kept kept, int64_t head, int64_t count, void* to) {
+  uint8_t* const row = static_cast<uint8_t*>(to);
+  const float greatest_code = kept == Kept::kInt8 ? 127.0f : kept == Kept::kE4M3 ? 448.0f : 57344.0f;
+  float scale;
+  if (side.scale) {
+    scale = side.scale[head];
+  } else {
+    scale = std::fmax(greatest(from, 0, count) / greatest_code, 1.17549435e-38f);
+    std::memcpy(row + count, &scale, 4);
+  }
+  const F16 divisor = all_f(scale), factor = all_f(side.inverse ? side.inverse[head] : 0), zero = all_f(side.zero ? side.zero[head] : 0);
+  for (int64_t i = 0; i < count; i += 16) {
+    const F16 x = load_f(from + i), scaled = side.inverse ? mul(x, factor) : div(x, divisor);
+    if (kept == Kept::kInt8) {
+      narrow_s8(reinterpret_cast<int8_t*>(row + i), clamp_f(add(round_f(scaled), zero), -128, 127));
+      continue;
+    }
+    alignas(64) float values[16];
+    store_f(values, scaled);
+    for (int64_t k = 0; k < 16; k++)
+      row[i + k] = kept == Kept::kE4M3 ? float8_of<Code::kE4M3>(values[k], greatest_code) : float8_of<Code::kE5M2>(values[k], greatest_code);
+  }
+}
+
+// Keys or values of a kv head: rows one after the other. What a row holds is its codes, less `zero`, times its scale.
+struct KeptRows {
+  const uint8_t* rows;
+  int64_t row_bytes, count;
+  Kept kept;
+  Float type;
+  const float* scale;  // null: behind each row's codes
+  float zero;
+
+  KeptRows(const Attention& a, const void* all, const KvSide& side, int64_t head)
+      : rows(static_cast<const uint8_t*>(all) + head * a.capacity * a.row_bytes), row_bytes(a.row_bytes), count(a.head_dim), kept(a.kept), type(a.type),
+        scale(side.scale ? side.scale + head : nullptr), zero(side.zero ? side.zero[head] : 0) {}
+
+  QCORE_INLINE F16 codes(int64_t t, int64_t i) const {
+    const uint8_t* const row = rows + t * row_bytes;
+    switch (kept) {
+      case Kept::kInt8: return sub_f(to_float(widen_s8(reinterpret_cast<const int8_t*>(row) + i)), all_f(zero));
+      case Kept::kE4M3: return small_float<Code::kE4M3>(widen_u8(row + i));
+      case Kept::kE5M2: return small_float<Code::kE5M2>(widen_u8(row + i));
+      default: return get(row, type, i);
+    }
+  }
+  QCORE_INLINE float scale_of(int64_t t) const {
+    if (kept == Kept::kPlain) return 1;
+    float found;
+    if (scale) return *scale;
+    std::memcpy(&found, rows + t * row_bytes + count, 4);
+    return found;
+  }
+};
+
 // Heads first .. last - 1, all of one token. head_dim is a multiple of 16.
 inline void attend(const Attention& a, int64_t first, int64_t last) {
   for (int64_t head = first; head < last; head++) {
-    const int64_t base = head / (a.heads / a.kv_heads) * a.capacity * a.head_dim;
+    const int64_t kv_head = head / (a.heads / a.kv_heads);
+    const KeptRows keys(a, a.keys, a.key_side, kv_head), kept_values(a, a.values, a.value_side, kv_head);
     const float* const query = a.queries + head * a.head_dim;
     float* const scores = a.scores + head * a.capacity;
     float most = -INFINITY;
     for (int64_t t = a.first; t < a.last; t++) {
       F16 sum = zero_f();
-      for (int64_t i = 0; i < a.head_dim; i += 16) sum = fma(load_f(query + i), get(a.keys, a.type, base + t * a.head_dim + i), sum);
-      float score = sum_of(sum) * a.scale;
+      for (int64_t i = 0; i < a.head_dim; i += 16) sum = fma(load_f(query + i), keys.codes(t, i), sum);
+      float score = sum_of(sum) * keys.scale_of(t) * a.scale;
       if (a.softcap != 0) score = std::tanh(score / a.softcap) * a.softcap;
       scores[t] = score;
       most = score > most ? score : most;
@@ -109,10 +182,12 @@ inline void attend(const Attention& a, int64_t first, int64_t last) {
       put_some(chances, Float::kF32, scores, t, full);
     }
     const F16 whole = all_f(1.0f / sum_of(totals));
+    if (a.kept != Kept::kPlain)
+      for (int64_t t = a.first; t < a.last; t++) scores[t] *= kept_values.scale_of(t);
     for (int64_t i = 0; i < a.head_dim; i += 16) {
       F16 sums[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
       for (int64_t t = a.first; t < a.last; t++)
-        sums[t % 4] = fma(all_f(scores[t]), get(a.values, a.type, base + t * a.head_dim + i), sums[t % 4]);
+        sums[t % 4] = fma(all_f(scores[t]), kept_values.codes(t, i), sums[t % 4]);
       put(mul(add(add(sums[0], sums[1]), add(sums[2], sums[3])), whole), a.type, a.out, head * a.head_dim + i);
     }
   }

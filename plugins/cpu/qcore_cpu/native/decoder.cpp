@@ -61,6 +61,12 @@ class Step {
     for (int64_t i = 0; i < stack_.hidden; i++) hidden[i] += x[i];
   }
 
+  void keep(const std::vector<float>& heads, const KvSide& side, int64_t head, void* row) {
+    const float* const from = heads.data() + head * stack_.head_dim;
+    if (stack_.kept == Kept::kPlain) kernels_.narrow(from, stack_.type, stack_.head_dim, row);
+    else kernels_.keep(from, side, stack_.kept, head, stack_.head_dim, row);
+  }
+
   void rotate(std::vector<float>& heads, int64_t count, const float* norm, const float* cosines, const float* sines) {
     for (int64_t head = 0; head < count; head++) {
       float* const x = heads.data() + head * stack_.head_dim;
@@ -84,7 +90,7 @@ void take_step(const Kernels& kernels, const Stack& stack, float* hidden, void* 
   static thread_local Memory memory;
   Step step(kernels, stack, memory);
   const Layer* const layers = reinterpret_cast<const Layer*>(&stack + 1);
-  const int64_t width = width_of(stack.type), head_bytes = stack.head_dim * width, heads_bytes = stack.kv_heads * capacity * head_bytes;
+  const int64_t heads_bytes = stack.kv_heads * capacity * stack.row_bytes;
   memory.scores.resize(stack.heads * capacity);
   memory.attended.resize(stack.heads * stack.head_dim);
   for (int64_t l = 0; l < stack.layers; l++) {
@@ -98,12 +104,12 @@ void take_step(const Kernels& kernels, const Stack& stack, float* hidden, void* 
     step.rotate(memory.query, stack.heads, layer.query_norm, cosines, sines);
     step.rotate(memory.key, stack.kv_heads, layer.key_norm, cosines, sines);
     for (int64_t head = 0; head < stack.kv_heads; head++) {
-      const int64_t place = (head * capacity + position) * head_bytes;
-      kernels.narrow(memory.key.data() + head * stack.head_dim, stack.type, stack.head_dim, keys + place);
-      kernels.narrow(memory.value.data() + head * stack.head_dim, stack.type, stack.head_dim, values + place);
+      const int64_t place = (head * capacity + position) * stack.row_bytes;
+      step.keep(memory.key, layer.key_side, head, keys + place);
+      step.keep(memory.value, layer.value_side, head, values + place);
     }
     const int64_t first = layer.window && position + 1 > layer.window ? position + 1 - layer.window : 0;
-    const Attention attention{memory.query.data(), keys, values, capacity, first, position + 1, stack.heads, stack.kv_heads, stack.head_dim, stack.type,
+    const Attention attention{memory.query.data(), keys, values, layer.key_side, layer.value_side, stack.kept, stack.row_bytes, capacity, first, position + 1, stack.heads, stack.kv_heads, stack.head_dim, stack.type,
                               static_cast<float>(stack.scale), static_cast<float>(stack.softcap), memory.scores.data(), memory.attended.data()};
     const int64_t share = stack.heads / stack.kv_heads;
     parallel(stack.kv_heads, 1, [&](int64_t from, int64_t to) { kernels.attend(attention, from * share, to * share); });

@@ -6,10 +6,20 @@ namespace qcore {
 
 enum class Activation : int64_t { kSilu = 0, kGeluTanh };
 
+// What keys and values are kept in: the stack's type, or codes of a byte.
+enum class Kept : int64_t { kPlain = 0, kInt8, kE4M3, kE5M2 };
+
+// How they become codes: [kv_heads] each. No scale: one for each row, a float32 behind its codes. inverse: what is multiplied by instead
+// of dividing by the scale, where a tool does so.
+struct KvSide {
+  const float *scale, *zero, *inverse;
+};
+
 struct Layer {  // every field has 8 bytes; pointers are null where a model has no such part
   const float *input_norm, *query_norm, *key_norm, *attention_norm, *mlp_norm, *output_norm;  // [hidden], or [head_dim]
   const Header *query, *key, *value, *out, *gate, *up, *down;
   const float *query_bias, *key_bias, *value_bias, *out_bias;
+  KvSide key_side, value_side;
   int64_t window;  // tokens that attention looks back on; 0: all
   int64_t rope;    // which table of positions; -1: none
 };
@@ -21,14 +31,19 @@ struct Stack {
   Float type;          // of what the linear layers are given, and of keys and values
   double norm_epsilon, scale, softcap;  // softcap: of attention scores; 0: none
   const float* final_norm;
-  int64_t reserved[3];
+  Kept kept;
+  int64_t row_bytes;   // of a key or value of one head
+  int64_t reserved[1];
 };
-static_assert(sizeof(Layer) == 19 * 8 && sizeof(Stack) == 16 * 8);
+static_assert(sizeof(Layer) == 25 * 8 && sizeof(Stack) == 16 * 8);
 
 // One head's query, or some of them, against the keys and values of a layer.
 struct Attention {
   const float* queries;   // [heads][head_dim], rotated
-  const void *keys, *values;  // [kv_heads][capacity][head_dim]
+  const void *keys, *values;  // [kv_heads][capacity][row_bytes]
+  KvSide key_side, value_side;
+  Kept kept;
+  int64_t row_bytes;
   int64_t capacity, first, last;  // positions first .. last - 1 are looked at
   int64_t heads, kv_heads, head_dim;
   Float type;
@@ -38,7 +53,7 @@ struct Attention {
 };
 
 // hidden: float32 [hidden], in place: the token's embedding becomes the last layer's output, after the final norm.
-// cache: [layers][2][kv_heads][capacity][head_dim] of Stack::type, which holds the positions before `position` and gets it.
+// cache: [layers][2][kv_heads][capacity][row_bytes], which holds the positions before `position` and gets it.
 // rope: float32 [tables][2][capacity][rope_dim], cosines and sines.
 void decode(const Kernels& kernels, const Stack& stack, float* hidden, void* cache, int64_t capacity, const float* rope, int64_t position);
 

@@ -28,20 +28,24 @@ QCORE_INLINE T read(const uint8_t* p) {
 
 QCORE_INLINE float half_at(const uint8_t* p) { return _cvtsh_ss(read<uint16_t>(p)); }
 
-// All bits of byte i set where bit i of `signs` (8 bits) is.
-QCORE_INLINE uint64_t spread_bits(uint64_t signs) {
-  const uint64_t each = signs * 0x0101010101010101ull & 0x8040201008040201ull;  // bit i in byte i
-  return (((each + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull) * 0xff;
-}
+// Of seven signs: a byte of ones where there is a minus. The eighth makes the number of minus signs even.
+struct Signs {
+  uint64_t minus[128];
+  constexpr Signs() : minus() {
+    for (uint32_t signs = 0; signs < 128; signs++) {
+      const uint32_t all = signs | static_cast<uint32_t>(__builtin_parity(signs)) << 7;
+      for (int i = 0; i < 8; i++)
+        if (all >> i & 1) minus[signs] |= 0xffull << 8 * i;
+    }
+  }
+};
+inline constexpr Signs kSigns;
 
-// The codes of a tuple, none of them 0, with a minus where the bit is set.
+// The codes of a tuple, none of them 0, with their signs.
 QCORE_INLINE uint64_t with_signs(uint64_t tuple, uint32_t signs) {
-  const uint64_t minus = spread_bits(signs);
+  const uint64_t minus = kSigns.minus[signs];
   return (tuple ^ minus) + (minus & 0x0101010101010101ull);
 }
-
-// Seven signs; the eighth makes the number of minus signs even.
-QCORE_INLINE uint32_t with_parity(uint32_t signs) { return signs | static_cast<uint32_t>(__builtin_parity(signs)) << 7; }
 
 inline void spread_iq2_xxs(const Grid& grid, int64_t blocks) {
   for (int64_t b = 0; b < blocks; b++) {
@@ -51,7 +55,7 @@ inline void spread_iq2_xxs(const Grid& grid, int64_t blocks) {
       const uint8_t* indices = block + 2 + 8 * run;
       const uint32_t word = read<uint32_t>(indices + 4);
       for (int i = 0; i < 4; i++)
-        grid.put(32 * b + 4 * run + i, with_signs(grid.tuples[indices[i]], with_parity(word >> 7 * i & 127)));
+        grid.put(32 * b + 4 * run + i, with_signs(grid.tuples[indices[i]], word >> 7 * i & 127));
       grid.scales[16 * (8 * b + run)] = d * static_cast<float>(2 * (word >> 28) + 1);
     }
   }
@@ -63,7 +67,7 @@ inline void spread_iq2_xs(const Grid& grid, int64_t blocks) {
     const float d = half_at(block) * 0.125f;
     for (int i = 0; i < 32; i++) {
       const uint32_t word = read<uint16_t>(block + 2 + 2 * i);
-      grid.put(32 * b + i, with_signs(grid.tuples[word & 511], with_parity(word >> 9)));
+      grid.put(32 * b + i, with_signs(grid.tuples[word & 511], word >> 9));
     }
     for (int run = 0; run < 16; run++)
       grid.scales[16 * (16 * b + run)] = d * static_cast<float>(2 * (block[66 + run / 2] >> 4 * (run % 2) & 15) + 1);

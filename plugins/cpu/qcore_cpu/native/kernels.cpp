@@ -110,7 +110,7 @@ const Kernels* QCORE_JOIN(kernels_, QCORE_ISA)() {
   constexpr bool tiles = false;
 #endif
   static const Kernels kernels{QCORE_TEXT(QCORE_ISA), tiles, Dot<8>::pairs, kFloatRun, kIntegerRun, prepare, multiply, look_up,
-                               normalize, activate, attend, narrow_values, widen_values};
+                               normalize, activate, attend, narrow_values, keep_row, widen_values};
   return &kernels;
 }
 

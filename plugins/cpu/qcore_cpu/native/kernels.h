@@ -86,6 +86,8 @@ struct CodeKernels {
 using Store = void (*)(const Job& job, int64_t row, int64_t panel, const float* values);
 
 struct Attention;
+struct KvSide;
+enum class Kept : int64_t;
 
 struct Kernels {
   const char* name;
@@ -101,6 +103,7 @@ struct Kernels {
   void (*activate)(const float* gate, const float* up, int64_t count, int64_t activation, Float type, void* out);
   void (*attend)(const Attention& attention, int64_t first_head, int64_t last_head);
   void (*narrow)(const float* from, Float type, int64_t count, void* to);
+  void (*keep)(const float* from, const KvSide& side, Kept kept, int64_t head, int64_t count, void* row);
   void (*widen)(const void* from, Float type, int64_t count, float* to);
 };
 

@@ -159,11 +159,13 @@ void decode(Value* values, uint64_t, uint64_t) {
                      plan->size == stack_bytes && stack_bytes == static_cast<int64_t>(sizeof(qcore::Stack) + plan->layers * sizeof(qcore::Layer));
   if (!whole) throw std::runtime_error("qcore_cpu::decode: the stack is none");
   const int32_t types[] = {f32, f16, bf16};
-  void* const kept = memory_of(cache.tensor, types[static_cast<int64_t>(plan->type)], &cache_count);
+  const bool plain = plan->kept == qcore::Kept::kPlain;
+  void* const kept = memory_of(cache.tensor, plain ? types[static_cast<int64_t>(plan->type)] : u8, &cache_count);
+  if (plain) cache_count *= qcore::width_of(plan->type);
   const auto* const layers = reinterpret_cast<const qcore::Layer*>(plan + 1);
   int64_t tables = 0;
   for (int64_t i = 0; i < plan->layers; i++) tables = layers[i].rope >= tables ? layers[i].rope + 1 : tables;
-  if (hidden_count != plan->hidden || cache_count != plan->layers * 2 * plan->kv_heads * capacity * plan->head_dim || position < 0 ||
+  if (hidden_count != plan->hidden || cache_count != plan->layers * 2 * plan->kv_heads * capacity * plan->row_bytes || position < 0 ||
       position >= capacity || rope_count < tables * 2 * capacity * plan->rope_dim)
     throw std::runtime_error("qcore_cpu::decode: hidden, stack, cache, rope and position do not go together");
   qcore::decode(kernels(), *plan, x, kept, capacity, positions, position);
