@@ -6,19 +6,6 @@
 namespace qcore {
 namespace QCORE_ISA {
 
-struct Grid {
-  const uint8_t* row;       // a row of blocks
-  const uint64_t* tuples;
-  uint8_t* codes;           // of the panel, at this row: quad q is at 64 q
-  float* scales;            // of the panel, at this row: group g is at 16 g
-
-  void put(int64_t place, uint64_t tuple) const {  // eight codes from column 8 * place
-    std::memcpy(codes + 128 * place, &tuple, 4);
-    const uint32_t high = static_cast<uint32_t>(tuple >> 32);
-    std::memcpy(codes + 128 * place + 64, &high, 4);
-  }
-};
-
 template <class T>
 QCORE_INLINE T read(const uint8_t* p) {
   T value;
@@ -41,86 +28,110 @@ struct Signs {
 };
 inline constexpr Signs kSigns;
 
-// The codes of a tuple, none of them 0, with their signs.
-QCORE_INLINE uint64_t with_signs(uint64_t tuple, uint32_t signs) {
-  const uint64_t minus = kSigns.minus[signs];
-  return (tuple ^ minus) + (minus & 0x0101010101010101ull);
+// Four words from a table of eight codes each, places[i] naming the i-th.
+template <class F>
+QCORE_INLINE __m256i four_of(const uint64_t* table, F&& place) {
+  return _mm256_set_epi64x(static_cast<int64_t>(table[place(3)]), static_cast<int64_t>(table[place(2)]), static_cast<int64_t>(table[place(1)]),
+                           static_cast<int64_t>(table[place(0)]));
 }
 
-inline void spread_iq2_xxs(const Grid& grid, int64_t blocks) {
-  for (int64_t b = 0; b < blocks; b++) {
-    const uint8_t* block = grid.row + 66 * b;
-    const float d = half_at(block) * 0.125f;
-    for (int run = 0; run < 8; run++) {
-      const uint8_t* indices = block + 2 + 8 * run;
-      const uint32_t word = read<uint32_t>(indices + 4);
-      for (int i = 0; i < 4; i++)
-        grid.put(32 * b + 4 * run + i, with_signs(grid.tuples[indices[i]], word >> 7 * i & 127));
-      grid.scales[16 * (8 * b + run)] = d * static_cast<float>(2 * (word >> 28) + 1);
-    }
+QCORE_INLINE __m256i with_signs(__m256i codes, __m256i minus) { return _mm256_sub_epi8(_mm256_xor_si256(codes, minus), minus); }
+
+// A type's blocks of 256 codes: 32 of them as int8, and the scale of each `group` of these.
+template <Code code>
+struct GridBlock;
+
+template <>
+struct GridBlock<Code::kIQ2XXS> {
+  static constexpr int64_t group = 32;
+  QCORE_INLINE static __m256i codes(const uint8_t* block, const uint64_t* tuples, int run) {
+    const uint8_t* const indices = block + 2 + 8 * run;
+    const uint32_t word = read<uint32_t>(indices + 4);
+    return with_signs(four_of(tuples, [&](int i) { return indices[i]; }), four_of(kSigns.minus, [&](int i) { return word >> 7 * i & 127; }));
+  }
+  QCORE_INLINE static float scale(const uint8_t* block, int run, int) {
+    return half_at(block) * 0.125f * static_cast<float>(2 * (read<uint32_t>(block + 6 + 8 * run) >> 28) + 1);
+  }
+};
+
+template <>
+struct GridBlock<Code::kIQ2XS> {
+  static constexpr int64_t group = 16;
+  QCORE_INLINE static __m256i codes(const uint8_t* block, const uint64_t* tuples, int run) {
+    auto word = [&](int i) { return read<uint16_t>(block + 2 + 8 * run + 2 * i); };
+    return with_signs(four_of(tuples, [&](int i) { return word(i) & 511; }), four_of(kSigns.minus, [&](int i) { return word(i) >> 9; }));
+  }
+  QCORE_INLINE static float scale(const uint8_t* block, int run, int half) {
+    return half_at(block) * 0.125f * static_cast<float>(2 * (block[66 + run] >> 4 * half & 15) + 1);
+  }
+};
+
+template <>
+struct GridBlock<Code::kIQ1S> {
+  static constexpr int64_t group = 32;
+  QCORE_INLINE static __m256i codes(const uint8_t* block, const uint64_t* tuples, int run) {
+    const uint32_t word = read<uint16_t>(block + 34 + 2 * run), shift = word >> 15 << 11;
+    return four_of(tuples, [&](int i) { return shift | (word >> 3 * i & 7) << 8 | block[2 + 4 * run + i]; });
+  }
+  QCORE_INLINE static float scale(const uint8_t* block, int run, int) {
+    return half_at(block) * 0.125f * static_cast<float>(2 * (read<uint16_t>(block + 34 + 2 * run) >> 12 & 7) + 1);
+  }
+};
+
+template <>
+struct GridBlock<Code::kIQ1M> {
+  static constexpr int64_t group = 16;
+  QCORE_INLINE static __m256i codes(const uint8_t* block, const uint64_t* tuples, int run) {
+    return four_of(tuples, [&](int i) {
+      const uint32_t high = block[32 + 2 * run + i / 2] >> 4 * (i % 2) & 15;
+      return (high & 8) << 8 | (high & 7) << 8 | block[4 * run + i];
+    });
+  }
+  QCORE_INLINE static float scale(const uint8_t* block, int run, int half) {
+    uint32_t bits = 0;  // of the float16: a hex digit of it on top of each of four words
+    for (int i = 0; i < 4; i++) bits |= static_cast<uint32_t>(read<uint16_t>(block + 48 + 2 * i)) >> 12 << 4 * i;
+    const uint32_t word = read<uint16_t>(block + 48 + run / 2 * 2);
+    return _cvtsh_ss(static_cast<uint16_t>(bits)) * 0.125f * static_cast<float>(2 * (word >> 3 * (2 * run % 4 + half) & 7) + 1);
+  }
+};
+
+// Calls f with the GridBlock of a code.
+template <class F>
+QCORE_INLINE void with_grid(Code code, F&& f) {
+  switch (code) {
+    case Code::kIQ2XXS: return f(GridBlock<Code::kIQ2XXS>{});
+    case Code::kIQ2XS: return f(GridBlock<Code::kIQ2XS>{});
+    case Code::kIQ1S: return f(GridBlock<Code::kIQ1S>{});
+    default: return f(GridBlock<Code::kIQ1M>{});
   }
 }
 
-inline void spread_iq2_xs(const Grid& grid, int64_t blocks) {
-  for (int64_t b = 0; b < blocks; b++) {
-    const uint8_t* block = grid.row + 74 * b;
-    const float d = half_at(block) * 0.125f;
-    for (int i = 0; i < 32; i++) {
-      const uint32_t word = read<uint16_t>(block + 2 + 2 * i);
-      grid.put(32 * b + i, with_signs(grid.tuples[word & 511], word >> 9));
-    }
-    for (int run = 0; run < 16; run++)
-      grid.scales[16 * (16 * b + run)] = d * static_cast<float>(2 * (block[66 + run / 2] >> 4 * (run % 2) & 15) + 1);
-  }
-}
-
-inline void spread_iq1_s(const Grid& grid, int64_t blocks) {
-  for (int64_t b = 0; b < blocks; b++) {
-    const uint8_t* block = grid.row + 50 * b;
-    const float d = half_at(block) * 0.125f;
-    for (int run = 0; run < 8; run++) {
-      const uint32_t word = read<uint16_t>(block + 34 + 2 * run), shift = word >> 15 << 11;
-      for (int i = 0; i < 4; i++)
-        grid.put(32 * b + 4 * run + i, grid.tuples[shift | (word >> 3 * i & 7) << 8 | block[2 + 4 * run + i]]);
-      grid.scales[16 * (8 * b + run)] = d * static_cast<float>(2 * (word >> 12 & 7) + 1);
-    }
-  }
-}
-
-inline void spread_iq1_m(const Grid& grid, int64_t blocks) {
-  for (int64_t b = 0; b < blocks; b++) {
-    const uint8_t* block = grid.row + 56 * b;
-    uint32_t words[4], bits = 0;
-    for (int i = 0; i < 4; i++) words[i] = read<uint16_t>(block + 48 + 2 * i), bits |= words[i] >> 12 << 4 * i;
-    const float d = _cvtsh_ss(static_cast<uint16_t>(bits)) * 0.125f;
-    for (int i = 0; i < 32; i++) {
-      const uint32_t high = block[32 + i / 2] >> 4 * (i % 2) & 15;
-      grid.put(32 * b + i, grid.tuples[(high & 8) << 8 | (high & 7) << 8 | block[i]]);
-    }
-    for (int run = 0; run < 16; run++)
-      grid.scales[16 * (16 * b + run)] = d * static_cast<float>(2 * (words[run / 4] >> 3 * (run % 4) & 7) + 1);
-  }
+inline const uint64_t* tuples_of(const Header& h) { return reinterpret_cast<const uint64_t*>(section_at(h, h.table)); }
+inline const uint8_t* grid_row_at(const Header& h, int64_t row) {
+  return section_at(h, h.codes) + row * (h.columns / 256) * grid_block_bytes(h.code);
 }
 
 // codes: padded * 16 bytes, as of Code::kInt8; scales: [groups][16]. Rows beyond the weight's are zeros.
 inline void spread_grid(const Header& h, int64_t panel, uint8_t* codes, float* scales) {
-  const uint8_t* base = reinterpret_cast<const uint8_t*>(&h);
-  const int64_t first = panel * kPanel, rows = h.rows - first < kPanel ? h.rows - first : kPanel;
-  const int64_t blocks = h.columns / 256, row_bytes = blocks * grid_block_bytes(h.code);
+  const int64_t first = panel * kPanel, rows = h.rows - first < kPanel ? h.rows - first : kPanel, bytes = grid_block_bytes(h.code);
   if (rows < kPanel) {
     std::memset(codes, 0, h.padded * kPanel);
     std::memset(scales, 0, h.groups * kPanel * sizeof(float));
   }
-  for (int64_t row = 0; row < rows; row++) {
-    const Grid grid{base + h.codes + (first + row) * row_bytes, reinterpret_cast<const uint64_t*>(base + h.table), codes + 4 * row,
-                    scales + row};
-    switch (h.code) {
-      case Code::kIQ2XXS: spread_iq2_xxs(grid, blocks); break;
-      case Code::kIQ2XS: spread_iq2_xs(grid, blocks); break;
-      case Code::kIQ1S: spread_iq1_s(grid, blocks); break;
-      default: spread_iq1_m(grid, blocks);
+  const uint64_t* const tuples = tuples_of(h);
+  with_grid(h.code, [&](auto type) {
+    constexpr int groups = 32 / type.group;
+    for (int64_t row = 0; row < rows; row++) {
+      const uint8_t* block = grid_row_at(h, first + row);
+      for (int64_t run = 0; run < h.columns / 32; run++) {
+        alignas(32) uint32_t quads[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(quads), type.codes(block, tuples, run % 8));
+        for (int t = 0; t < 8; t++) std::memcpy(codes + 64 * (8 * run + t) + 4 * row, quads + t, 4);
+        for (int half = 0; half < groups; half++) scales[16 * (groups * run + half) + row] = type.scale(block, run % 8, half);
+        if (run % 8 == 7) block += bytes;
+      }
     }
-  }
+  });
 }
 
 // The code of a weight's panels once they are opened: grids become 8-bit codes.

@@ -8,6 +8,7 @@
 #include "activations.h"
 #include "around.h"
 #include "blocks.h"
+#include "grid_rows.h"
 #ifdef __AVX512BF16__
 #include "halves.h"
 #endif
@@ -72,6 +73,7 @@ void multiply(const Job& job, int64_t first, int64_t last) {
   if (job.batch.way == Way::kTiles) return multiply_tiles(job, first, last, store);
 #endif
   const Header& h = *job.weight;
+  if (by_grid_rows(h, job.batch.way)) return multiply_grid_rows(job, first, last, store);
   const CodeKernels kernels = choose(opened_code(h.code), job.batch.numbers);
   if (job.batch.way == Way::kBlocks) return multiply_blocks(job, kernels, first, last, store);
   static thread_local std::vector<float> floats;

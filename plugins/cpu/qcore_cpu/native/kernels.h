@@ -46,6 +46,11 @@ struct Batch {
 inline int64_t tile_columns(const Batch& batch) { return batch.numbers == Numbers::kHalves ? batch.tile_bytes / 2 : batch.tile_bytes; }
 inline int64_t tile_steps(const Batch& batch, int64_t padded) { return (padded + tile_columns(batch) - 1) / tile_columns(batch); }
 
+// Whether codes that name tuples are multiplied as they are: a scale for each of their groups, or none.
+inline bool by_grid_rows(const Header& h, Way way) {
+  return is_grid(h.code) && way == Way::kRow && (h.input == Input::kExact || h.input == Input::kBlocks);
+}
+
 struct Job {
   const Header* weight;
   Batch batch;

@@ -19,7 +19,7 @@ thread_local Scratch scratch;
 Batch plan(const Kernels& kernels, const Header& h, int64_t rows, Float type) {
   Batch batch{};
   const bool integers = h.input != Input::kExact;
-  batch.numbers = integers ? Numbers::kIntegers : type == Float::kBF16 && kernels.has_tiles ? Numbers::kHalves : Numbers::kFloats;
+  batch.numbers = integers ? Numbers::kIntegers : type == Float::kBF16 && kernels.has_tiles && !(rows == 1 && is_grid(h.code)) ? Numbers::kHalves : Numbers::kFloats;
   const bool tiles = kernels.has_tiles && (integers ? rows >= kTilesFrom : batch.numbers == Numbers::kHalves);
   // Two rows of floats are quicker one by one than what unpacking takes.
   const bool apart = rows == 1 || (rows == 2 && batch.numbers == Numbers::kFloats);
@@ -39,7 +39,7 @@ void take_memory(const Kernels& kernels, const Header& h, Batch& batch) {
   const bool integers = batch.numbers == Numbers::kIntegers, in_tiles = batch.way == Way::kTiles;
   const int64_t cells = in_tiles ? 0 : (batch.rows + batch.run - 1) / batch.run * batch.run * h.padded, parts = batch.rows * batch.sections;
   const int64_t floats = batch.numbers == Numbers::kFloats ? cells : 0, halves = batch.numbers == Numbers::kHalves ? cells : 0;
-  const bool wide = kernels.has_pairs && h.code >= Code::kInt8;  // tables and grids give 8 bits
+  const bool wide = kernels.has_pairs && h.code >= Code::kInt8 && !by_grid_rows(h, batch.way);  // tables and grids give 8 bits
   const int64_t pairs = integers && wide ? cells : 0, codes = integers && !wide ? cells : 0;
   const int64_t tiles = in_tiles ? (batch.rows + 15) / 16 * tile_steps(batch, h.padded) * 16 * batch.tile_bytes : 0;
   scratch.begin(4 * floats + 2 * halves + codes + 2 * pairs + tiles + (integers ? 12 * parts : 0) + 4 * parts, 9);
