@@ -1,4 +1,4 @@
-// Rows by many panels: columns of some panels are unpacked into the cache once, and used by every row.
+// Many rows: columns of a panel are unpacked into the cache once, and used by every row.
 #pragma once
 #include "exact.h"
 #include "grids.h"
@@ -8,8 +8,7 @@
 namespace qcore {
 namespace QCORE_ISA {
 
-constexpr int64_t kPanelsAtOnce = 1;        // whose blocks the second cache holds
-constexpr int64_t kBlockBytes = 16 << 10;   // of a panel's block, which the first cache holds
+constexpr int64_t kBlockBytes = 16 << 10;  // that are unpacked at once: half of what the first cache holds
 
 // Rows that share what is loaded of a block: as many as there are registers for.
 #ifdef __AVX512F__
@@ -102,36 +101,30 @@ inline void multiply_blocks(const Job& job, const CodeKernels& kernels, int64_t 
   static thread_local Scratch memory;
   const Header& h = *job.weight;
   const Batch& batch = job.batch;
-  const int64_t most = last - first < kPanelsAtOnce ? last - first : kPanelsAtOnce, line = kPanel * kernels.width;
-  const int64_t usual = kBlockBytes / line, columns = batch.section < usual ? usual / batch.section * batch.section : batch.section;
+  const int64_t line = kPanel * kernels.width, usual = kBlockBytes / line;
+  const int64_t columns = batch.section < usual ? usual / batch.section * batch.section : batch.section;
   const int64_t floats = 2 * h.groups * kPanel, codes = is_grid(h.code) ? h.padded * kPanel : 0, cells = batch.rows * kPanel;
   float *spread, *totals;
-  uint8_t *expanded, *unpacked;
-  memory.begin(most * (4 * floats + codes + columns * line + 4 * cells), 4);
-  memory.take(spread, most * floats);
-  memory.take(expanded, most * codes);
-  memory.take(unpacked, most * columns * line);
-  memory.take(totals, most * cells);
-  const char* const x = batch.values ? reinterpret_cast<const char*>(batch.values)
-                        : batch.pairs ? reinterpret_cast<const char*>(batch.pairs)
-                                      : reinterpret_cast<const char*>(batch.codes);
-  for (int64_t panel = first; panel < last; panel += most) {
-    const int64_t panels = last - panel < most ? last - panel : most;
-    std::memset(totals, 0, panels * cells * sizeof(float));
-    Strip strips[kPanelsAtOnce];
-    for (int64_t p = 0; p < panels; p++) strips[p] = open_panel(h, panel + p, spread + p * floats, expanded + p * codes);
+  uint8_t *expanded, *block;
+  memory.begin(4 * floats + codes + columns * line + 4 * cells, 4);
+  memory.take(spread, floats);
+  memory.take(expanded, codes);
+  memory.take(block, columns * line);
+  memory.take(totals, cells);
+  const void* const numbers = batch.values ? static_cast<const void*>(batch.values) : batch.pairs ? static_cast<const void*>(batch.pairs) : batch.codes;
+  const char* const x = static_cast<const char*>(numbers);
+  for (int64_t panel = first; panel < last; panel++) {
+    const Strip strip = open_panel(h, panel, spread, expanded);
+    std::memset(totals, 0, cells * sizeof(float));
     for (int64_t column = 0; column < h.padded; column += columns) {
       const int64_t count = h.padded - column < columns ? h.padded - column : columns;
-      for (int64_t p = 0; p < panels; p++) kernels.unpack(strips[p], column, count, unpacked + p * columns * line);
+      kernels.unpack(strip, column, count, block);
       for (int64_t row = 0; row < batch.rows; row += batch.run) {
         const int64_t rows = batch.rows - row < batch.run ? batch.rows - row : batch.run;
-        const char* const numbers = x + (row * h.padded + column * batch.run) * kernels.width;
-        for (int64_t p = 0; p < panels; p++)
-          kernels.blocks[rows - 1](strips[p], batch, row, column, count, numbers, unpacked + p * columns * line, totals + p * cells + row * kPanel);
+        kernels.blocks[rows - 1](strip, batch, row, column, count, x + (row * h.padded + column * batch.run) * kernels.width, block, totals + row * kPanel);
       }
     }
-    for (int64_t p = 0; p < panels; p++)
-      for (int64_t row = 0; row < batch.rows; row++) store(job, row, panel + p, totals + p * cells + row * kPanel);
+    for (int64_t row = 0; row < batch.rows; row++) store(job, row, panel, totals + row * kPanel);
   }
   memory.end();
 }

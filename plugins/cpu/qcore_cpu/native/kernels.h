@@ -18,7 +18,7 @@ enum class Numbers : int64_t {
 // How.
 enum class Way : int64_t {
   kRow,     // one by one: codes become numbers in registers
-  kBlocks,  // rows by blocks of panels that are unpacked into the cache
+  kBlocks,  // rows by blocks of a panel that are unpacked into the cache
   kTiles,   // the same, by tiles of 16 x 16
 };
 
