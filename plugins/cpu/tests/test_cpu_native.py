@@ -20,6 +20,13 @@ from qcore_cpu.library import ISA_VARIABLE, Status, register, status
 
 pytestmark = pytest.mark.skipif(not status().isa, reason=f"no native kernels here: {status().fault}")
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _operators() -> None:
+    """A test that names an operator may be a process's first."""
+    register()
+
+
 PROBE = """
 import json, torch
 from qcore.accuracy import worst_error

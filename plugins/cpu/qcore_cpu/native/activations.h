@@ -44,11 +44,14 @@ inline void widen(const void* row, Float type, const Header& h, float* values) {
 }
 
 inline float sum_of(F16 lanes) {
-  alignas(64) float values[16];
-  store_f(values, lanes);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; i++) values[i] += values[i + width];
-  return values[0];
+#ifdef __AVX512F__
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(lanes.v), _mm512_extractf32x8_ps(lanes.v, 1));
+#else
+  const __m256 eight = _mm256_add_ps(lanes.a, lanes.b);
+#endif
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
 
 // Calls f(section, begin, end).
