@@ -18,7 +18,7 @@ from mutations import Sample, mutated, mutated_gguf, put_files
 from qcore.checkpoint.gguf import GgufSource
 from variants import VARIANTS, format_of, made, read_all
 
-EXAMPLES, LEAST = 2000, 200
+EXAMPLES, LEAST = 2000, 500
 """Of every format together, and of each of its variants."""
 VARIANTS_OF = Counter(map(format_of, VARIANTS))
 SLOWEST = 1.0

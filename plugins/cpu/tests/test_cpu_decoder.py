@@ -163,12 +163,15 @@ def test_a_quantized_cache(kind: str, kv_cache: str, tmp_path: Path) -> None:
     assert stepped(model, 2).decoder == "native_decoder"
 
 
-@pytest.mark.parametrize("element", [Int(8, signed=True), Float("e4m3fn"), Float("e5m2")])
-@pytest.mark.parametrize("form", ["dynamic", "static", "zero", "inverse"])
+@pytest.mark.parametrize(
+    ("element", "form"),
+    [
+        *((Int(8, signed=True), form) for form in ("dynamic", "static", "zero")),
+        *((Float(name), form) for name in ("e4m3fn", "e5m2") for form in ("dynamic", "static", "inverse")),
+    ],
+)
 def test_rows_of_a_quantized_cache_are_the_references(element: Any, form: str, tmp_path: Path) -> None:
     """Codes of keys and values that are written step by step, and what attention makes of them."""
-    if form in ("zero", "inverse") and isinstance(element, Int) != (form == "zero"):
-        pytest.skip("no tool has it")
     scale = None if form == "dynamic" else torch.tensor([0.011, 0.027]).view(2, 1, 1)
     zero = torch.tensor([3.0, -5.0]).view(2, 1, 1) if form == "zero" else None
     rounding = KvRounding(element, scale, zero, "inverses" if form == "inverse" else "dequantized")

@@ -43,15 +43,17 @@ inline void widen(const void* row, Float type, const Header& h, float* values) {
   for (int64_t k = h.columns; k < h.padded; k++) values[k] = 0;
 }
 
-inline float sum_of(F16 lanes) {
-#ifdef __AVX512F__
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(lanes.v), _mm512_extractf32x8_ps(lanes.v, 1));
-#else
-  const __m256 eight = _mm256_add_ps(lanes.a, lanes.b);
-#endif
+inline float sum_of(__m256 eight) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+inline float sum_of(F16 lanes) {
+#ifdef __AVX512F__
+  return sum_of(_mm256_add_ps(_mm512_castps512_ps256(lanes.v), _mm512_extractf32x8_ps(lanes.v, 1)));
+#else
+  return sum_of(_mm256_add_ps(lanes.a, lanes.b));
+#endif
 }
 
 // Calls f(section, begin, end).

@@ -6,12 +6,6 @@
 namespace qcore {
 namespace QCORE_ISA {
 
-QCORE_INLINE float sum_of(__m256 lanes) {
-  alignas(32) float values[8];
-  _mm256_store_ps(values, lanes);
-  return ((values[0] + values[4]) + (values[1] + values[5])) + ((values[2] + values[6]) + (values[3] + values[7]));
-}
-
 QCORE_INLINE __m256 eight_floats(__m128i codes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)); }
 
 // Row m of a batch by a row of the weight. Sums of whole numbers are exact until they are scaled.

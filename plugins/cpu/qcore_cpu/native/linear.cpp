@@ -57,6 +57,7 @@ void take_memory(const Kernels& kernels, const Header& h, Batch& batch) {
 // Whether activations that were made ready for one weight serve for another.
 bool alike(const Header& a, const Header& b) {
   if (a.columns != b.columns || a.group != b.group || a.groups != b.groups || a.input != b.input || a.order || b.order) return false;
+  if (is_grid(a.code) != is_grid(b.code)) return false;  // rows of grids want other numbers (plan)
   return a.input == Input::kExact || (a.code == b.code && a.zero == b.zero && a.input_scale == b.input_scale);
 }
 
