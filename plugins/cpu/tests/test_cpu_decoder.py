@@ -47,7 +47,7 @@ def model_of(kind: str, folder: Path, dtype: str = "float32", **how: Any) -> Any
         else:
             torch.nn.init.normal_(values, 0.0, 0.15)
     dense.save_pretrained(folder)
-    return qcore.load_model(folder, dtype=dtype, quantize="W4A16-g32-asym", **how)
+    return qcore.load_model(folder, dtype=dtype, **{"quantize": "W4A16-g32-asym"} | how)
 
 
 def both(model: Any, count: int, length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,6 +70,19 @@ def both(model: Any, count: int, length: int = 12) -> tuple[torch.Tensor, torch.
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_logits_are_the_models(kind: str, tmp_path: Path) -> None:
     got, expected = both(model_of(kind, tmp_path), 20)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_layers_of_several_types(tmp_path: Path) -> None:
+    """Queries, keys and values, gate and up are multiplied together: whatever they are made of, and in whatever order."""
+    model = model_of("llama", tmp_path)
+    for number, scheme in enumerate(("W8A16-g32-sym", "W5A16-g32-asym", "W3A16-g16-asym")):
+        other = model_of("llama", tmp_path, quantize=scheme)
+        parts = (("self_attn", ("q_proj", "k_proj", "v_proj")[number]), ("mlp", ("gate_proj", "up_proj")[number % 2]))
+        for block, name in parts:
+            for layer, given in zip(model.model.layers, other.model.layers, strict=True):
+                setattr(getattr(layer, block), name, getattr(getattr(given, block), name))
+    got, expected = both(model, 8)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
