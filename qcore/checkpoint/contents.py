@@ -157,15 +157,21 @@ def _wrong_blocks(kind: str, codes: torch.Tensor) -> str:
     if not block.fields:
         return ""
     at, size, count = block.fields[0]  # the first is the block's scale, and its minimum where it has one
-    found = rows[:, at : at + size * count].contiguous()
+    found = rows[:, at : at + size * count].view(torch.float16)
     if kind == "iq1_m":  # the scale's four hex digits stand on top of four words
         words = found.view(torch.int16).int()
         digits = [(word >> 12 & 15) << 4 * i for i, word in enumerate(words.unbind(1))]
-        found = torch.stack(digits).sum(0).to(torch.int16)
-    return _not_finite(found.view(torch.float16))
+        found = torch.stack(digits).sum(0).to(torch.int16).view(torch.float16)
+    return _not_finite(found)
 
 
 def _not_finite(values: torch.Tensor) -> str:
+    import torch
+
+    infinity = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}.get(values.dtype)
+    if infinity is not None and values.numel():  # isfinite takes ten times as long
+        found = int((values.view(torch.int16) & 0x7FFF).max())
+        return "" if found < infinity else "NaN or infinity"
     wide = values.float() if values.element_size() == 1 else values
     return "" if bool(wide.isfinite().all()) else "NaN or infinity"
 

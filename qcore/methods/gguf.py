@@ -96,7 +96,7 @@ def _in_order(tensor: torch.Tensor, source: GgufParameter) -> torch.Tensor:
     """Rows in transformers' order: files of some architectures hold q and k in the order of ggml's rotary embedding."""
     if source.heads is None:
         return tensor
-    return tensor[row_permutation(tensor.shape[0], source.heads)]
+    return tensor.index_select(0, row_permutation(tensor.shape[0], source.heads))
 
 
 METHOD = Gguf()

@@ -86,6 +86,10 @@ _FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch
 """What new parameters are filled with does not matter; finding out that they have no memory takes a while."""
 
 
+_INITS = ("torch.nn.init", "transformers.initialization")
+"""Modules of functions that fill a parameter, `tensor`; transformers puts its own in the place of torch's."""
+
+
 class _MetaParameters(TorchFunctionMode):
     """Parameters, which torch makes with torch.empty, take no memory; buffers, which are computed, are real."""
 
@@ -95,6 +99,8 @@ class _MetaParameters(TorchFunctionMode):
             kwargs["device"] = "meta"
         elif func in _FILLS and args[0].is_meta:
             return args[0]
+        elif getattr(func, "__module__", "") in _INITS and kwargs["tensor"].is_meta:
+            return kwargs["tensor"]
         check_size(func, args)
         return func(*args, **kwargs)
 

@@ -17,10 +17,12 @@ from qcore.model.probe import failed, wrong_answer
 from qcore.platform import Device
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
-from qcore.select import LayerRequest, select
+from qcore.select import LayerRequest, Selection, select
 from qcore.tensor import LayerTensors
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qcore.kernels.kv_cache import KvRounding
 
 log = logging.getLogger("qcore")
@@ -39,6 +41,7 @@ class Packer:
         self.device, self.dtype, self.kernel, self.exact, self.own = device, dtype, kernel, exact, own
         self.kernels = registry().kernels
         self.trusted: set[tuple[str, Scheme]] = set()
+        self.selections: dict[LayerRequest, Selection] = {}
         names = sorted({known.name for known, _ in self.kernels if known.op == "linear"})
         if kernel is not None and kernel not in names:
             raise Refused(Refusal("unknown-kernel", "usage", kernel, "no registered kernel has this name",
@@ -92,7 +95,7 @@ class Packer:
         rows, columns = layer.weight.shape
         while True:
             request = LayerRequest(op, layer.weight.scheme, (rows, columns), dtype, self.exact, named)
-            selection = select(request, self.device.platform, kernels, self.device)
+            selection = self._selected(request, kernels)
             if selection.kernel is None:
                 assert selection.refusal is not None
                 if named is None:
@@ -107,6 +110,14 @@ class Packer:
             log.warning("%s", packed)
             kernels = [row for row in kernels if row[0] is not chosen]
 
+    def _selected(self, request: LayerRequest, kernels: Sequence[tuple[Kernel, str]]) -> Selection:
+        """Most layers of a model ask for the same as others."""
+        if kernels is not self.kernels:
+            return select(request, self.device.platform, kernels, self.device)
+        if request not in self.selections:
+            self.selections[request] = select(request, self.device.platform, kernels, self.device)
+        return self.selections[request]
+
     def _packed(self, kernel: Kernel, layer: LayerTensors, dtype: torch.dtype) -> torch.nn.Module | Refusal:
         """The layer on the kernel, or why the kernel cannot have it after all."""
         try:
@@ -118,7 +129,7 @@ class Packer:
         trusted = (kernel.name, layer.weight.scheme)
         if trusted not in self.trusted and kernel.family != "reference":
             if wrong := wrong_answer(kernel, packed, layer, dtype, self.device.torch_device):
-                self.kernels = [row for row in self.kernels if row[0] is not kernel]
+                self.kernels, self.selections = [row for row in self.kernels if row[0] is not kernel], {}
                 return wrong
             self.trusted.add(trusted)
         return packed

@@ -22,7 +22,8 @@ TABLE3, TABLE4 = 19, 20
 """Header.code of codebooks of 3 and 4 bits."""
 FLOATS = {"e4m3fn": 32, "e4m3": 32, "e4m3fnuz": 33, "e5m2": 34, "e3m2": 40, "e2m3": 41}
 """Header.code of small floats."""
-FLOAT_SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+F16 = 1
+FLOAT_SCALES = {torch.float32: 0, torch.float16: F16, torch.bfloat16: 2}
 E8M0, E4M3, RUNS, NIBBLES, TABLE8 = 3, 4, 5, 6, 7
 ZERO_U8, ZERO_S8, FLOAT_OFFSET, RUN_OFFSETS, NIBBLE_OFFSETS = 1, 2, 3, 4, 5
 EXACT, BLOCKS, TOKEN, STATIC = 0, 1, 2, 3
@@ -44,31 +45,39 @@ class Header(ctypes.Structure):
 
 @dataclass
 class Source:
-    """Codes, a block of rows after the other: uint8 [rows, bytes], a bit stream of `bits` bits, or ggml's blocks of type -`bits`.
-    Every block but the last has a multiple of 16 rows. flip: what is added to each code, in 8 bits."""
+    """Codes, some rows after the other: uint8 [rows, bytes], a bit stream of `bits` bits. Every part but the last has a multiple of
+    16 rows. flip: what is added to each code, in 8 bits."""
 
-    blocks: Iterable[torch.Tensor]
+    parts: Iterable[torch.Tensor]
     bits: int
     flip: int = 0
+
+
+@dataclass
+class Blocks:
+    """ggml's blocks: uint8 [rows, bytes]. type: its number of their type, codes and scales of which are taken apart natively; 0: they
+    are kept as they are."""
+
+    rows: torch.Tensor
+    type: int
 
 
 @dataclass
 class Parts:
     """A weight in the kernels' words, before it is laid out.
 
-    scales, offsets: [N, groups] in the dtype that is stored; super_scales, super_offsets: [N, ...] above them. grid: blocks that
-    are kept as they are, instead of codes and scales.
+    scales, offsets: [N, groups] in the dtype that is stored; super_scales, super_offsets: [N, ...] above them. None of them where
+    codes are blocks.
     """
 
     header: Header
-    codes: Source
-    scales: torch.Tensor | None
+    codes: Source | Blocks
+    scales: torch.Tensor | None = None
     offsets: torch.Tensor | None = None
     super_scales: torch.Tensor | None = None
     super_offsets: torch.Tensor | None = None
     order: torch.Tensor | None = None
     table: torch.Tensor | None = None
-    grid: torch.Tensor | None = None
 
 
 def header_of(packed: torch.Tensor) -> Header:
@@ -77,80 +86,107 @@ def header_of(packed: torch.Tensor) -> Header:
 
 
 def lay_out(parts: Parts) -> torch.Tensor:
-    """The header and its sections in one block of bytes, each section at a line of the cache."""
+    """The header and its sections in one block of bytes, each section at a line of the cache. Raises Refused
+    (contents-unsupported) where a block's scale is no number."""
     header, library = parts.header, register()
     header.magic, header.version = _MAGIC, _VERSION
     header.padded = -(-header.columns // CHUNK) * CHUNK
     header.group = min(header.group, header.padded)
     header.groups = -(-header.padded // header.group)
     panels = -(-header.rows // _PANEL)
-    codes_bytes = (
-        parts.grid.numel() if parts.grid is not None else panels * header.padded * _PANEL * code_bits(header.code) // 8
-    )
-    sections = {
-        "scales": None if parts.scales is None else _by_panel(parts.scales, header.groups),
-        "offsets": None if parts.offsets is None else _by_panel(parts.offsets, header.groups),
-        "super_scales": None if parts.super_scales is None else _by_panel(parts.super_scales),
-        "super_offsets": None if parts.super_offsets is None else _by_panel(parts.super_offsets),
-        "order": None if parts.order is None else parts.order.to(torch.int32),
-        "table": parts.table,
-    }
+    given = {name: getattr(parts, name) for name in _SECTIONS}
+    order = None
+    if parts.order is not None:
+        order = torch.nn.functional.pad(parts.order.to(torch.int32), (0, header.padded - header.columns))
+    blocks = parts.codes if isinstance(parts.codes, Blocks) else None
+    sizes = {
+        "codes": blocks.rows.numel() if blocks and not blocks.type else panels * header.padded * _PANEL * code_bits(header.code) // 8,
+        **(_block_sections(header) if blocks and blocks.type else {}),
+        **{name: panels * _PANEL * _columns(name, part, header) * part.itemsize for name, part in given.items() if part is not None},
+        **{name: part.nbytes for name, part in (("order", order), ("table", parts.table)) if part is not None},
+    }  # fmt: skip
     place = ctypes.sizeof(Header)
-    header.codes = place
-    place = _line(place + codes_bytes)
-    for name, section in sections.items():
-        if section is not None:
-            setattr(header, name, place)
-            place = _line(place + section.numel() * section.element_size())
+    for name, size in sizes.items():
+        setattr(header, name, place)
+        place = -(-(place + size) // _LINE) * _LINE
     header.total = place
     out = torch.empty(place, dtype=torch.uint8)
     library.qcore_huge_pages(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(place))
     out[: header.codes] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-    order = None if sections["order"] is None else sections["order"].contiguous()
-    end = header.codes + codes_bytes
-    if parts.grid is not None:
-        out[header.codes : end] = parts.grid.flatten()
-    else:
+    for name, size in sizes.items():  # what lies behind a section, up to the next one's line
+        end = getattr(header, name) + size
+        out[end : -(-end // _LINE) * _LINE] = 0
+    if isinstance(parts.codes, Source):
         _pack_codes(library, out, parts.codes, header.rows, order)
-    for name, section in sections.items():
-        if section is not None:
+    elif parts.codes.type:
+        _pack_blocks(library, out, parts.codes)
+    else:
+        out[header.codes : header.codes + sizes["codes"]] = parts.codes.rows.flatten()
+    for name, part in given.items():
+        if part is not None:
+            _pack_cells(library, out[getattr(header, name) :], part, _columns(name, part, header))
+    for name, part in (("order", order), ("table", parts.table)):
+        if part is not None:
             start = getattr(header, name)
-            out[end:start] = 0
-            end = start + section.numel() * section.element_size()
-            out[start:end] = section.contiguous().view(-1).view(torch.uint8)
-    out[end:] = 0
+            out[start : start + sizes[name]] = part.contiguous().view(-1).view(torch.uint8)
     return out
 
 
+_SECTIONS = ("scales", "offsets", "super_scales", "super_offsets")
+
+
+def _columns(name: str, part: torch.Tensor, header: Header) -> int:
+    """Columns of a section."""
+    return part.shape[1] if name.startswith("super") else int(header.groups)
+
+
+def _block_sections(header: Header) -> dict[str, int]:
+    """Bytes of the sections that are filled from ggml's blocks."""
+    rows = -(-header.rows // _PANEL) * _PANEL
+    cells, above = rows * header.groups, 2 * rows * -(-header.padded // 256)
+    sizes = {"scales": cells * (2 if header.scale == F16 else 1)}
+    if header.offset in (FLOAT_OFFSET, RUN_OFFSETS):
+        sizes["offsets"] = sizes["scales"]
+    if header.scale in (RUNS, NIBBLES):
+        sizes["super_scales"] = above
+    if header.offset in (RUN_OFFSETS, NIBBLE_OFFSETS):
+        sizes["super_offsets"] = above
+    return sizes
+
+
 def _pack_codes(library: ctypes.CDLL, out: torch.Tensor, source: Source, rows: int, order: torch.Tensor | None) -> None:
-    map_ = (torch.arange(256) + source.flip).to(torch.uint8) if source.flip else None
     first = 0
-    for block in source.blocks:
-        codes = block.contiguous().view(torch.uint8)
+    for part in source.parts:
+        codes = part.contiguous().view(torch.uint8)
         library.qcore_pack_codes(
-            *(ctypes.c_void_p(part.data_ptr()) for part in (out, codes)),
+            ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(codes.data_ptr()),
             *map(ctypes.c_int64, (codes.shape[1], source.bits, first, first + len(codes))),
-            *(ctypes.c_void_p(None if part is None else part.data_ptr()) for part in (order, map_)),
-        )
+            ctypes.c_void_p(None if order is None else order.data_ptr()), ctypes.c_int64(source.flip),
+        )  # fmt: skip
         first += len(codes)
     assert first == rows
+
+
+def _pack_blocks(library: ctypes.CDLL, out: torch.Tensor, blocks: Blocks) -> None:
+    rows = blocks.rows.contiguous()
+    finite = library.qcore_pack_blocks(
+        ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(rows.data_ptr()), ctypes.c_int64(rows.shape[1]), ctypes.c_int64(blocks.type)
+    )  # fmt: skip
+    if not finite:
+        raise contents_unsupported("scales that are no numbers")
+
+
+def _pack_cells(library: ctypes.CDLL, out: torch.Tensor, cells: torch.Tensor, padded: int) -> None:
+    """[N, G] -> [panels, padded, 16]; rows and columns beyond are zeros."""
+    part = cells.contiguous()
+    library.qcore_pack_cells(
+        ctypes.c_void_p(part.data_ptr()), *map(ctypes.c_int64, (*part.shape, part.element_size(), padded)), ctypes.c_void_p(out.data_ptr())
+    )  # fmt: skip
 
 
 def code_bits(code: int) -> int:
     """Bits of one code of a `Header.code`."""
     return code if code <= 8 else code - 16 if code < 32 else 8 if code < 40 else 6
-
-
-def _line(place: int) -> int:
-    return -(-place // _LINE) * _LINE
-
-
-def _by_panel(part: torch.Tensor, columns: int | None = None) -> torch.Tensor:
-    """[N, G] -> [panels, G, 16]; rows and groups beyond are zeros."""
-    rows, groups = part.shape
-    padded = part.new_zeros(-(-rows // _PANEL) * _PANEL, columns or groups)
-    padded[:rows, :groups] = part
-    return padded.view(-1, _PANEL, padded.shape[1]).transpose(1, 2).contiguous()
 
 
 def contents_unsupported(what: str) -> Refused:

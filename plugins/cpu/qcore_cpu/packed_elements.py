@@ -125,16 +125,17 @@ def _fill_zeros(parts: Parts, weight: QuantizedTensor) -> None:
     if weight.zeros is None:
         return
     zeros, _ = _grouped(weight, weight.zeros)
-    assert parts.scales is not None
+    assert parts.scales is not None and isinstance(parts.codes, Source)
+    flipped = parts.codes.flip  # codes are held 128 lower
     if scheme.zero == "float":
         if zeros.dtype != parts.scales.dtype:
             zeros, parts.scales = zeros.to(torch.float32), parts.scales.to(torch.float32)
             header.scale = FLOAT_SCALES[torch.float32]
         header.offset, parts.offsets = FLOAT_OFFSET, zeros
-        if parts.codes.flip:  # codes are held 128 lower
+        if flipped:
             header.zero = -128
         return
-    if parts.codes.flip:
+    if flipped:
         zeros = (zeros.to(torch.int16) - 128).to(torch.int8)
     header.offset = ZERO_S8 if zeros.dtype == torch.int8 else ZERO_U8
     parts.offsets = zeros
