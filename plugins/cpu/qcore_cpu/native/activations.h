@@ -48,12 +48,28 @@ inline float sum_of(__m256 eight) {
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
-inline float sum_of(F16 lanes) {
+// Each lane of the lower half and its partner in the upper one, added.
+inline __m256 folded(F16 lanes) {
 #ifdef __AVX512F__
-  return sum_of(_mm256_add_ps(_mm512_castps512_ps256(lanes.v), _mm512_extractf32x8_ps(lanes.v, 1)));
+  return _mm256_add_ps(_mm512_castps512_ps256(lanes.v), _mm512_extractf32x8_ps(lanes.v, 1));
 #else
-  return sum_of(_mm256_add_ps(lanes.a, lanes.b));
+  return _mm256_add_ps(lanes.a, lanes.b);
 #endif
+}
+inline float sum_of(F16 lanes) { return sum_of(folded(lanes)); }
+// The sums of four at once.
+inline void sums_of(const F16 (&lanes)[4], float* sums) {
+  const __m256 low = _mm256_hadd_ps(folded(lanes[0]), folded(lanes[1])), high = _mm256_hadd_ps(folded(lanes[2]), folded(lanes[3]));
+  const __m256 all = _mm256_hadd_ps(low, high);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+
+inline float max_of(F16 x) {
+  alignas(64) float lanes[16];
+  store_f(lanes, x);
+  float found = lanes[0];
+  for (float lane : lanes) found = found < lane ? lane : found;
+  return found;
 }
 
 // Calls f(section, begin, end).
@@ -66,11 +82,7 @@ QCORE_INLINE void each_section(const Batch& batch, int64_t padded, F&& f) {
 inline float greatest(const float* values, int64_t begin, int64_t end) {
   F16 most = zero_f();
   for (int64_t k = begin; k < end; k += 16) most = max_f(most, abs_f(load_f(values + k)));
-  alignas(64) float lanes[16];
-  store_f(lanes, most);
-  float found = 0;
-  for (float lane : lanes) found = found < lane ? lane : found;
-  return found;
+  return max_of(most);
 }
 
 // int8 codes and their scales: the greatest magnitude of a run / steps, runs being sections or the whole row; or one that is given.

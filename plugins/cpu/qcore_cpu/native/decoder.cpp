@@ -11,7 +11,7 @@ namespace {
 
 struct Memory {
   std::vector<float> narrow_in, narrow_out;  // rooms for either type
-  std::vector<float> query, key, value, attended, gate, up, wide, scores;
+  std::vector<float> query, key, value, attended, gate, up, wide, parts;
 };
 
 class Step {
@@ -91,7 +91,6 @@ void take_step(const Kernels& kernels, const Stack& stack, float* hidden, void* 
   Step step(kernels, stack, memory);
   const Layer* const layers = reinterpret_cast<const Layer*>(&stack + 1);
   const int64_t heads_bytes = stack.kv_heads * capacity * stack.row_bytes;
-  memory.scores.resize(stack.heads * capacity);
   memory.attended.resize(stack.heads * stack.head_dim);
   for (int64_t l = 0; l < stack.layers; l++) {
     const Layer& layer = layers[l];
@@ -109,10 +108,13 @@ void take_step(const Kernels& kernels, const Stack& stack, float* hidden, void* 
       step.keep(memory.value, layer.value_side, head, values + place);
     }
     const int64_t first = layer.window && position + 1 > layer.window ? position + 1 - layer.window : 0;
-    const Attention attention{memory.query.data(), keys, values, layer.key_side, layer.value_side, stack.kept, stack.row_bytes, capacity, first, position + 1, stack.heads, stack.kv_heads, stack.head_dim, stack.type,
-                              static_cast<float>(stack.scale), static_cast<float>(stack.softcap), memory.scores.data(), memory.attended.data()};
-    const int64_t share = stack.heads / stack.kv_heads;
-    parallel(stack.kv_heads, 1, [&](int64_t from, int64_t to) { kernels.attend(attention, from * share, to * share); });
+    Attention attention{memory.query.data(), keys, values, layer.key_side, layer.value_side, stack.kept, stack.row_bytes, capacity, first, position + 1, stack.heads, stack.kv_heads, stack.head_dim, stack.type,
+                        static_cast<float>(stack.scale), static_cast<float>(stack.softcap), nullptr, memory.attended.data()};
+    const int64_t spans = attention.spans();
+    memory.parts.resize(stack.heads * spans * attention.part());
+    attention.parts = memory.parts.data();
+    parallel(stack.kv_heads * spans, 1, [&](int64_t from, int64_t to) { kernels.attend(attention, from, to); });
+    parallel(stack.heads, spans > 4 ? 1 : stack.heads, [&](int64_t from, int64_t to) { kernels.join(attention, from, to); });
     step.multiply(memory.attended.data(), {{layer.out, layer.out_bias, memory.wide}});
     step.add(hidden, memory.wide, layer.attention_norm);
     x = step.ready(hidden, layer.mlp_norm, stack.hidden);

@@ -37,7 +37,9 @@ struct Stack {
 };
 static_assert(sizeof(Layer) == 25 * 8 && sizeof(Stack) == 16 * 8);
 
-// One head's query, or some of them, against the keys and values of a layer.
+constexpr int64_t kAttentionSpan = 128;  // positions that are looked at together
+
+// Queries against the keys and values of a layer.
 struct Attention {
   const float* queries;   // [heads][head_dim], rotated
   const void *keys, *values;  // [kv_heads][capacity][row_bytes]
@@ -48,8 +50,11 @@ struct Attention {
   int64_t heads, kv_heads, head_dim;
   Float type;
   float scale, softcap;
-  float* scores;          // [heads][capacity]
+  float* parts;           // [heads][spans][head_dim + 2]: sums of values, the greatest score, the sum of chances
   void* out;              // [heads][head_dim], of `type`
+
+  int64_t spans() const { return (last - first + kAttentionSpan - 1) / kAttentionSpan; }
+  int64_t part() const { return head_dim + 2; }
 };
 
 // hidden: float32 [hidden], in place: the token's embedding becomes the last layer's output, after the final norm.

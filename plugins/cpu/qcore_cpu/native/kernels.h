@@ -103,10 +103,11 @@ struct Kernels {
   void (*multiply)(const Job& job, int64_t first_panel, int64_t last_panel);
   // A row of the weight as float32 [columns].
   void (*look_up)(const Header& weight, int64_t row, float* out);
-  // Of a decoder's step: around.h.
+  // Of a decoder's step: around.h, attention.h.
   void (*normalize)(const float* x, const float* weight, int64_t count, float epsilon, Float type, void* out);
   void (*activate)(const float* gate, const float* up, int64_t count, int64_t activation, Float type, void* out);
-  void (*attend)(const Attention& attention, int64_t first_head, int64_t last_head);
+  void (*attend)(const Attention& attention, int64_t first_part, int64_t last_part);
+  void (*join)(const Attention& attention, int64_t first_head, int64_t last_head);
   void (*narrow)(const float* from, Float type, int64_t count, void* to);
   void (*keep)(const float* from, const KvSide& side, Kept kept, int64_t head, int64_t count, void* row);
   void (*widen)(const void* from, Float type, int64_t count, float* to);
