@@ -131,6 +131,17 @@ inline void put_tiles(const void* row, int64_t bytes, int64_t m, int64_t steps, 
   }
 }
 
+// values[k] / 2^place_of
+inline void put_in_place(float* values, int64_t padded, int bits) {
+  alignas(64) float factors[kChunk];
+  for (int k = 0; k < kChunk; k++) factors[k] = 1.0f / static_cast<float>(1u << place_of(bits, k));
+  const F16 low = load_f(factors), high = load_f(factors + 16);
+  for (int64_t k = 0; k < padded; k += kChunk) {
+    store_f(values + k, mul(load_f(values + k), low));
+    store_f(values + k + 16, mul(load_f(values + k + 16), high));
+  }
+}
+
 inline void prepare(const Job& job, int64_t first, int64_t last) {
   const Header& h = *job.weight;
   const Batch& batch = job.batch;
@@ -153,6 +164,7 @@ inline void prepare(const Job& job, int64_t first, int64_t last) {
         sums[s] = sum_of(lanes);
       });
       if (batch.numbers == Numbers::kFloats) {
+        if (batch.way == Way::kRow && in_place(h.code)) put_in_place(values.data(), padded, bits_of(h.code));
         put(values.data(), 4 * padded, m, batch.values);
       } else {
         narrow.resize(padded);

@@ -95,9 +95,15 @@ struct Floats {
   Table16 table;
 };
 
+// The power of two that a column's code stands at in its word, as each_column finds it.
+constexpr int place_of(int bits, int column) {
+  const int width = one_plane(bits) ? bits : 8, shift = 8 * (column % 4) + (one_plane(bits) ? bits * (column / 4 % (8 / bits)) : 0);
+  return shift + width == 32 ? 0 : shift;
+}
+
 // Calls f(value, column) for the columns first .. first + columns - 1 of a chunk, a half (16) or the whole of it. Integers come
-// as they are stored, Header::zero not yet subtracted.
-template <Code code, int first, int columns, class F>
+// as they are stored, Header::zero not yet subtracted; placed: times 2^place_of.
+template <Code code, int first, int columns, bool placed, class F>
 QCORE_INLINE void each_column(const uint8_t* chunk, const Floats<code>& floats, F&& f) {
   constexpr int bits = bits_of(code);
   if constexpr (one_plane(bits)) {
@@ -111,8 +117,11 @@ QCORE_INLINE void each_column(const uint8_t* chunk, const Floats<code>& floats, 
         if constexpr (code == Code::kInt8) {
           f(to_float(sra(shift < 24 ? sll(word, 24 - shift) : word, 24)), std::integral_constant<int, column>{});
         } else {
-          const I16 lanes = shift ? srl(word, shift) : word;
-          if constexpr (is_integer(code))
+          constexpr bool stays = placed && shift + bits < 32;
+          const I16 lanes = shift && !stays ? srl(word, shift) : word;
+          if constexpr (stays)
+            f(to_float(word & all_i(((1 << bits) - 1) << shift)), std::integral_constant<int, column>{});
+          else if constexpr (is_integer(code))
             f(to_float(shift + bits < 32 ? lanes & all_i((1 << bits) - 1) : lanes), std::integral_constant<int, column>{});
           else
             f(floats(lanes), std::integral_constant<int, column>{});
@@ -124,9 +133,12 @@ QCORE_INLINE void each_column(const uint8_t* chunk, const Floats<code>& floats, 
       constexpr int t = first / 4 + place;
       const I16 bytes = quad<bits, t>(chunk);
       unroll<4>([&](auto byte) QCORE_INSIDE {
-        const I16 lanes = byte ? srl(bytes, 8 * byte) : bytes;
+        constexpr bool stays = placed && byte < 3;
+        const I16 lanes = byte && !stays ? srl(bytes, 8 * byte) : bytes;
         constexpr int column = 4 * t + byte;
-        if constexpr (is_integer(code))
+        if constexpr (stays)
+          f(to_float(bytes & all_i(0xff << 8 * byte)), std::integral_constant<int, column>{});
+        else if constexpr (is_integer(code))
           f(to_float(byte < 3 ? lanes & all_i(0xff) : lanes), std::integral_constant<int, column>{});
         else
           f(floats(lanes), std::integral_constant<int, column>{});

@@ -12,7 +12,7 @@ struct FloatProducts {
   explicit FloatProducts(const float* table) : floats(table) {}
   template <int first, int columns>
   QCORE_INLINE void add_chunk(const uint8_t* chunk, const float* x) {
-    each_column<code, first, columns>(chunk, floats, [&](F16 value, auto column) QCORE_INSIDE {
+    each_column<code, first, columns, in_place(code)>(chunk, floats, [&](F16 value, auto column) QCORE_INSIDE {
       F16& to = sums.part[column % PartSums::count];
       to = fma(value, all_f(x[column]), to);
     });

@@ -11,36 +11,55 @@ QCORE_INLINE __m256 eight_floats(__m128i codes) { return _mm256_cvtepi32_ps(_mm2
 // Row m of a batch by a row of the weight. Sums of whole numbers are exact until they are scaled.
 template <bool integers, class Block>
 float multiply_grid_row(Block type, const Header& h, const Batch& batch, int64_t m, int64_t row) {
-  constexpr int groups = 32 / Block::group;
+  constexpr int groups = 256 / Block::group;
   const uint64_t* const tuples = tuples_of(h);
-  const uint8_t* block = grid_row_at(h, row);
-  const int64_t bytes = grid_block_bytes(h.code), runs = h.columns / 32;
+  const uint8_t* const block = grid_row_at(h, row);
+  const int64_t bytes = grid_block_bytes(h.code), blocks = h.columns / 256;
   const int8_t* x = batch.codes + m * h.padded;
   const float *wide = batch.values + m * h.padded, *scales = batch.scales + m * batch.sections;
-  const __m256i ones = _mm256_set1_epi16(1);
-  __m256 total = _mm256_setzero_ps();
-  for (int64_t run = 0; run < runs; run++) {
-    const __m256i codes = type.codes(block, tuples, static_cast<int>(run % 8));
-    float low = type.scale(block, static_cast<int>(run % 8), 0), high = low;
-    if constexpr (groups == 2) high = type.scale(block, static_cast<int>(run % 8), 1);
-    if constexpr (integers) {
-      low *= scales[groups * run], high *= scales[groups * run + groups - 1];
-      const __m256i given = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * run));
-      const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(given, codes));
-      const __m256 scale = _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low));
-      total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(products, ones)), scale, total);
-    } else {
-      const __m128i first = _mm256_castsi256_si128(codes), second = _mm256_extracti128_si256(codes, 1);
-      const float* const given = wide + 32 * run;
-      __m256 sum = _mm256_mul_ps(eight_floats(first), _mm256_loadu_ps(given));
-      sum = _mm256_fmadd_ps(eight_floats(_mm_srli_si128(first, 8)), _mm256_loadu_ps(given + 8), sum);
-      total = _mm256_fmadd_ps(sum, _mm256_set1_ps(low), total);
-      sum = _mm256_mul_ps(eight_floats(second), _mm256_loadu_ps(given + 16));
-      sum = _mm256_fmadd_ps(eight_floats(_mm_srli_si128(second, 8)), _mm256_loadu_ps(given + 24), sum);
-      total = _mm256_fmadd_ps(sum, _mm256_set1_ps(high), total);
+  const int32_t* totals = batch.totals + m * batch.sections;
+  const __m256i ones = _mm256_set1_epi16(1), halves = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  __m256 total = _mm256_setzero_ps(), biased = _mm256_setzero_ps();
+  OpenedBlock both[2];
+  auto open = [&](int64_t i) {
+    OpenedBlock& opened = both[i % 2];
+    type.open(block + i * bytes, opened);
+    if constexpr (integers)
+      for (int k = 0; k < groups; k += 8) {
+        const __m256 scale = _mm256_mul_ps(_mm256_load_ps(opened.scales + k), _mm256_loadu_ps(scales + groups * i + k));
+        _mm256_store_ps(opened.scales + k, scale);
+        if constexpr (Block::bias) {
+          const __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(totals + groups * i + k));
+          biased = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scale, biased);
+        }
+      }
+  };
+  open(0);
+  for (int64_t i = 0; i < blocks; i++) {
+    if (i + 1 < blocks) open(i + 1);  // its loads wait for its stores; meanwhile the block before it is multiplied
+    const OpenedBlock& opened = both[i % 2];
+    for (int run = 0; run < 8; run++) {
+      __m256 scale;
+      if constexpr (groups == 8) scale = _mm256_broadcast_ss(opened.scales + run);
+      else scale = _mm256_permutevar8x32_ps(_mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(opened.scales + 2 * run))), halves);
+      if constexpr (integers) {
+        const __m256i given = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 256 * i + 32 * run)), magnitudes = magnitudes_of(type, opened, tuples, run);
+        const __m256i products = _mm256_maddubs_epi16(magnitudes, Block::bias ? given : _mm256_sign_epi8(given, signs_of(opened, run)));
+        total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(products, ones)), scale, total);
+      } else {
+        const __m256i codes = codes_of(type, opened, tuples, run);
+        const __m128i first = _mm256_castsi256_si128(codes), second = _mm256_extracti128_si256(codes, 1);
+        const float* const given = wide + 256 * i + 32 * run;
+        __m256 sum = _mm256_mul_ps(eight_floats(first), _mm256_loadu_ps(given));
+        sum = _mm256_fmadd_ps(eight_floats(_mm_srli_si128(first, 8)), _mm256_loadu_ps(given + 8), sum);
+        total = _mm256_fmadd_ps(sum, _mm256_broadcastss_ps(_mm256_castps256_ps128(scale)), total);
+        sum = _mm256_mul_ps(eight_floats(second), _mm256_loadu_ps(given + 16));
+        sum = _mm256_fmadd_ps(eight_floats(_mm_srli_si128(second, 8)), _mm256_loadu_ps(given + 24), sum);
+        total = _mm256_fmadd_ps(sum, _mm256_broadcastss_ps(_mm256_extractf128_ps(scale, 1)), total);
+      }
     }
-    if (run % 8 == 7) block += bytes;
   }
+  if constexpr (integers && Block::bias != 0) total = _mm256_fmadd_ps(biased, _mm256_set1_ps(-Block::bias), total);
   return sum_of(total);
 }
 

@@ -15,85 +15,154 @@ QCORE_INLINE T read(const uint8_t* p) {
 
 QCORE_INLINE float half_at(const uint8_t* p) { return _cvtsh_ss(read<uint16_t>(p)); }
 
-// Of seven signs: a byte of ones where there is a minus. The eighth makes the number of minus signs even.
-struct Signs {
-  uint64_t minus[128];
-  constexpr Signs() : minus() {
-    for (uint32_t signs = 0; signs < 128; signs++) {
-      const uint32_t all = signs | static_cast<uint32_t>(__builtin_parity(signs)) << 7;
-      for (int i = 0; i < 8; i++)
-        if (all >> i & 1) minus[signs] |= 0xffull << 8 * i;
-    }
-  }
+// A block of 256 codes, taken apart: 32 places in the table of tuples, what becomes of the tuples, and the scale of each group.
+struct OpenedBlock {
+  alignas(32) uint16_t places[32];
+  alignas(32) uint8_t changes[32];  // a bit for each minus sign, or what is added to a tuple
+  alignas(32) float scales[16];
 };
-inline constexpr Signs kSigns;
 
-// Four words from a table of eight codes each, places[i] naming the i-th.
-template <class F>
-QCORE_INLINE __m256i four_of(const uint64_t* table, F&& place) {
-  return _mm256_set_epi64x(static_cast<int64_t>(table[place(3)]), static_cast<int64_t>(table[place(2)]), static_cast<int64_t>(table[place(1)]),
-                           static_cast<int64_t>(table[place(0)]));
+QCORE_INLINE void store_places(OpenedBlock& to, __m256i low, __m256i high) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to.places), low);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to.places + 16), high);
 }
 
-QCORE_INLINE __m256i with_signs(__m256i codes, __m256i minus) { return _mm256_sub_epi8(_mm256_xor_si256(codes, minus), minus); }
+// Seven signs in each byte; the eighth makes the number of minus signs even.
+QCORE_INLINE void store_signs(OpenedBlock& to, __m256i seven) {
+  const __m256i odd = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -128, -128, 0, -128, 0, 0, -128, -128, 0, 0, -128, 0, -128, -128, 0));
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_shuffle_epi8(odd, _mm256_and_si256(seven, nibble));
+  const __m256i high = _mm256_shuffle_epi8(odd, _mm256_and_si256(_mm256_srli_epi16(seven, 4), nibble));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to.changes), _mm256_or_si256(seven, _mm256_xor_si256(low, high)));
+}
 
-// A type's blocks of 256 codes: 32 of them as int8, and the scale of each `group` of these.
+// (2 codes + 1) / 8 * d, from place `at` on.
+QCORE_INLINE void store_scales(OpenedBlock& to, int at, __m256i codes, float d) {
+  const __m256 odd = _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(codes, codes), _mm256_set1_epi32(1)));
+  _mm256_store_ps(to.scales + at, _mm256_mul_ps(odd, _mm256_set1_ps(d * 0.125f)));
+}
+
+QCORE_INLINE __m256i load_256(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+QCORE_INLINE __m128i load_128(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+QCORE_INLINE __m128i load_64(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+
+// group: codes under one scale. bias: what tuples have become too large by, so that none is negative; 0 where they have signs instead.
+// Of the two halves of a table with a bias, the second is the first less 2: only the first is read, which the cache holds.
 template <Code code>
 struct GridBlock;
 
 template <>
 struct GridBlock<Code::kIQ2XXS> {
   static constexpr int64_t group = 32;
-  QCORE_INLINE static __m256i codes(const uint8_t* block, const uint64_t* tuples, int run) {
-    const uint8_t* const indices = block + 2 + 8 * run;
-    const uint32_t word = read<uint32_t>(indices + 4);
-    return with_signs(four_of(tuples, [&](int i) { return indices[i]; }), four_of(kSigns.minus, [&](int i) { return word >> 7 * i & 127; }));
-  }
-  QCORE_INLINE static float scale(const uint8_t* block, int run, int) {
-    return half_at(block) * 0.125f * static_cast<float>(2 * (read<uint32_t>(block + 6 + 8 * run) >> 28) + 1);
+  static constexpr int bias = 0;
+  QCORE_INLINE static void open(const uint8_t* block, OpenedBlock& to) {  // of 8 bytes, four are places, then come signs and a scale
+    const __m256 low = _mm256_castsi256_ps(load_256(block + 2)), high = _mm256_castsi256_ps(load_256(block + 34));
+    const __m256i places = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(low, high, 0x88)), 0xd8);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(low, high, 0xdd)), 0xd8);
+    store_places(to, _mm256_cvtepu8_epi16(_mm256_castsi256_si128(places)), _mm256_cvtepu8_epi16(_mm256_extracti128_si256(places, 1)));
+    auto byte = [&](int i) { return _mm256_and_si256(_mm256_slli_epi32(words, i), _mm256_set1_epi32(127 << 8 * i)); };
+    store_signs(to, _mm256_or_si256(_mm256_or_si256(byte(0), byte(1)), _mm256_or_si256(byte(2), byte(3))));
+    store_scales(to, 0, _mm256_srli_epi32(words, 28), half_at(block));
   }
 };
 
 template <>
 struct GridBlock<Code::kIQ2XS> {
   static constexpr int64_t group = 16;
-  QCORE_INLINE static __m256i codes(const uint8_t* block, const uint64_t* tuples, int run) {
-    auto word = [&](int i) { return read<uint16_t>(block + 2 + 8 * run + 2 * i); };
-    return with_signs(four_of(tuples, [&](int i) { return word(i) & 511; }), four_of(kSigns.minus, [&](int i) { return word(i) >> 9; }));
-  }
-  QCORE_INLINE static float scale(const uint8_t* block, int run, int half) {
-    return half_at(block) * 0.125f * static_cast<float>(2 * (block[66 + run] >> 4 * half & 15) + 1);
+  static constexpr int bias = 0;
+  QCORE_INLINE static void open(const uint8_t* block, OpenedBlock& to) {  // words of 9 bits of a place and seven signs
+    const __m256i low = load_256(block + 2), high = load_256(block + 34), place = _mm256_set1_epi16(511);
+    store_places(to, _mm256_and_si256(low, place), _mm256_and_si256(high, place));
+    const __m256i signs = _mm256_packus_epi16(_mm256_srli_epi16(low, 9), _mm256_srli_epi16(high, 9));
+    store_signs(to, _mm256_permute4x64_epi64(signs, 0xd8));
+    const __m128i bytes = load_64(block + 66), nibble = _mm_set1_epi8(15);
+    const __m128i scales = _mm_unpacklo_epi8(_mm_and_si128(bytes, nibble), _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble));
+    store_scales(to, 0, _mm256_cvtepu8_epi32(scales), half_at(block));
+    store_scales(to, 8, _mm256_cvtepu8_epi32(_mm_srli_si128(scales, 8)), half_at(block));
   }
 };
 
 template <>
 struct GridBlock<Code::kIQ1S> {
   static constexpr int64_t group = 32;
-  QCORE_INLINE static __m256i codes(const uint8_t* block, const uint64_t* tuples, int run) {
-    const uint32_t word = read<uint16_t>(block + 34 + 2 * run), shift = word >> 15 << 11;
-    return four_of(tuples, [&](int i) { return shift | (word >> 3 * i & 7) << 8 | block[2 + 4 * run + i]; });
-  }
-  QCORE_INLINE static float scale(const uint8_t* block, int run, int) {
-    return half_at(block) * 0.125f * static_cast<float>(2 * (read<uint16_t>(block + 34 + 2 * run) >> 12 & 7) + 1);
+  static constexpr int bias = 9;
+  QCORE_INLINE static void open(const uint8_t* block, OpenedBlock& to) {
+    const __m128i words = load_128(block + 34);  // one for 32 codes: three bits on top of each of four places, a scale, and the half of the table
+    auto places = [&](int at, __m128i order) {
+      const __m256i each = _mm256_set_m128i(_mm_shuffle_epi8(words, _mm_add_epi8(order, _mm_set1_epi8(4))), _mm_shuffle_epi8(words, order));
+      const __m256i top = _mm256_mullo_epi16(each, _mm256_set1_epi64x(1ll << 13 | 1ll << 26 | 1ll << 39 | 1ll << 52));
+      return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(top, 5), _mm256_set1_epi16(0x700)), _mm256_cvtepu8_epi16(load_128(block + 2 + at)));
+    };
+    const __m128i first = _mm_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3);
+    store_places(to, places(0, first), places(16, _mm_add_epi8(first, _mm_set1_epi8(8))));
+    const __m128i halves = _mm_and_si128(_mm_srai_epi16(words, 15), _mm_set1_epi8(2)), less = _mm_sub_epi8(_mm_set1_epi8(bias), halves);
+    _mm_store_si128(reinterpret_cast<__m128i*>(to.changes), _mm_unpacklo_epi16(less, less));
+    _mm_store_si128(reinterpret_cast<__m128i*>(to.changes + 16), _mm_unpackhi_epi16(less, less));
+    store_scales(to, 0, _mm256_and_si256(_mm256_srli_epi32(_mm256_cvtepu16_epi32(words), 12), _mm256_set1_epi32(7)), half_at(block));
   }
 };
 
 template <>
 struct GridBlock<Code::kIQ1M> {
   static constexpr int64_t group = 16;
-  QCORE_INLINE static __m256i codes(const uint8_t* block, const uint64_t* tuples, int run) {
-    return four_of(tuples, [&](int i) {
-      const uint32_t high = block[32 + 2 * run + i / 2] >> 4 * (i % 2) & 15;
-      return (high & 8) << 8 | (high & 7) << 8 | block[4 * run + i];
-    });
-  }
-  QCORE_INLINE static float scale(const uint8_t* block, int run, int half) {
-    uint32_t bits = 0;  // of the float16: a hex digit of it on top of each of four words
-    for (int i = 0; i < 4; i++) bits |= static_cast<uint32_t>(read<uint16_t>(block + 48 + 2 * i)) >> 12 << 4 * i;
-    const uint32_t word = read<uint16_t>(block + 48 + run / 2 * 2);
-    return _cvtsh_ss(static_cast<uint16_t>(bits)) * 0.125f * static_cast<float>(2 * (word >> 3 * (2 * run % 4 + half) & 7) + 1);
+  static constexpr int bias = 9;
+  QCORE_INLINE static void open(const uint8_t* block, OpenedBlock& to) {
+    const __m128i bytes = load_128(block + 32), nibble = _mm_set1_epi8(15);  // of each place three bits on top, and the half of the table
+    const __m128i even = _mm_and_si128(bytes, nibble), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
+    const __m128i low = _mm_unpacklo_epi8(even, odd), high = _mm_unpackhi_epi8(even, odd);
+    auto places = [&](__m128i top, int at) {
+      const __m256i bits = _mm256_cvtepu8_epi16(_mm_and_si128(top, _mm_set1_epi8(7)));
+      return _mm256_or_si256(_mm256_slli_epi16(bits, 8), _mm256_cvtepu8_epi16(load_128(block + at)));
+    };
+    store_places(to, places(low, 0), places(high, 16));
+    auto change = [](__m128i top) { return _mm_sub_epi8(_mm_set1_epi8(bias), _mm_and_si128(_mm_srli_epi16(top, 2), _mm_set1_epi8(2))); };
+    _mm_store_si128(reinterpret_cast<__m128i*>(to.changes), change(low));
+    _mm_store_si128(reinterpret_cast<__m128i*>(to.changes + 16), change(high));
+    // Four words of four scales of three bits; on top of them stand the float16's hex digits, which a product brings together.
+    const uint64_t digits = read<uint64_t>(block + 48) >> 12 & 0x000f000f000f000f;
+    const float d = _cvtsh_ss(static_cast<uint16_t>(digits * (1ull << 48 | 1ull << 36 | 1ull << 24 | 1ull << 12) >> 48));
+    auto scales = [&](__m128i order) {
+      const __m256i each = _mm256_cvtepu16_epi32(_mm_shuffle_epi8(load_64(block + 48), order));
+      return _mm256_and_si256(_mm256_srlv_epi32(each, _mm256_setr_epi32(0, 3, 6, 9, 0, 3, 6, 9)), _mm256_set1_epi32(7));
+    };
+    const __m128i first = _mm_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3);
+    store_scales(to, 0, scales(first), d);
+    store_scales(to, 8, scales(_mm_add_epi8(first, _mm_set1_epi8(4))), d);
   }
 };
+
+// Four tuples, of 32 codes.
+QCORE_INLINE __m256i tuples_at(const uint64_t* tuples, const uint16_t* places) {
+  return _mm256_set_epi64x(static_cast<int64_t>(tuples[places[3]]), static_cast<int64_t>(tuples[places[2]]), static_cast<int64_t>(tuples[places[1]]),
+                           static_cast<int64_t>(tuples[places[0]]));
+}
+
+// Each of four bytes eight times.
+QCORE_INLINE __m256i eight_each(const uint8_t* four) {
+  const __m256i order = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  return _mm256_shuffle_epi8(_mm256_set1_epi32(read<int32_t>(four)), order);
+}
+
+// 32 codes without their signs, or larger than they are by `bias`.
+template <class Block>
+QCORE_INLINE __m256i magnitudes_of(Block, const OpenedBlock& block, const uint64_t* tuples, int run) {
+  const __m256i entries = tuples_at(tuples, block.places + 4 * run);
+  if constexpr (Block::bias) return _mm256_add_epi8(entries, eight_each(block.changes + 4 * run));
+  else return entries;
+}
+
+// 1 or -1 for each of 32 codes.
+QCORE_INLINE __m256i signs_of(const OpenedBlock& block, int run) {
+  const __m256i bits = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  return _mm256_or_si256(_mm256_cmpeq_epi8(_mm256_and_si256(eight_each(block.changes + 4 * run), bits), bits), _mm256_set1_epi8(1));
+}
+
+template <class Block>
+QCORE_INLINE __m256i codes_of(Block type, const OpenedBlock& block, const uint64_t* tuples, int run) {
+  const __m256i magnitudes = magnitudes_of(type, block, tuples, run);
+  if constexpr (Block::bias) return _mm256_sub_epi8(magnitudes, _mm256_set1_epi8(Block::bias));
+  else return _mm256_sign_epi8(magnitudes, signs_of(block, run));
+}
 
 // Calls f with the GridBlock of a code.
 template <class F>
@@ -120,15 +189,18 @@ inline void spread_grid(const Header& h, int64_t panel, uint8_t* codes, float* s
   }
   const uint64_t* const tuples = tuples_of(h);
   with_grid(h.code, [&](auto type) {
-    constexpr int groups = 32 / type.group;
+    constexpr int groups = 256 / type.group;
     for (int64_t row = 0; row < rows; row++) {
       const uint8_t* block = grid_row_at(h, first + row);
-      for (int64_t run = 0; run < h.columns / 32; run++) {
-        alignas(32) uint32_t quads[8];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(quads), type.codes(block, tuples, run % 8));
-        for (int t = 0; t < 8; t++) std::memcpy(codes + 64 * (8 * run + t) + 4 * row, quads + t, 4);
-        for (int half = 0; half < groups; half++) scales[16 * (groups * run + half) + row] = type.scale(block, run % 8, half);
-        if (run % 8 == 7) block += bytes;
+      for (int64_t i = 0; i < h.columns / 256; i++, block += bytes) {
+        OpenedBlock opened;
+        type.open(block, opened);
+        for (int run = 0; run < 8; run++) {
+          alignas(32) uint32_t quads[8];
+          _mm256_store_si256(reinterpret_cast<__m256i*>(quads), codes_of(type, opened, tuples, run));
+          for (int t = 0; t < 8; t++) std::memcpy(codes + 64 * (64 * i + 8 * run + t) + 4 * row, quads + t, 4);
+        }
+        for (int k = 0; k < groups; k++) scales[16 * (groups * i + k) + row] = opened.scales[k];
       }
     }
   });

@@ -1,0 +1,126 @@
+// What a decoder's step is made of besides single products.
+#include <algorithm>
+
+#include "cases.h"
+#include "decoder.h"
+#include "weights.h"
+
+namespace qcore {
+namespace {
+
+// The number that a byte stands for, before its scale.
+double kept_value(Kept kept, uint8_t byte, double zero) {
+  return kept == Kept::kInt8 ? static_cast<int8_t>(byte) - zero : kept == Kept::kE4M3 ? small_float(byte, 4, 3, 7) : small_float(byte, 5, 2, 15);
+}
+
+// Keys or values as they are kept, and the numbers that they stand for.
+struct Side {
+  std::vector<uint8_t> rows;
+  std::vector<double> numbers;
+  std::vector<float> scale, zero;
+  KvSide side{};
+  double off = 0;  // from what was given, at most, in steps of what keeps them
+};
+
+Side make_side(const Kernels& kernels, const Attention& a, bool stored) {
+  Side made;
+  made.rows.resize(a.kv_heads * a.capacity * a.row_bytes), made.numbers.resize(a.kv_heads * a.capacity * a.head_dim);
+  for (int64_t head = 0; head < a.kv_heads; head++) made.scale.push_back(0.01f + 0.01f * uniform()), made.zero.push_back(static_cast<float>(below(9)) - 4);
+  if (stored) made.side.scale = made.scale.data();
+  if (stored && a.kept == Kept::kInt8) made.side.zero = made.zero.data();
+  std::vector<float> given(a.head_dim);
+  for (int64_t head = 0; head < a.kv_heads; head++)
+    for (int64_t t = 0; t < a.last; t++) {
+      uint8_t* const row = made.rows.data() + (head * a.capacity + t) * a.row_bytes;
+      double* const numbers = made.numbers.data() + (head * a.capacity + t) * a.head_dim;
+      for (float& value : given) value = uniform() * 2 - 1;
+      if (a.kept == Kept::kPlain) {
+        for (int64_t i = 0; i < a.head_dim; i++) numbers[i] = write_float(row, a.type, i, given[i]);
+        continue;
+      }
+      kernels.keep(given.data(), made.side, a.kept, head, a.head_dim, row);
+      float scale = made.scale[head];
+      if (!stored) std::memcpy(&scale, row + a.head_dim, 4);
+      for (int64_t i = 0; i < a.head_dim; i++) {
+        numbers[i] = kept_value(a.kept, row[i], made.side.zero ? made.zero[head] : 0) * scale;
+        // Half a step: of a whole number, or of a float's last bit, which is a subnormal one's at least.
+        const double exponent = std::floor(std::log2(std::max(std::fabs(static_cast<double>(given[i])) / scale, 1e-30)));
+        const double step = a.kept == Kept::kInt8 ? 1 : a.kept == Kept::kE4M3 ? std::ldexp(1, std::max<int>(exponent, -6) - 3) : std::ldexp(1, std::max<int>(exponent, -14) - 2);
+        made.off = std::max(made.off, std::fabs(numbers[i] - given[i]) / (step * scale));
+      }
+    }
+  return made;
+}
+
+}  // namespace
+
+void attention_cases(const Kernels& kernels, Tally& tally) {
+  for (int turn = 0; turn < 40; turn++) {
+    Attention a{};
+    a.kept = static_cast<Kept>(below(4)), a.type = static_cast<Float>(below(3));
+    const bool stored = below(2);
+    a.kv_heads = 1 + below(3), a.heads = a.kv_heads * (1 + below(9)), a.head_dim = 16 * (1 + below(6));
+    a.last = 1 + below(300), a.first = below(2) ? below(a.last) : 0, a.capacity = a.last + below(5);
+    a.row_bytes = a.kept == Kept::kPlain ? a.head_dim * width_of(a.type) : a.head_dim + (stored ? 0 : 4);
+    a.scale = 1.0f / std::sqrt(static_cast<float>(a.head_dim)), a.softcap = below(3) ? 0.0f : 2.0f;
+    const Side keys = make_side(kernels, a, stored), values = make_side(kernels, a, stored);
+    a.keys = keys.rows.data(), a.values = values.rows.data(), a.key_side = keys.side, a.value_side = values.side;
+    std::vector<float> queries(a.heads * a.head_dim);
+    for (float& value : queries) value = (uniform() * 2 - 1) * 3;
+    a.queries = queries.data();
+    std::vector<float> parts(a.heads * a.spans() * a.part());
+    std::vector<uint8_t> out(a.heads * a.head_dim * width_of(a.type));
+    a.parts = parts.data(), a.out = out.data();
+    kernels.attend(a, 0, a.kv_heads * a.spans());
+    kernels.join(a, 0, a.heads);
+    Errors errors;
+    for (int64_t head = 0; head < a.heads; head++) {
+      const int64_t rows = head / (a.heads / a.kv_heads) * a.capacity;
+      std::vector<double> sums(a.head_dim);
+      double total = 0;
+      for (int64_t t = a.first; t < a.last; t++) {
+        double score = 0;
+        for (int64_t i = 0; i < a.head_dim; i++) score += queries[head * a.head_dim + i] * keys.numbers[(rows + t) * a.head_dim + i];
+        score *= a.scale;
+        if (a.softcap != 0) score = std::tanh(score / a.softcap) * a.softcap;
+        total += std::exp(score);
+        for (int64_t i = 0; i < a.head_dim; i++) sums[i] += std::exp(score) * values.numbers[(rows + t) * a.head_dim + i];
+      }
+      for (int64_t i = 0; i < a.head_dim; i++) errors.add(read_float(out.data(), a.type, head * a.head_dim + i), sums[i] / total);
+    }
+    const double error = errors.greatest(), off = std::max(keys.off, values.off);
+    const bool near = stored ? true : off <= 0.5001;  // a scale that is given may be too small
+    if (!tally.count(a.type, near ? error : 1))
+      std::printf("%s: attention of %d heads in %d, of %d, positions %d to %d, kept %d, type %d, %s: error %.3g, kept rows off by %.3g steps\n", kernels.name, (int)a.heads,
+                  (int)a.kv_heads, (int)a.head_dim, (int)a.first, (int)a.last, (int)a.kept, (int)a.type, stored ? "stored scales" : "a scale a row", error, off);
+  }
+}
+
+void product_cases(const Kernels& kernels, Tally& tally) {
+  for (int turn = 0; turn < 40; turn++) {
+    const int64_t columns = 256 * (1 + below(3));
+    const Float type = static_cast<Float>(below(3));
+    const Input input = static_cast<Input>(below(2));
+    std::vector<Weight> weights;
+    for (int i = 0; i < 3; i++) {
+      const Code codes[] = {Code::kInt4, Code::kInt4, Code::kInt8, Code::kTable4};
+      const Case c{codes[below(4)], 1 + below(40), columns, below(2) ? 32 : 64, Scale::kF16, Offset::kNone, input, type, below(6) == 0};
+      weights.push_back(below(4) ? make(c) : grid_weight(c.rows, columns, input));
+    }
+    const auto x = std::make_unique<uint8_t[]>(columns * width_of(type));
+    for (int64_t k = 0; k < columns; k++) write_float(x.get(), type, k, uniform() + 0.25f);
+    std::vector<std::vector<uint8_t>> together, alone;
+    std::vector<Product> products;
+    for (const Weight& w : weights) {
+      together.emplace_back(w.header().rows * width_of(type)), alone.emplace_back(w.header().rows * width_of(type));
+      products.push_back({&w.header(), together.back().data()});
+      linear(kernels, w.header(), x.get(), 1, columns, type, alone.back().data());
+    }
+    linears(kernels, products.data(), 3, x.get(), type);
+    if (!tally.count(type, together == alone ? 0 : 1))
+      std::printf("%s: products of %d columns, codes %d %d %d, input %d, type %d: not the same as alone\n", kernels.name, (int)columns, (int)weights[0].header().code,
+                  (int)weights[1].header().code, (int)weights[2].header().code, (int)input, (int)type);
+  }
+}
+
+}  // namespace qcore
