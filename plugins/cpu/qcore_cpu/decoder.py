@@ -15,8 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qcore.elements import Float
+from qcore.model.experts import QuantizedExperts
 from qcore.model.linear import QuantizedLinear
-from qcore.refusal import Refusal, Refused
+from qcore_cpu.decoder_modules import (
+    activation_of,
+    epsilon_of,
+    is_plainly_gated,
+    only_row_of,
+    rope_kind_of,
+    roundings_of,
+    routing_of,
+    states_of,
+    unknown_part,
+    window_of,
+)
 from qcore_cpu.kernels.native import NativeLinear
 from qcore_cpu.library import register
 from qcore_cpu.packed import Header
@@ -26,10 +38,11 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from qcore.kernels.kv_cache import KvRounding
 
 _NORMS = ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_norm", "output_norm")
+_MLP = ("gate", "up", "down")
 _WEIGHTS = ("query", "key", "value", "out", "gate", "up", "down")
+_MIXTURE = {"gate", "experts", "shared_expert", "shared_expert_gate"}
 _BIASES = ("query_bias", "key_bias", "value_bias", "out_bias")
 _SIDES = tuple(f"{side}_{part}" for side in ("key", "value") for part in ("scale", "zero", "inverse"))
 _KEPT = {"int8": 1, "e4m3fn": 2, "e5m2": 3}
@@ -46,7 +59,18 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (*_NORMS, *_WEIGHTS, *_BIASES, *_SIDES)),
         ("window", ctypes.c_int64),
         ("rope", ctypes.c_int64),
+        ("mixture", ctypes.c_void_p),
     ]
+
+
+class _Mixture(ctypes.Structure):
+    """native/decoder.h's `Mixture`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("experts", "chosen", "normalized")),
+        *((name, ctypes.c_void_p) for name in (
+            "router", "gate", "up", "down", "shared_gate", "shared_up", "shared_down", "shared_router")),
+    ]  # fmt: skip
 
 
 class _Stack(ctypes.Structure):
@@ -57,7 +81,7 @@ class _Stack(ctypes.Structure):
             "size", "layers", "hidden", "heads", "kv_heads", "head_dim", "rope_dim", "activation", "type")),
         *((name, ctypes.c_double) for name in ("norm_epsilon", "scale", "softcap")),
         ("final_norm", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("kept", "row_bytes", "reserved")),
+        *((name, ctypes.c_int64) for name in ("kept", "row_bytes", "joint_norms")),
     ]  # fmt: skip
 
 
@@ -69,30 +93,30 @@ class NativeDecoder:
         self.dtype, self.embed, self.head = model.dtype, model.get_input_embeddings(), model.get_output_embeddings()
         self.softcap = float(getattr(model.config, "final_logit_softcapping", None) or 0.0)
         if self.dtype not in _TYPES or self.head is None:
-            raise _unknown(f"a model in {self.dtype}")
+            raise unknown_part(f"a model in {self.dtype}")
         base = model.model
         self.rotary, layers = base.rotary_emb, list(base.layers)
         self.kept: list[torch.Tensor] = []
         self.weights: list[torch.Tensor] = []
         """Tensors that the plan points into: norms and biases, and packed weights."""
-        self.windows = [_window(layer, model.config) for layer in layers]
-        self.kinds = [_rope_kind(layer) for layer in layers]
+        self.windows = [window_of(layer, model.config) for layer in layers]
+        self.kinds = [rope_kind_of(layer) for layer in layers]
         self.named = "layer_type" in inspect.signature(self.rotary.forward).parameters
         if not self.named:  # one table for all
             self.kinds = [None if kind is None else "" for kind in self.kinds]
         if hasattr(base, "rotary_emb_local"):  # gemma3 of transformers 4
-            raise _unknown("a second rotary embedding")
+            raise unknown_part("a second rotary embedding")
         self.ropes = sorted({kind for kind in self.kinds if kind is not None})
         if getattr(self.rotary, "rope_type", "default") in ("dynamic", "longrope") or (
             isinstance(rope_type := getattr(self.rotary, "rope_type", None), dict)
             and {"dynamic", "longrope"} & set(rope_type.values())
         ):
-            raise _unknown("rotary tables that change with the length")
+            raise unknown_part("rotary tables that change with the length")
         attention = layers[0].self_attn
-        self.heads = attention.q_proj.out_features // attention.head_dim
-        self.kv_heads, self.head_dim = attention.k_proj.out_features // attention.head_dim, attention.head_dim
+        self.head_dim, self.heads = attention.head_dim, attention.o_proj.in_features // attention.head_dim
+        self.kv_heads = self.heads // attention.num_key_value_groups
         self.layers = len(layers)
-        self.roundings = _roundings(model, len(layers))
+        self.roundings = roundings_of(model, len(layers))
         self.kv_kind, self.row = self._rows()
         self.rope = torch.empty(0)
         self.plan = self._plan(model, layers, base.norm)
@@ -102,7 +126,7 @@ class NativeDecoder:
         try:
             return cls(model)
         except AttributeError as error:  # a module without what llama's have
-            raise _unknown(str(error)) from error
+            raise unknown_part(str(error)) from error
 
     def _rows(self) -> tuple[int, int]:
         """How keys and values are kept (native/decoder.h's `Kept`), and elements of a row: of the model's type, or bytes."""
@@ -113,7 +137,7 @@ class NativeDecoder:
             (side.element.format if isinstance(side.element, Float) else "int8", side.scale is None) for side in sides
         }
         if len(kinds) != 1:
-            raise _unknown("a kv cache of several kinds")
+            raise unknown_part("a kv cache of several kinds")
         ((kind, dynamic),) = kinds
         return _KEPT[kind], self.head_dim + 4 * dynamic
 
@@ -121,19 +145,20 @@ class NativeDecoder:
 
     def _plan(self, model: PreTrainedModel, layers: list[Any], final: torch.nn.Module) -> torch.Tensor:
         if self.head_dim % 16 or self.heads % self.kv_heads:
-            raise _unknown(f"heads of {self.head_dim}")
-        activation = type(layers[0].mlp.act_fn).__name__
-        if activation not in _ACTIVATIONS:
-            raise _unknown(f"activation {activation}")
+            raise unknown_part(f"heads of {self.head_dim}")
+        activations = {type(activation_of(layer.mlp)).__name__ for layer in layers}
+        if len(activations) != 1 or not activations <= _ACTIVATIONS.keys():
+            raise unknown_part(f"activation {' and '.join(sorted(activations))}")
+        (activation,) = activations
         scales = {(float(layer.self_attn.scaling), self._softcap(layer)) for layer in layers}
         if len(scales) != 1:
-            raise _unknown("layers with scales of their own")
+            raise unknown_part("layers with scales of their own")
         ((scale, softcap),) = scales
         stack = _Stack(
             layers=len(layers), hidden=model.config.hidden_size, heads=self.heads, kv_heads=self.kv_heads,
             head_dim=self.head_dim, rope_dim=self.tables(1).shape[-1], activation=_ACTIVATIONS[activation], type=_TYPES[self.dtype],
-            norm_epsilon=_epsilon(final), scale=scale, softcap=softcap, final_norm=self._norm(final), kept=self.kv_kind,
-            row_bytes=self.row if self.kv_kind else self.row * self.dtype.itemsize,
+            norm_epsilon=epsilon_of(final), scale=scale, softcap=softcap, final_norm=self._norm(final), kept=self.kv_kind,
+            row_bytes=self.row if self.kv_kind else self.row * self.dtype.itemsize, joint_norms=self._joint_norms(layers),
         )  # fmt: skip
         stack.size = ctypes.sizeof(_Stack) + len(layers) * ctypes.sizeof(_Layer)
         rows = b"".join(bytes(self._layer(number, layer, stack)) for number, layer in enumerate(layers))
@@ -143,16 +168,24 @@ class NativeDecoder:
         kind, window = self.kinds[number], self.windows[number]
         attention, mlp = layer.self_attn, layer.mlp
         around = hasattr(layer, "pre_feedforward_layernorm")  # gemma's: what a block gives is normalized too
-        parts = {
-            "query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj, "out": attention.o_proj,
-            "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj,
-        }  # fmt: skip
+        joined = hasattr(attention, "qkv_proj")  # phi3's: the rows of all three in one weight
+        names = {"query": "qkv_proj"} if joined else {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+        parts = {part: getattr(attention, name) for part, name in (names | {"out": "o_proj"}).items()}
         made = _Layer(rope=-1 if kind is None else self.ropes.index(kind), window=window)
+        if hasattr(mlp, "experts"):
+            made.mixture = self._kept(torch.frombuffer(bytearray(self._mixture(mlp, stack)), dtype=torch.uint8))
+        else:
+            names = (
+                {"gate": "gate_up", "down": "down"} if hasattr(mlp, "gate_up_proj") else {part: part for part in _MLP}
+            )
+            parts |= {part: getattr(mlp, f"{name}_proj") for part, name in names.items()}
         for name, module in parts.items():
             setattr(made, name, self._weight(module))
-        for name in ("query", "key", "value", "out"):
-            if parts[name].bias is not None:
-                setattr(made, f"{name}_bias", self._floats(parts[name].bias))
+        for name, module in parts.items():
+            if module.bias is not None:
+                if f"{name}_bias" not in _BIASES:
+                    raise unknown_part(f"a bias of {name}")
+                setattr(made, f"{name}_bias", self._floats(module.bias))
         norms = {
             "input_norm": layer.input_layernorm,
             "query_norm": getattr(attention, "q_norm", None),
@@ -163,8 +196,8 @@ class NativeDecoder:
         }
         for name, norm in norms.items():
             if norm is not None:
-                if _epsilon(norm) != stack.norm_epsilon:
-                    raise _unknown("norms with epsilons of their own")
+                if epsilon_of(norm) != stack.norm_epsilon:
+                    raise unknown_part("norms with epsilons of their own")
                 setattr(made, name, self._norm(norm))
         for side, rounding in zip(("key", "value"), self.roundings[number] if self.roundings else (), strict=False):
             for part in ("scale", "zero", "inverse"):
@@ -173,20 +206,44 @@ class NativeDecoder:
                     setattr(made, f"{side}_{part}", self._floats(values.flatten().expand(self.kv_heads)))
         return made
 
+    def _mixture(self, mlp: Any, stack: _Stack) -> _Mixture:
+        """Experts and their router, as transformers 5 has them; a router is known by what it answers."""
+        experts, router = mlp.experts, mlp.gate
+        if not isinstance(experts, QuantizedExperts) or not experts.layout.gated or experts.layout.biased:
+            raise unknown_part("experts that are no quantized layers, or have biases or no gates")
+        count = experts.layout.count
+        chosen, normalized = routing_of(router, stack.hidden, self.dtype)
+        made = _Mixture(experts=count, chosen=chosen, normalized=normalized, router=self._floats(router.weight))
+        joined = "gate_up" in experts.parts
+        if (joined and experts.layout.interleaved) or not is_plainly_gated(experts):
+            raise unknown_part("experts with gates of their own kind")
+        for part in ("gate_up", "down") if joined else _MLP:
+            places = [self._weight(expert) for expert in experts.parts[part].children()]
+            setattr(made, part.removesuffix("_up"), self._kept(torch.tensor(places, dtype=torch.int64)))
+        if (shared := getattr(mlp, "shared_expert", None)) is not None:
+            for part in _MLP:
+                setattr(made, f"shared_{part}", self._weight(getattr(shared, f"{part}_proj")))
+            made.shared_router = self._floats(only_row_of(mlp.shared_expert_gate))
+        if unknown := {name for name, _ in mlp.named_children()} - _MIXTURE:
+            raise unknown_part(f"a mixture with {min(unknown)}")
+        return made
+
+    def _kept(self, values: torch.Tensor) -> int:
+        self.kept.append(values)
+        return values.data_ptr()
+
     def _weight(self, module: torch.nn.Module) -> int:
         packed = module.packed if isinstance(module, QuantizedLinear) else None
         if not isinstance(packed, NativeLinear) or packed.given is not None:
-            raise _unknown(f"a linear layer on {getattr(module, 'kernel_name', 'no native kernel')}")
+            raise unknown_part(f"a linear layer on {getattr(module, 'kernel_name', 'no native kernel')}")
         assert isinstance(module, QuantizedLinear)
         if module.input_multiplier is not None or module.computes not in (None, self.dtype):
-            raise _unknown("a linear layer with an input multiplier or a type of its own")
+            raise unknown_part("a linear layer with an input multiplier or a type of its own")
         self.weights.append(packed.packed)
         return packed.packed.data_ptr()
 
     def _floats(self, values: torch.Tensor) -> int:
-        kept = values.detach().to(torch.float32).contiguous().clone()
-        self.kept.append(kept)
-        return kept.data_ptr()
+        return self._kept(values.detach().to(torch.float32).contiguous().clone())
 
     def _norm(self, norm: Any) -> int:
         """The weight that x / rms(x) is multiplied by: the module's, or one more than it (gemma)."""
@@ -194,11 +251,28 @@ class NativeDecoder:
         x = torch.linspace(-2, 3, weight.numel()).to(self.dtype)
         expected = norm(x).float()
         x = x.float()
-        x = x * torch.rsqrt(x.square().mean() + _epsilon(norm))
+        x = x * torch.rsqrt(x.square().mean() + epsilon_of(norm))
         for given in (weight, weight + 1):
             if torch.allclose(x * given, expected, rtol=2e-2 if self.dtype == torch.bfloat16 else 3e-3, atol=1e-3):
                 return self._floats(given)
-        raise _unknown(f"norm {type(norm).__name__}")
+        raise unknown_part(f"norm {type(norm).__name__}")
+
+    def _joint_norms(self, layers: list[Any]) -> bool:
+        """Whether queries are normalized all heads together (olmoe), and so keys; else each head."""
+        found = set()
+        for heads, name in ((self.heads, "q_norm"), (self.kv_heads, "k_norm")):
+            sizes = {
+                layer.self_attn.get_parameter(f"{name}.weight").numel()
+                for layer in layers
+                if hasattr(layer.self_attn, name)
+            }
+            if sizes and heads > 1:
+                found |= {size == heads * self.head_dim for size in sizes}
+            if not sizes <= {self.head_dim, heads * self.head_dim}:
+                raise unknown_part(f"norms of {sorted(sizes)}")
+        if len(found) > 1:
+            raise unknown_part("norms of several kinds")
+        return found == {True}
 
     def _softcap(self, layer: Any) -> float:
         return float(getattr(layer.self_attn, "attn_logit_softcapping", None) or 0.0)
@@ -218,20 +292,20 @@ class NativeDecoder:
         return self.rope
 
     def begin(self, cache: Any, length: int) -> NativeSteps:
-        states = _states(cache, rounded=bool(self.kv_kind))
+        states = states_of(cache, rounded=bool(self.kv_kind))
         if len(states) != self.layers:
-            raise _unknown("a cache of another size")
+            raise unknown_part("a cache of another size")
         steps = NativeSteps(self, max(_FIRST_CAPACITY, 2 * length), length)
         for layer, (window, *pair) in enumerate(states):
             if window not in (0, self.windows[layer]):  # a cache may hold all, and a mask keep the window
-                raise _unknown(f"a cache with a window of {window} tokens for one of {self.windows[layer]}")
+                raise unknown_part(f"a cache with a window of {window} tokens for one of {self.windows[layer]}")
             for which, state in enumerate(pair):
                 if (*state.shape[:2], state.shape[3]) != (
                     1,
                     self.kv_heads,
                     self.row,
                 ) or state.dtype != steps.cache.dtype:
-                    raise _unknown(f"a cache of {list(state.shape)} in {state.dtype}")
+                    raise unknown_part(f"a cache of {list(state.shape)} in {state.dtype}")
                 steps.cache[layer, which, :, length - state.shape[2] : length] = state[
                     0
                 ]  # a window holds the last ones
@@ -278,45 +352,3 @@ class NativeSteps:
         decoder = self.decoder
         dtype = torch.uint8 if decoder.kv_kind else decoder.dtype
         return torch.zeros(decoder.layers, 2, decoder.kv_heads, capacity, decoder.row, dtype=dtype)
-
-
-def _rope_kind(layer: Any) -> str | None:
-    """The rotary table that a layer uses; None where it has no positions (smollm3)."""
-    attention = layer.self_attn
-    if not getattr(attention, "use_rope", True):
-        return None
-    return str(getattr(attention, "layer_type", None) or getattr(layer, "attention_type", None) or "full_attention")
-
-
-def _window(layer: Any, config: Any) -> int:
-    """Tokens that a layer looks back on; 0 where it is all of them. Mistral's layers have it from the config alone."""
-    whole = None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
-    return int(getattr(layer.self_attn, "sliding_window", whole) or 0)
-
-
-def _epsilon(norm: torch.nn.Module) -> float:
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)  # type: ignore[arg-type]
-
-
-def _roundings(model: PreTrainedModel, layers: int) -> list[tuple[KvRounding, KvRounding]]:
-    """How each layer's keys and values are rounded; nothing where they are not."""
-    from qcore.model.kv_cache import kv_roundings_of
-
-    found = kv_roundings_of(model)
-    return [] if found is None else [found.layers.get(number, found.default) for number in range(layers)]
-
-
-def _states(cache: Any, *, rounded: bool) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Window, keys and values of each layer in transformers' plain caches, or in ours."""
-    layers = getattr(cache, "layers", None)
-    known = ("RoundedLayer", "RoundedSlidingLayer") if rounded else ("DynamicLayer", "DynamicSlidingWindowLayer")
-    if layers is None or any(type(layer).__name__ not in known for layer in layers):
-        raise _unknown(f"a cache of {type(cache).__name__}")
-    return [(int(getattr(layer, "sliding_window", 0) or 0), layer.keys, layer.values) for layer in layers]
-
-
-def _unknown(what: str) -> Refused:
-    return Refused(
-        Refusal("unknown-variant", "notimpl", "native_decoder", "it does not know a part of this model", f"found {what}",
-                "The model takes its steps itself, more slowly.")
-    )  # fmt: skip

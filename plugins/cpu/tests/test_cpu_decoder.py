@@ -23,6 +23,7 @@ SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 1024, "pad_token_id": 0,
 }  # fmt: skip
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -30,7 +31,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
     "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": {"sliding_window": 8, "tie_word_embeddings": False},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1]},
+    "qwen3_moe": _EXPERTS | {"norm_topk_prob": True},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
 }
 
 
@@ -164,6 +170,25 @@ def test_what_it_does_not_know_is_refused(tmp_path: Path) -> None:
     other = model_of("llama", tmp_path, kernel="reference_linear")
     with pytest.raises(qcore.Refused, match="reference_linear"):
         NativeDecoder.from_model(other)
+
+
+def test_routers_that_weigh_otherwise_are_refused(tmp_path: Path) -> None:
+    model = model_of("qwen3_moe", tmp_path)
+    router = type(model.model.layers[0].mlp.gate)
+    forward = router.forward
+    try:
+        for other in (
+            lambda self, x: tuple(2 * part if part.is_floating_point() else part for part in forward(self, x)),
+            lambda self, x: forward(self, x)[0],
+        ):
+            router.forward = other
+            with pytest.raises(qcore.Refused, match="router Qwen3MoeTopKRouter"):
+                NativeDecoder.from_model(model)
+    finally:
+        router.forward = forward
+    model.model.layers[2].mlp.experts.formula._apply_gate = lambda x: x[..., ::2] * x[..., 1::2]
+    with pytest.raises(qcore.Refused, match="gates of their own kind"):
+        NativeDecoder.from_model(model)
 
 
 @pytest.mark.parametrize("kv_cache", ["int8", "fp8_e4m3", "fp8_e5m2"])

@@ -79,5 +79,20 @@ inline void activate(const float* gate, const float* up, int64_t count, int64_t 
   });
 }
 
+// out[i] = the product of row i of `count` and x, both of `columns`.
+inline void score(const float* rows, int64_t count, const float* x, int64_t columns, float* out) {
+  for (int64_t row = 0; row < count; row += 4) {
+    const int64_t full = count - row < 4 ? count - row : 4;
+    F16 sums[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
+    each_run(columns, [&](int64_t place, int64_t inside) {
+      const F16 given = load_some(x + place, inside);
+      for (int64_t i = 0; i < 4; i++) sums[i] = fma(given, load_some(rows + (row + (i < full ? i : 0)) * columns + place, inside), sums[i]);
+    });
+    alignas(16) float found[4];
+    sums_of(sums, found);
+    std::memcpy(out + row, found, full * sizeof(float));
+  }
+}
+
 }  // namespace QCORE_ISA
 }  // namespace qcore

@@ -15,13 +15,24 @@ struct KvSide {
   const float *scale, *zero, *inverse;
 };
 
+// Experts in the place of an MLP: a token has `chosen` of them, whose answers are weighed by the softmax of the router's scores.
+struct Mixture {  // every field has 8 bytes
+  int64_t experts, chosen;
+  int64_t normalized;                        // whether the weights of those that are chosen are made to sum to 1
+  const float* router;                       // [experts][hidden]
+  const Header *const *gate, *const *up, *const *down;  // [experts]
+  const Header *shared_gate, *shared_up, *shared_down;  // of an expert that every token has; null: there is none
+  const float* shared_router;                // [hidden]: its weight is the sigmoid of this score; null: 1
+};
+
 struct Layer {  // every field has 8 bytes; pointers are null where a model has no such part
-  const float *input_norm, *query_norm, *key_norm, *attention_norm, *mlp_norm, *output_norm;  // [hidden], or [head_dim]
-  const Header *query, *key, *value, *out, *gate, *up, *down;
+  const float *input_norm, *query_norm, *key_norm, *attention_norm, *mlp_norm, *output_norm;  // [hidden]; of queries and keys [head_dim], or as Stack::joint_norms says
+  const Header *query, *key, *value, *out, *gate, *up, *down;  // no key and value: query holds all three, one below the other; no up: gate holds both
   const float *query_bias, *key_bias, *value_bias, *out_bias;
   KvSide key_side, value_side;
   int64_t window;  // tokens that attention looks back on; 0: all
   int64_t rope;    // which table of positions; -1: none
+  const Mixture* mixture;  // instead of gate, up and down
 };
 
 struct Stack {
@@ -33,9 +44,9 @@ struct Stack {
   const float* final_norm;
   Kept kept;
   int64_t row_bytes;   // of a key or value of one head
-  int64_t reserved[1];
+  int64_t joint_norms;  // whether queries are normalized all heads together, and so keys; else each head
 };
-static_assert(sizeof(Layer) == 25 * 8 && sizeof(Stack) == 16 * 8);
+static_assert(sizeof(Layer) == 26 * 8 && sizeof(Stack) == 16 * 8 && sizeof(Mixture) == 11 * 8);
 
 constexpr int64_t kAttentionSpan = 128;  // positions that are looked at together
 

@@ -113,7 +113,7 @@ const Kernels* QCORE_JOIN(kernels_, QCORE_ISA)() {
   constexpr bool tiles = false;
 #endif
   static const Kernels kernels{QCORE_TEXT(QCORE_ISA), tiles, Dot<8>::pairs, kFloatRun, kIntegerRun, prepare, multiply, look_up,
-                               normalize, activate, attend, join, narrow_values, keep_row, widen_values};
+                               normalize, activate, score, attend, join, narrow_values, keep_row, widen_values};
   return &kernels;
 }
 

@@ -110,6 +110,7 @@ struct Kernels {
   // Of a decoder's step: around.h, attention.h.
   void (*normalize)(const float* x, const float* weight, int64_t count, float epsilon, Float type, void* out);
   void (*activate)(const float* gate, const float* up, int64_t count, int64_t activation, Float type, void* out);
+  void (*score)(const float* rows, int64_t count, const float* x, int64_t columns, float* out);
   void (*attend)(const Attention& attention, int64_t first_part, int64_t last_part);
   void (*join)(const Attention& attention, int64_t first_head, int64_t last_head);
   void (*narrow)(const float* from, Float type, int64_t count, void* to);

@@ -62,10 +62,23 @@ bool alike(const Header& a, const Header& b) {
   return a.code == b.code && a.zero == b.zero && a.input_scale == b.input_scale;
 }
 
-// The rows by weights that are alike, their panels one after the other.
-void multiply(const Kernels& kernels, const Product* products, int count, const void* x, int64_t rows, int64_t stride, Float type) {
+// One of the rows that were made ready.
+Batch row_of(Batch batch, int64_t row, int64_t padded) {
+  auto skip = [](auto& part, int64_t count) {
+    if (part) part += count;
+  };
+  batch.rows = 1;
+  skip(batch.values, row * padded), skip(batch.halves, row * padded), skip(batch.codes, row * padded), skip(batch.pairs, row * padded);
+  const int64_t parts = row * batch.sections;
+  skip(batch.scales, parts), skip(batch.totals, parts), skip(batch.shifts, parts), skip(batch.sums, parts);
+  return batch;
+}
+
+// The rows by weights that are alike, their panels one after the other; own: row i by the i-th of them.
+void multiply(const Kernels& kernels, const Product* products, int count, const void* x, int64_t rows, int64_t stride, Float type, bool own = false) {
   const Header& h = *products->weight;
-  Job job{&h, plan(kernels, h, rows, type), x, stride, nullptr, type};
+  Job job{&h, plan(kernels, h, own ? 1 : rows, type), x, stride, nullptr, type};
+  job.batch.rows = rows;
   take_memory(kernels, h, job.batch);
   parallel(rows, 16, [&](int64_t first, int64_t last) { kernels.prepare(job, first, last); });
   int64_t panels = 0, bytes = 0;
@@ -76,10 +89,10 @@ void multiply(const Kernels& kernels, const Product* products, int count, const 
   const int64_t step = alone ? panels : panels / (8 * workers) > 1 ? panels / (8 * workers) : 1;
   parallel(panels, step, [&](int64_t first, int64_t last) {
     for (int i = 0; i < count && last > 0; i++) {
-      const int64_t own = panels_of(*products[i].weight), from = first > 0 ? first : 0, to = last < own ? last : own;
-      const Job part{products[i].weight, job.batch, x, stride, products[i].out, type};
+      const int64_t panels_here = panels_of(*products[i].weight), from = first > 0 ? first : 0, to = last < panels_here ? last : panels_here;
+      const Job part{products[i].weight, own ? row_of(job.batch, i, h.padded) : job.batch, x, stride, products[i].out, type};
       if (from < to) kernels.multiply(part, from, to);
-      first -= own, last -= own;
+      first -= panels_here, last -= panels_here;
     }
   });
   scratch.end();
@@ -95,10 +108,11 @@ void linear(const Kernels& kernels, const Header& h, const void* x, int64_t rows
   }
 }
 
-void linears(const Kernels& kernels, const Product* products, int count, const void* x, Float type) {
+void linears(const Kernels& kernels, const Product* products, int count, const void* x, int64_t stride, Float type) {
   for (int first = 0, last; first < count; first = last) {
     for (last = first + 1; last < count && alike(*products[first].weight, *products[last].weight);) last++;
-    multiply(kernels, products + first, last - first, x, 1, products[first].weight->columns, type);
+    const void* const rows = static_cast<const char*>(x) + first * stride * width_of(type);
+    multiply(kernels, products + first, last - first, rows, stride ? last - first : 1, stride, type, stride != 0);
   }
 }
 

@@ -10,11 +10,12 @@ void linear(const Kernels& kernels, const Header& weight, const void* x, int64_t
 
 struct Product {
   const Header* weight;
-  void* out;  // [rows][weight rows]
+  void* out;  // [weight rows]
 };
 
-// One row of `type` by several weights of as many columns, in as few steps as they allow.
-void linears(const Kernels& kernels, const Product* products, int count, const void* x, Float type);
+// A row of `type` by each of several weights, in as few steps as they allow: one that all have, of weights of as many columns, or, where
+// there is a stride, each product its own, so many elements behind the one before.
+void linears(const Kernels& kernels, const Product* products, int count, const void* x, int64_t stride, Float type);
 
 // Null, or what is wrong with `bytes` bytes as a packed weight.
 const char* fault_of(const Header* weight, int64_t bytes);

@@ -23,6 +23,7 @@ struct Tally {
 void linear_cases(const Kernels& kernels, Tally& tally);     // all codes, scales, offsets, inputs, orders
 void grid_cases(const Kernels& kernels, Tally& tally);       // ggml's blocks whose codes name tuples
 void product_cases(const Kernels& kernels, Tally& tally);    // several weights at once
+void score_cases(const Kernels& kernels, Tally& tally);      // dense rows
 void attention_cases(const Kernels& kernels, Tally& tally);  // of a decoder's step, and the rows that it keeps
 bool blocks_are_taken_apart();
 

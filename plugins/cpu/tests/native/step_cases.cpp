@@ -96,6 +96,24 @@ void attention_cases(const Kernels& kernels, Tally& tally) {
   }
 }
 
+void score_cases(const Kernels& kernels, Tally& tally) {
+  for (int turn = 0; turn < 10; turn++) {
+    const int64_t count = 1 + below(9), columns = 1 + below(99);
+    const auto rows = std::make_unique<float[]>(count * columns), x = std::make_unique<float[]>(columns), out = std::make_unique<float[]>(count);
+    for (int64_t i = 0; i < count * columns; i++) rows[i] = uniform() - 0.25f;
+    for (int64_t i = 0; i < columns; i++) x[i] = uniform() - 0.25f;
+    kernels.score(rows.get(), count, x.get(), columns, out.get());
+    Errors errors;
+    for (int64_t row = 0; row < count; row++) {
+      double sum = 0;
+      for (int64_t i = 0; i < columns; i++) sum += static_cast<double>(rows[row * columns + i]) * x[i];
+      errors.add(out[row], sum);
+    }
+    const double error = errors.greatest();
+    if (!tally.count(Float::kF32, error)) std::printf("%s: scores of %d rows of %d: error %.3g\n", kernels.name, (int)count, (int)columns, error);
+  }
+}
+
 void product_cases(const Kernels& kernels, Tally& tally) {
   for (int turn = 0; turn < 40; turn++) {
     const int64_t columns = 256 * (1 + below(3));
@@ -107,16 +125,17 @@ void product_cases(const Kernels& kernels, Tally& tally) {
       const Case c{codes[below(4)], 1 + below(40), columns, below(2) ? 32 : 64, Scale::kF16, Offset::kNone, input, type, below(6) == 0};
       weights.push_back(below(4) ? make(c) : grid_weight(c.rows, columns, input));
     }
-    const auto x = std::make_unique<uint8_t[]>(columns * width_of(type));
-    for (int64_t k = 0; k < columns; k++) write_float(x.get(), type, k, uniform() + 0.25f);
+    const int64_t stride = below(2) ? columns : 0;  // a row for each product, or one for all
+    const auto x = std::make_unique<uint8_t[]>((stride ? 3 : 1) * columns * width_of(type));
+    for (int64_t k = 0; k < (stride ? 3 : 1) * columns; k++) write_float(x.get(), type, k, uniform() + 0.25f);
     std::vector<std::vector<uint8_t>> together, alone;
     std::vector<Product> products;
     for (const Weight& w : weights) {
       together.emplace_back(w.header().rows * width_of(type)), alone.emplace_back(w.header().rows * width_of(type));
       products.push_back({&w.header(), together.back().data()});
-      linear(kernels, w.header(), x.get(), 1, columns, type, alone.back().data());
+      linear(kernels, w.header(), x.get() + (products.size() - 1) * stride * width_of(type), 1, columns, type, alone.back().data());
     }
-    linears(kernels, products.data(), 3, x.get(), type);
+    linears(kernels, products.data(), 3, x.get(), stride, type);
     if (!tally.count(type, together == alone ? 0 : 1))
       std::printf("%s: products of %d columns, codes %d %d %d, input %d, type %d: not the same as alone\n", kernels.name, (int)columns, (int)weights[0].header().code,
                   (int)weights[1].header().code, (int)weights[2].header().code, (int)input, (int)type);

@@ -16,7 +16,7 @@ namespace {
 
 bool passes(const Kernels& kernels) {
   Tally tally;
-  for (const auto cases : {linear_cases, grid_cases, product_cases, attention_cases}) cases(kernels, tally);
+  for (const auto cases : {linear_cases, grid_cases, product_cases, score_cases, attention_cases}) cases(kernels, tally);
   std::printf("%s: %d of %d cases wrong; greatest errors %.2g (float32), %.2g (float16), %.2g (bfloat16)\n", kernels.name, tally.wrong, tally.cases, tally.most[0], tally.most[1],
               tally.most[2]);
   std::fflush(stdout);
