@@ -217,7 +217,7 @@ def test_rows_of_a_quantized_cache_are_the_references(element: Any, form: str, t
     roundings = kv_roundings_of(model)
     assert roundings is not None
     roundings.layers.update(dict.fromkeys(range(3), (rounding, rounding)))  # type: ignore[attr-defined]
-    prompt, tokens = torch.arange(1, 9).unsqueeze(0), list(range(20, 32))
+    prompt, tokens, different, errors = torch.arange(1, 9).unsqueeze(0), list(range(20, 32)), [], []
     decoder = NativeDecoder.from_model(model)
     with torch.inference_mode():
         cache = model(input_ids=prompt, use_cache=True).past_key_values
@@ -225,12 +225,17 @@ def test_rows_of_a_quantized_cache_are_the_references(element: Any, form: str, t
         for token in tokens:
             got = steps.step(token)
             expected = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, -1]
-    assert float((got - expected).norm() / expected.norm()) < 2e-3
-    for layer in range(3):
-        for which, rows in enumerate((cache.layers[layer].keys[0], cache.layers[layer].values[0])):
-            ours = steps.cache[layer, which, :, : rows.shape[1]]
-            assert ours.shape == rows.shape
-            assert float((ours[..., :16] != rows[..., :16]).float().mean()) < 0.01
+            before = sum(different)
+            for layer in range(3):
+                for which, rows in enumerate((cache.layers[layer].keys[0], cache.layers[layer].values[0])):
+                    ours = steps.cache[layer, which, :, : rows.shape[1]]
+                    assert ours.shape == rows.shape
+                    different.append(float((ours[:, -1, :16] != rows[:, -1, :16]).float().mean()))
+                    ours.copy_(rows)  # what fell on the other side of a tie is in no later step
+            if sum(different) == before:
+                errors.append(float((got - expected).norm() / expected.norm()))
+    assert len(errors) >= len(tokens) // 2 and max(errors) < 1e-5
+    assert sum(different) / len(different) < 0.01
 
 
 def test_a_cache_of_several_kinds_keeps_the_models_own_steps(tmp_path: Path) -> None:

@@ -131,15 +131,11 @@ inline void put_tiles(const void* row, int64_t bytes, int64_t m, int64_t steps, 
   }
 }
 
-// values[k] / 2^place_of
-inline void put_in_place(float* values, int64_t padded, int bits) {
-  alignas(64) float factors[kChunk];
-  for (int k = 0; k < kChunk; k++) factors[k] = 1.0f / static_cast<float>(1u << place_of(bits, k));
-  const F16 low = load_f(factors), high = load_f(factors + 16);
-  for (int64_t k = 0; k < padded; k += kChunk) {
-    store_f(values + k, mul(load_f(values + k), low));
-    store_f(values + k + 16, mul(load_f(values + k + 16), high));
-  }
+// values[k] / 2^(8 (k % 4)): what in_place codes are multiplied by.
+inline void put_in_place(float* values, int64_t padded) {
+  alignas(64) constexpr float factors[16] = {1, 0x1p-8f, 0x1p-16f, 0x1p-24f, 1, 0x1p-8f, 0x1p-16f, 0x1p-24f, 1, 0x1p-8f, 0x1p-16f, 0x1p-24f, 1, 0x1p-8f, 0x1p-16f, 0x1p-24f};
+  const F16 factor = load_f(factors);
+  for (int64_t k = 0; k < padded; k += 16) store_f(values + k, mul(load_f(values + k), factor));
 }
 
 inline void prepare(const Job& job, int64_t first, int64_t last) {
@@ -164,7 +160,7 @@ inline void prepare(const Job& job, int64_t first, int64_t last) {
         sums[s] = sum_of(lanes);
       });
       if (batch.numbers == Numbers::kFloats) {
-        if (batch.way == Way::kRow && in_place(h.code)) put_in_place(values.data(), padded, bits_of(h.code));
+        if (batch.way == Way::kRow && in_place(h.code)) put_in_place(values.data(), padded);
         put(values.data(), 4 * padded, m, batch.values);
       } else {
         narrow.resize(padded);

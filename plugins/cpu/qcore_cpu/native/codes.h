@@ -3,7 +3,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "packed.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace qcore {
@@ -95,15 +95,9 @@ struct Floats {
   Table16 table;
 };
 
-// The power of two that a column's code stands at in its word, as each_column finds it.
-constexpr int place_of(int bits, int column) {
-  const int width = one_plane(bits) ? bits : 8, shift = 8 * (column % 4) + (one_plane(bits) ? bits * (column / 4 % (8 / bits)) : 0);
-  return shift + width == 32 ? 0 : shift;
-}
-
 // Calls f(value, column) for the columns first .. first + columns - 1 of a chunk, a half (16) or the whole of it. Integers come
-// as they are stored, Header::zero not yet subtracted; placed: times 2^place_of.
-template <Code code, int first, int columns, bool placed, class F>
+// as they are stored, Header::zero not yet subtracted.
+template <Code code, int first, int columns, class F>
 QCORE_INLINE void each_column(const uint8_t* chunk, const Floats<code>& floats, F&& f) {
   constexpr int bits = bits_of(code);
   if constexpr (one_plane(bits)) {
@@ -117,11 +111,8 @@ QCORE_INLINE void each_column(const uint8_t* chunk, const Floats<code>& floats, 
         if constexpr (code == Code::kInt8) {
           f(to_float(sra(shift < 24 ? sll(word, 24 - shift) : word, 24)), std::integral_constant<int, column>{});
         } else {
-          constexpr bool stays = placed && shift + bits < 32;
-          const I16 lanes = shift && !stays ? srl(word, shift) : word;
-          if constexpr (stays)
-            f(to_float(word & all_i(((1 << bits) - 1) << shift)), std::integral_constant<int, column>{});
-          else if constexpr (is_integer(code))
+          const I16 lanes = shift ? srl(word, shift) : word;
+          if constexpr (is_integer(code))
             f(to_float(shift + bits < 32 ? lanes & all_i((1 << bits) - 1) : lanes), std::integral_constant<int, column>{});
           else
             f(floats(lanes), std::integral_constant<int, column>{});
@@ -133,18 +124,51 @@ QCORE_INLINE void each_column(const uint8_t* chunk, const Floats<code>& floats, 
       constexpr int t = first / 4 + place;
       const I16 bytes = quad<bits, t>(chunk);
       unroll<4>([&](auto byte) QCORE_INSIDE {
-        constexpr bool stays = placed && byte < 3;
-        const I16 lanes = byte && !stays ? srl(bytes, 8 * byte) : bytes;
+        const I16 lanes = byte ? srl(bytes, 8 * byte) : bytes;
         constexpr int column = 4 * t + byte;
-        if constexpr (stays)
-          f(to_float(bytes & all_i(0xff << 8 * byte)), std::integral_constant<int, column>{});
-        else if constexpr (is_integer(code))
+        if constexpr (is_integer(code))
           f(to_float(byte < 3 ? lanes & all_i(0xff) : lanes), std::integral_constant<int, column>{});
         else
           f(floats(lanes), std::integral_constant<int, column>{});
       });
     });
   }
+}
+
+// Masks of the four codes of a quad, in registers: compilers would make them anew each time.
+template <int bits>
+struct QuadMasks {
+  I16 of[4];
+  QCORE_INLINE explicit QuadMasks(const float*) {
+    unroll<4>([&](auto byte) QCORE_INSIDE {
+      I16 mask = all_i(((1 << (one_plane(bits) ? bits : 7)) - 1) << 8 * byte);
+#ifdef __AVX512F__
+      __asm__("" : "+v"(mask.v));
+#else
+      __asm__("" : "+x"(mask.a));
+      mask.b = mask.a;
+#endif
+      of[byte] = mask;
+    });
+  }
+};
+
+// The same for in_place codes, below 8 bits, where they stand in their quads: times 2^(8 (column % 4)).
+template <Code code, int first, int columns, class F>
+QCORE_INLINE void each_column_in_place(const uint8_t* chunk, const QuadMasks<bits_of(code)>& masks, F&& f) {
+  constexpr int bits = bits_of(code);
+  unroll<columns / 4>([&](auto place) QCORE_INSIDE {
+    constexpr int t = first / 4 + place;
+    I16 word;
+    if constexpr (one_plane(bits)) {
+      constexpr int stacked = 8 / bits, shift = bits * (t % stacked);
+      word = load_i(chunk + 64 * (t / stacked));
+      if constexpr (shift) word = srl(word, shift);
+    } else {
+      word = quad<bits, t>(chunk);
+    }
+    unroll<4>([&](auto byte) QCORE_INSIDE { f(to_float(word & masks.of[byte]), std::integral_constant<int, 4 * t + byte>{}); });
+  });
 }
 
 }  // namespace QCORE_ISA

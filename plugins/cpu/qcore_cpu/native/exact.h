@@ -7,15 +7,17 @@ namespace QCORE_ISA {
 
 template <Code code>
 struct FloatProducts {
-  Floats<code> floats;
+  std::conditional_t<in_place(code), QuadMasks<bits_of(code)>, Floats<code>> numbers;
   PartSums sums;
-  explicit FloatProducts(const float* table) : floats(table) {}
+  explicit FloatProducts(const float* table) : numbers(table) {}
   template <int first, int columns>
   QCORE_INLINE void add_chunk(const uint8_t* chunk, const float* x) {
-    each_column<code, first, columns, in_place(code)>(chunk, floats, [&](F16 value, auto column) QCORE_INSIDE {
+    auto add = [&](F16 value, auto column) QCORE_INSIDE {
       F16& to = sums.part[column % PartSums::count];
       to = fma(value, all_f(x[column]), to);
-    });
+    };
+    if constexpr (in_place(code)) each_column_in_place<code, first, columns>(chunk, numbers, add);
+    else each_column<code, first, columns>(chunk, numbers, add);
   }
   QCORE_INLINE F16 take() { return sums.take(); }
 };

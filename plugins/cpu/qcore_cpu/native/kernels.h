@@ -51,8 +51,8 @@ inline bool by_grid_rows(const Header& h, Way way) {
   return is_grid(h.code) && way == Way::kRow && (h.input == Input::kExact || h.input == Input::kBlocks);
 }
 
-// Whether a row of floats is multiplied by codes where they stand in their words, a power of two too large, and is made as much
-// smaller for it: a shift less for each code, and the same products.
+// Whether a row of floats is multiplied by codes where they stand in their quads, a power of two too large, and is made as much smaller
+// for it: a shift less for each code, and the same products.
 constexpr bool in_place(Code code) { return is_integer(code) && code != Code::kInt8; }
 
 struct Job {

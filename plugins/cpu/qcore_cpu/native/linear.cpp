@@ -58,7 +58,7 @@ void take_memory(const Kernels& kernels, const Header& h, Batch& batch) {
 bool alike(const Header& a, const Header& b) {
   if (a.columns != b.columns || a.group != b.group || a.groups != b.groups || a.input != b.input || a.order || b.order) return false;
   if (is_grid(a.code) != is_grid(b.code)) return false;  // rows of grids want other numbers (plan)
-  if (a.input == Input::kExact) return a.code == b.code || (!in_place(a.code) && !in_place(b.code));
+  if (a.input == Input::kExact) return in_place(a.code) == in_place(b.code);
   return a.code == b.code && a.zero == b.zero && a.input_scale == b.input_scale;
 }
 

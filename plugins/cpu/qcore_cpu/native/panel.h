@@ -60,14 +60,21 @@ QCORE_INLINE void walk(const Strip& strip, const Batch& batch, Multiply&& multip
   }
 }
 
-// Products of a section, in parts: one addition need not wait for the one before.
+// Products of a section, in parts: one addition need not wait for the one before. Of AVX2's registers masks and words take the rest.
 struct PartSums {
+#ifdef __AVX512F__
   static constexpr int count = 4;
   F16 part[count] = {zero_f(), zero_f(), zero_f(), zero_f()};
+  QCORE_INLINE F16 all() const { return add(add(part[0], part[1]), add(part[2], part[3])); }
+#else
+  static constexpr int count = 3;
+  F16 part[count] = {zero_f(), zero_f(), zero_f()};
+  QCORE_INLINE F16 all() const { return add(add(part[0], part[1]), part[2]); }
+#endif
   QCORE_INLINE F16 take() {
-    const F16 all = add(add(part[0], part[1]), add(part[2], part[3]));
+    const F16 taken = all();
     for (F16& one : part) one = zero_f();
-    return all;
+    return taken;
   }
 };
 

@@ -12,6 +12,15 @@ QCORE_INLINE void each_group(const Header& h, float* out, Read&& read) {
   for (int64_t g = 0; g < h.groups; g++) store_f(out + 16 * g, read(g));
 }
 
+// The same where a coarser scale stands above every `fine` groups: open(which one) gives what reads a group.
+template <class Open>
+QCORE_INLINE void each_group_below(const Header& h, int64_t fine, float* out, Open&& open) {
+  for (int64_t g = 0, coarse = 0; g < h.groups; coarse++) {
+    const auto read = open(coarse);
+    for (const int64_t end = g + fine < h.groups ? g + fine : h.groups; g < end; g++) store_f(out + 16 * g, read(g));
+  }
+}
+
 inline void spread_floats(const Header& h, Scale type, const uint8_t* stored, float* out) {
   const uint16_t* halves = reinterpret_cast<const uint16_t*>(stored);
   if (type == Scale::kF32) return each_group(h, out, [&](int64_t g) QCORE_INSIDE { return load_f(reinterpret_cast<const float*>(stored) + 16 * g); });
@@ -43,19 +52,21 @@ inline void spread_scales(const Header& h, int64_t panel, float* out) {
       const bool nibbles = h.scale == Scale::kNibbles;
       const int64_t runs = 256 / h.group, supers = (h.groups + runs - 1) / runs;
       const uint16_t* super = reinterpret_cast<const uint16_t*>(section_at(h, h.super_scales)) + panel * supers * kPanel;
-      return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
-        const uint8_t* codes = stored + 16 * g;
-        const I16 wide = nibbles ? widen_u8(codes) & all_i(15) : widen_s8(reinterpret_cast<const int8_t*>(codes));
-        return mul(mul(to_float(wide), widen_f16(super + 16 * (g / runs))), all_f(static_cast<float>(h.tensor_scale)));
+      return each_group_below(h, runs, out, [&](int64_t run) QCORE_INSIDE {
+        const F16 d = mul(widen_f16(super + 16 * run), all_f(static_cast<float>(h.tensor_scale)));
+        return [=](int64_t g) QCORE_INSIDE {
+          const uint8_t* codes = stored + 16 * g;
+          return mul(to_float(nibbles ? widen_u8(codes) & all_i(15) : widen_s8(reinterpret_cast<const int8_t*>(codes))), d);
+        };
       });
     }
     case Scale::kTable8: {
       const float* table = reinterpret_cast<const float*>(section_at(h, h.table)) + 16;
       const int64_t supers = (h.groups + h.coarse_group - 1) / h.coarse_group;
-      const float* super = reinterpret_cast<const float*>(section_at(h, h.super_scales)) + panel * supers * kPanel;
-      return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
-        const F16 fine = as_float(gather(table, widen_u8(stored + 16 * g)));
-        return add(mul(fine, load_f(super + 16 * (g / h.coarse_group))), all_f(static_cast<float>(h.shift)));
+      const float* const super = reinterpret_cast<const float*>(section_at(h, h.super_scales)) + panel * supers * kPanel;
+      return each_group_below(h, h.coarse_group, out, [&](int64_t coarse) QCORE_INSIDE {
+        const F16 above = load_f(super + 16 * coarse), shift = all_f(static_cast<float>(h.shift));
+        return [=](int64_t g) QCORE_INSIDE { return add(mul(as_float(gather(table, widen_u8(stored + 16 * g))), above), shift); };
       });
     }
   }
@@ -86,9 +97,12 @@ inline void spread_offsets(const Header& h, int64_t panel, float* out) {
       const uint8_t* from = nibbles ? section_at(h, h.scales) : stored;
       const int64_t runs = 256 / h.group, supers = (h.groups + runs - 1) / runs;
       const uint16_t* super = reinterpret_cast<const uint16_t*>(section_at(h, h.super_offsets)) + panel * supers * kPanel;
-      return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
-        const I16 code = widen_u8(from + first + 16 * g);
-        return mul(to_float(sub(zero_i(), nibbles ? srl(code, 4) : code)), widen_f16(super + 16 * (g / runs)));
+      return each_group_below(h, runs, out, [&](int64_t run) QCORE_INSIDE {
+        const F16 d = widen_f16(super + 16 * run);
+        return [=](int64_t g) QCORE_INSIDE {
+          const I16 code = widen_u8(from + first + 16 * g);
+          return mul(to_float(sub(zero_i(), nibbles ? srl(code, 4) : code)), d);
+        };
       });
     }
   }

@@ -19,7 +19,7 @@ void unpack_floats(const Strip& strip, int64_t first, int64_t columns, void* out
       const int64_t g = (k + half * part) / strip.h->group;
       const F16 scale = load_f(strip.scales + 16 * g), offset = strip.offsets ? load_f(strip.offsets + 16 * g) : zero_f();
       const F16 zero = strip.zeros ? add(load_f(strip.zeros + 16 * g), own) : own;
-      each_column<code, half * part, half, false>(chunk, floats, [&](F16 value, auto column) QCORE_INSIDE {
+      each_column<code, half * part, half>(chunk, floats, [&](F16 value, auto column) QCORE_INSIDE {
         store_f(to + 16 * column, fma(is_integer(code) ? add(value, zero) : value, scale, offset));
       });
     });
