@@ -180,6 +180,40 @@ inline const uint8_t* grid_row_at(const Header& h, int64_t row) {
   return section_at(h, h.codes) + row * (h.columns / 256) * grid_block_bytes(h.code);
 }
 
+// Word t of row r becomes word r of row t.
+QCORE_INLINE void transpose(__m256i (&rows)[8]) {
+  __m256i pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; k++) {
+      fours[i + 2 * k] = _mm256_unpacklo_epi64(pairs[i + k], pairs[i + k + 2]);
+      fours[i + 2 * k + 1] = _mm256_unpackhi_epi64(pairs[i + k], pairs[i + k + 2]);
+    }
+  for (int i = 0; i < 4; i++) {
+    rows[i] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
+  }
+}
+
+// Blocks of up to eight rows, from `row` of the panel on, into the panel: codes of Code::kInt8, scales as floats. block: of the first row.
+template <class Block>
+QCORE_INLINE void spread_blocks(Block type, const uint8_t* block, int64_t row_bytes, int64_t count, const uint64_t* tuples, uint8_t* codes, float* scales) {
+  OpenedBlock opened[8];
+  for (int64_t r = 0; r < count; r++) {
+    type.open(block + r * row_bytes, opened[r]);
+    for (int k = 0; k < 256 / Block::group; k++) scales[16 * k + r] = opened[r].scales[k];
+  }
+  for (int run = 0; run < 8; run++) {
+    __m256i quads[8];
+    for (int64_t r = 0; r < 8; r++) quads[r] = r < count ? codes_of(type, opened[r], tuples, run) : _mm256_setzero_si256();
+    transpose(quads);
+    for (int t = 0; t < 8; t++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 64 * (8 * run + t)), quads[t]);
+  }
+}
+
 // codes: padded * 16 bytes, as of Code::kInt8; scales: [groups][16]. Rows beyond the weight's are zeros.
 inline void spread_grid(const Header& h, int64_t panel, uint8_t* codes, float* scales) {
   const int64_t first = panel * kPanel, rows = h.rows - first < kPanel ? h.rows - first : kPanel, bytes = grid_block_bytes(h.code);
@@ -189,20 +223,10 @@ inline void spread_grid(const Header& h, int64_t panel, uint8_t* codes, float* s
   }
   const uint64_t* const tuples = tuples_of(h);
   with_grid(h.code, [&](auto type) {
-    constexpr int groups = 256 / type.group;
-    for (int64_t row = 0; row < rows; row++) {
-      const uint8_t* block = grid_row_at(h, first + row);
-      for (int64_t i = 0; i < h.columns / 256; i++, block += bytes) {
-        OpenedBlock opened;
-        type.open(block, opened);
-        for (int run = 0; run < 8; run++) {
-          alignas(32) uint32_t quads[8];
-          _mm256_store_si256(reinterpret_cast<__m256i*>(quads), codes_of(type, opened, tuples, run));
-          for (int t = 0; t < 8; t++) std::memcpy(codes + 64 * (64 * i + 8 * run + t) + 4 * row, quads + t, 4);
-        }
-        for (int k = 0; k < groups; k++) scales[16 * (groups * i + k) + row] = opened.scales[k];
-      }
-    }
+    for (int64_t row = 0; row < rows; row += 8)
+      for (int64_t i = 0; i < h.columns / 256; i++)
+        spread_blocks(type, grid_row_at(h, first + row) + i * bytes, h.columns / 256 * bytes, rows - row < 8 ? rows - row : 8, tuples,
+                      codes + 256 * kPanel * i + 4 * row, scales + 256 / type.group * kPanel * i + row);
   });
 }
 
