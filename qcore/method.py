@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from qcore.checkpoint.finite import all_finite
 from qcore.checkpoint.source import TensorInfo, TensorSource
 from qcore.elements import FlatGroup, in_rows
 from qcore.refusal import Refusal, Refused, bad_file
@@ -100,7 +101,7 @@ def quantizable(weight: torch.Tensor, info: TensorInfo) -> torch.Tensor:
     if not weight.numel():
         raise bad_file("bad-shape", "a weight that is to be quantized has no elements", file=info.file, tensor=info.name,
                        field="shape", found=list(info.shape), expected="rows and columns")  # fmt: skip
-    if not bool(weight.isfinite().all()):
+    if not all_finite(weight):
         raise bad_file("bad-content", "a weight that is to be quantized is not finite", file=info.file, tensor=info.name,
                        field="values", found="NaN or infinity", expected="finite weights")  # fmt: skip
     return weight
@@ -260,7 +261,7 @@ def require_tensor(
 
 def finite(files: CheckpointFiles, name: str, values: torch.Tensor) -> torch.Tensor:
     """`values`, which were read from the tensor of this name. Raises Refused (bad-content) where one is NaN or infinite."""
-    if not bool(values.float().isfinite().all()):  # torch does not ask 8-bit floats
+    if not all_finite(values.float()):
         raise bad_file("bad-content", "a scale is not a finite number", file=files.source.tensors[name].file,
                        tensor=name, field="values", found="NaN or infinity", expected="finite scales")  # fmt: skip
     return values

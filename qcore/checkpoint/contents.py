@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qcore.checkpoint.finite import all_finite
 from qcore.elements import Block, Codebook, Float, Int, Level
 from qcore.refusal import Refused, bad_file
 
@@ -166,14 +167,7 @@ def _wrong_blocks(kind: str, codes: torch.Tensor) -> str:
 
 
 def _not_finite(values: torch.Tensor) -> str:
-    import torch
-
-    infinity = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}.get(values.dtype)
-    if infinity is not None and values.numel():  # isfinite takes ten times as long
-        found = int((values.view(torch.int16) & 0x7FFF).max())
-        return "" if found < infinity else "NaN or infinity"
-    wide = values.float() if values.element_size() == 1 else values
-    return "" if bool(wide.isfinite().all()) else "NaN or infinity"
+    return "" if all_finite(values) else "NaN or infinity"
 
 
 def _outside(values: torch.Tensor, least: float, most: float, *, above: bool = False) -> str:
