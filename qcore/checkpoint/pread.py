@@ -92,7 +92,6 @@ def read_tensor_bytes(path: Path, state: FileState, offset: int, count: int) -> 
 
     Raises Refused: truncated where the file has changed, not-enough-memory, path-not-found.
     """
-
     with opened(path) as (descriptor, now):
         if now != state:
             raise bad_file("truncated", "the file has changed since it was opened", file=path, found=now, expected=state,

@@ -84,8 +84,6 @@ def load_model(
 
 _FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_)
 """What new parameters are filled with does not matter; finding out that they have no memory takes a while."""
-
-
 _INITS = ("torch.nn.init", "transformers.initialization")
 """Modules of functions that fill a parameter, `tensor`; transformers puts its own in the place of torch's."""
 
@@ -97,10 +95,10 @@ class _MetaParameters(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
-        elif func in _FILLS and args[0].is_meta:
-            return args[0]
-        elif getattr(func, "__module__", "") in _INITS and kwargs["tensor"].is_meta:
-            return kwargs["tensor"]
+        elif func in _FILLS or getattr(func, "__module__", "") in _INITS:
+            filled = args[0] if args else kwargs.get("tensor")
+            if getattr(filled, "is_meta", False):
+                return filled
         check_size(func, args)
         return func(*args, **kwargs)
 

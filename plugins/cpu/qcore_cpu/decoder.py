@@ -261,11 +261,8 @@ class NativeDecoder:
         """Whether queries are normalized all heads together (olmoe), and so keys; else each head."""
         found = set()
         for heads, name in ((self.heads, "q_norm"), (self.kv_heads, "k_norm")):
-            sizes = {
-                layer.self_attn.get_parameter(f"{name}.weight").numel()
-                for layer in layers
-                if hasattr(layer.self_attn, name)
-            }
+            norms = [getattr(layer.self_attn, name, None) for layer in layers]
+            sizes = {norm.weight.numel() for norm in norms if norm is not None}
             if sizes and heads > 1:
                 found |= {size == heads * self.head_dim for size in sizes}
             if not sizes <= {self.head_dim, heads * self.head_dim}:
