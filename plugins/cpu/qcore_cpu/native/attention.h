@@ -84,9 +84,7 @@ struct KeptRows {
   }
 };
 
-constexpr int64_t kSpan = kAttentionSpan;
-
-// Scores of a span, [..][kSpan], into chances of it: e^(score - most). Returns their sum.
+// Scores of a span into chances of it: e^(score - most). Returns their sum.
 inline float chances_of(const Attention& a, float* scores, int64_t full, float& most) {
   if (a.softcap != 0)
     for (int64_t t = 0; t < full; t++) scores[t] = std::tanh(scores[t] / a.softcap) * a.softcap;
@@ -111,7 +109,7 @@ inline float chances_of(const Attention& a, float* scores, int64_t full, float& 
 template <int heads, class Rows>
 void attend_span(const Attention& a, const Rows& keys, const Rows& values, int64_t head, int64_t begin, int64_t full, float* part, int64_t part_stride) {
   constexpr int turns = heads == 1 ? 4 : heads == 2 ? 2 : 1;  // positions at once: as many sums as hide the latency of one
-  alignas(64) float scores[heads][kSpan + 16];
+  alignas(64) float scores[heads][kAttentionSpan + 16];
   const float* const query = a.queries + head * a.head_dim;
   for (int64_t t = 0; t < full; t += turns) {
     F16 sums[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
@@ -153,7 +151,7 @@ template <Kept kept, Float type>
 void attend_kept(const Attention& a, int64_t kv_head, int64_t span) {
   using Rows = KeptRows<kept, type>;
   const Rows keys(a, a.keys, a.key_side, kv_head), values(a, a.values, a.value_side, kv_head);
-  const int64_t share = a.heads / a.kv_heads, begin = a.first + span * kSpan, full = a.last - begin < kSpan ? a.last - begin : kSpan;
+  const int64_t share = a.heads / a.kv_heads, begin = a.first + span * kAttentionSpan, full = a.last - begin < kAttentionSpan ? a.last - begin : kAttentionSpan;
   const int64_t stride = a.spans() * a.part();
   for (int64_t h = 0; h < share;) {
     const int64_t head = kv_head * share + h, count = share - h < 4 ? share - h : 4;

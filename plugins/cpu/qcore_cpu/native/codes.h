@@ -3,7 +3,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "kernels.h"
+#include "packed.h"
 #include "simd.h"
 
 namespace qcore {

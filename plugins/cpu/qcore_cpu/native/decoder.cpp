@@ -24,8 +24,8 @@ struct Chosen {
 };
 
 struct Memory {
-  std::vector<float> narrow_in, narrow_out;  // rooms for either type
-  std::vector<float> looking, attended, inner, wide, mixed, given, parts, scores;
+  std::vector<float> narrow_in, narrow_inner, narrow_out;  // rooms for either type
+  std::vector<float> looking, attended, inner, wide, mixed, parts, scores;
   std::vector<Product> products;
   std::vector<Chosen> chosen;
   std::vector<Layered> layered;
@@ -96,9 +96,9 @@ class Step {
     }
   }
 
-  // Row `row` of the narrow room = activation(gate) * up, rows having as many columns.
+  // Row `row` of memory_.narrow_inner = activation(gate) * up, rows having as many columns.
   void activate(const float* gate, const float* up, int64_t columns, int64_t row) {
-    void* const to = reinterpret_cast<char*>(memory_.narrow_in.data()) + row * columns * width_of(stack_.type);
+    void* const to = reinterpret_cast<char*>(memory_.narrow_inner.data()) + row * columns * width_of(stack_.type);
     kernels_.activate(gate, up, columns, static_cast<int64_t>(stack_.activation), stack_.type, to);
   }
 
@@ -107,9 +107,9 @@ class Step {
     const int64_t inner = down->columns;
     float* const both = room(memory_.inner, 2 * inner);
     multiply(x, {{gate, nullptr, both}, {up, nullptr, both + inner}}, up ? 2 : 1);
-    room(memory_.narrow_in, inner);
+    room(memory_.narrow_inner, inner);
     activate(both, both + inner, inner, 0);
-    multiply(memory_.narrow_in.data(), {{down, nullptr, room(memory_.wide, stack_.hidden)}});
+    multiply(memory_.narrow_inner.data(), {{down, nullptr, room(memory_.wide, stack_.hidden)}});
   }
 
   // memory_.scores = scores of experts, which are in the stack's type where the model computes in it, then of the shared one.
@@ -120,6 +120,7 @@ class Step {
     parallel(m.experts, in_team() ? 16 : m.experts, [&](int64_t from, int64_t to) {
       kernels_.score(m.router + from * stack_.hidden, to - from, given, stack_.hidden, scores + from);
     });
+    scores[m.experts] = 0;
     if (m.shared_router) kernels_.score(m.shared_router, 1, given, stack_.hidden, scores + m.experts);
     memory_.narrow_out.resize(m.experts + 1);
     kernels_.narrow(scores, stack_.type, m.experts + 1, memory_.narrow_out.data());
@@ -130,7 +131,7 @@ class Step {
   float choose(const Mixture& m, const void* x) {
     score(m, x);
     std::vector<float>& scores = memory_.scores;
-    const float shared = m.shared_router ? 1 / (1 + std::exp(-scores[m.experts])) : 1;
+    const float shared = 1 / (1 + std::exp(-scores[m.experts]));
     scores.pop_back();
     const float most = *std::max_element(scores.begin(), scores.end());
     float all = 0, kept = 0;
@@ -152,10 +153,8 @@ class Step {
     std::vector<float>& sum = memory_.mixed;
     sum.assign(stack_.hidden, 0);
     if (m.shared_gate) {
-      memory_.given.assign(memory_.narrow_in.begin(), memory_.narrow_in.end());  // x, which stands there
       perceptron(m.shared_gate, m.shared_up, m.shared_down, x);
       for (int64_t i = 0; i < stack_.hidden; i++) sum[i] = shared * memory_.wide[i];
-      x = memory_.given.data();
     }
     const int64_t inner = m.down[0]->columns, count = static_cast<int64_t>(memory_.chosen.size());
     float* const both = room(memory_.inner, 2 * inner * count);
@@ -167,13 +166,13 @@ class Step {
       if (m.up) memory_.layered.push_back({m.up[expert], nullptr, both + 2 * inner * i + inner});
     }
     multiply(x, memory_.layered.data(), static_cast<int>(memory_.layered.size()));
-    room(memory_.narrow_in, inner * count);
+    room(memory_.narrow_inner, inner * count);
     memory_.layered.clear();
     for (int64_t i = 0; i < count; i++) {
       activate(both + 2 * inner * i, both + 2 * inner * i + inner, inner, i);
       memory_.layered.push_back({m.down[memory_.chosen[i].expert], nullptr, answers + stack_.hidden * i});
     }
-    multiply(memory_.narrow_in.data(), memory_.layered.data(), static_cast<int>(count), inner);
+    multiply(memory_.narrow_inner.data(), memory_.layered.data(), static_cast<int>(count), inner);
     for (int64_t i = 0; i < count; i++)
       for (int64_t k = 0; k < stack_.hidden; k++) sum[k] += memory_.chosen[i].weight * answers[stack_.hidden * i + k];
     memory_.wide.swap(sum);

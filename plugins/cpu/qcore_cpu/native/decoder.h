@@ -21,8 +21,8 @@ struct Mixture {  // every field has 8 bytes
   int64_t normalized;                        // whether the weights of those that are chosen are made to sum to 1
   const float* router;                       // [experts][hidden]
   const Header *const *gate, *const *up, *const *down;  // [experts]
-  const Header *shared_gate, *shared_up, *shared_down;  // of an expert that every token has; null: there is none
-  const float* shared_router;                // [hidden]: its weight is the sigmoid of this score; null: 1
+  const Header *shared_gate, *shared_up, *shared_down;  // of an expert that every token has; null, with its router: there is none
+  const float* shared_router;                // [hidden]: its weight is the sigmoid of this score
 };
 
 struct Layer {  // every field has 8 bytes; pointers are null where a model has no such part

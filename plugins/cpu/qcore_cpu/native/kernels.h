@@ -52,7 +52,7 @@ inline bool by_grid_rows(const Header& h, Way way) {
 }
 
 // Whether a row of floats is multiplied by codes where they stand in their quads, a power of two too large, and is made as much smaller
-// for it: a shift less for each code, and the same products.
+// for it: a shift less for each code, and the same products, unless a number of the row is below 2^-102.
 constexpr bool in_place(Code code) { return is_integer(code) && code != Code::kInt8; }
 
 struct Job {

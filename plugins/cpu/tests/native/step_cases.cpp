@@ -89,7 +89,7 @@ void attention_cases(const Kernels& kernels, Tally& tally) {
       for (int64_t i = 0; i < a.head_dim; i++) errors.add(read_float(out.data(), a.type, head * a.head_dim + i), sums[i] / total);
     }
     const double error = errors.greatest(), off = std::max(keys.off, values.off);
-    const bool near = stored ? true : off <= 0.5001;  // a scale that is given may be too small
+    const bool near = stored || off <= 0.5001;  // a scale that is given may be too small
     if (!tally.count(a.type, near ? error : 1))
       std::printf("%s: attention of %d heads in %d, of %d, positions %d to %d, kept %d, type %d, %s: error %.3g, kept rows off by %.3g steps\n", kernels.name, (int)a.heads,
                   (int)a.kv_heads, (int)a.head_dim, (int)a.first, (int)a.last, (int)a.kept, (int)a.type, stored ? "stored scales" : "a scale a row", error, off);
