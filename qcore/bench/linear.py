@@ -52,6 +52,8 @@ def measure(question: Question, device: Device) -> Iterator[dict[str, Any]]:
             if question.peers:
                 others = [dense(layer, torch.float32), *own[1:], *of_tools(layer, question.exact)]
             runs = [_Run(contender, question.cold) for contender in (own[0], dense(layer, torch.bfloat16), *others)]
+            for run in runs:  # pages that lay untouched while the others were made come slowly in some virtual machines
+                run.turn(torch.zeros(1, columns), len(run.copies))
             for batch in question.batches:
                 yield _row(layer, scheme, batch, runs, question.rounds)
 

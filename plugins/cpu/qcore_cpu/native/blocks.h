@@ -46,11 +46,12 @@ void add_floats(const Strip&, const Batch&, int64_t, int64_t, int64_t columns, c
   });
 }
 
+// Sections end in the block: of whole numbers, and of halves.
 template <class D, int rows>
 void add_codes(const Strip& strip, const Batch& batch, int64_t row, int64_t first, int64_t columns, const void* given, const void* unpacked, float* totals) {
-  constexpr int steps_of_half = D::pairs ? 8 : 4;  // half a chunk: a section may be no longer
+  constexpr int steps_of_half = D::width == 2 ? 8 : 4;  // half a chunk: a section may be no longer
   const char *x = static_cast<const char*>(given), *block = static_cast<const char*>(unpacked);
-  const SectionEnd ends(strip, batch);
+  const typename D::End ends(strip, batch);
   const int64_t stop = first + columns;
   Section section(*strip.h, batch, first);
   for (int64_t begin = first, end; begin < stop; begin = end, section.next()) {
@@ -93,7 +94,7 @@ CodeKernels exact_kernels() {
 template <Code code>
 CodeKernels integer_kernels() {
   using D = DotOf<code>;
-  return {integer_row<code>, unpack_codes<code>, code_blocks<D>(std::make_integer_sequence<int, kIntegerRun>{}), D::pairs ? 2 : 1};
+  return {integer_row<code>, unpack_codes<code>, code_blocks<D>(std::make_integer_sequence<int, kIntegerRun>{}), D::width};
 }
 
 // The panels first .. last - 1.
@@ -111,8 +112,7 @@ inline void multiply_blocks(const Job& job, const CodeKernels& kernels, int64_t 
   memory.take(expanded, codes);
   memory.take(block, columns * line);
   memory.take(totals, cells);
-  const void* const numbers = batch.values ? static_cast<const void*>(batch.values) : batch.pairs ? static_cast<const void*>(batch.pairs) : batch.codes;
-  const char* const x = static_cast<const char*>(numbers);
+  const char* const x = numbers_of(batch);
   for (int64_t panel = first; panel < last; panel++) {
     const Strip strip = open_panel(h, panel, spread, expanded);
     std::memset(totals, 0, cells * sizeof(float));

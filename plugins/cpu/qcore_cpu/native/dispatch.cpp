@@ -41,10 +41,12 @@ bool has_avx512() {
          has(seven.ebx, 31) && has(seven.ecx, 11);  // f, dq, bw, vl, vnni
 }
 
-// AMX besides what it is used with: AVX-512 BF16 too. Linux lets a process use tiles when it asks.
+bool has_avx512bf16() { return has_avx512() && has(cpuid(7, 1).eax, 5); }
+
+// Linux lets a process use tiles when it asks.
 bool has_amx() {
   const Registers seven = cpuid(7, 0);
-  if (!has_avx512() || !has(cpuid(7, 1).eax, 5) || (saved_states() & 0x60000) != 0x60000) return false;
+  if (!has_avx512bf16() || (saved_states() & 0x60000) != 0x60000) return false;
   if (!has(seven.edx, 22) || !has(seven.edx, 24) || !has(seven.edx, 25)) return false;  // bf16, tile, int8
   constexpr int kRequestPermission = 0x1023, kTileData = 18;                             // of arch_prctl
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -57,6 +59,7 @@ struct Choice {
 
 constexpr Choice kChoices[] = {  // the best first
     {has_amx, kernels_amx},
+    {has_avx512bf16, kernels_avx512bf16},
     {has_avx512, kernels_avx512},
     {has_avxvnni, kernels_avxvnni},
     {has_avx2, kernels_avx2},

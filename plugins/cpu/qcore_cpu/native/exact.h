@@ -115,14 +115,14 @@ using ProductsOf = FloatProducts<code>;
 template <Code code>
 void exact_row(const Strip& strip, const Batch& batch, int64_t row, float* out) {
   ProductsOf<code> products(strip.table);
-  const float zero = is_integer(code) ? static_cast<float>(strip.h->zero) : 0;
   const float* const x = batch.values + row * strip.h->padded;
-  FloatSum sum(strip, batch, row);
+  const FloatEnd end(strip, batch, is_integer(code) ? static_cast<float>(strip.h->zero) : 0);
+  F16 total = zero_f();
   walk<bits_of(code)>(
       strip, batch,
       [&](const uint8_t* chunk, int64_t base, auto begin, auto count) QCORE_INSIDE { products.template add_chunk<begin, count>(chunk, x + base); },
-      [&](int64_t s, int64_t g) QCORE_INSIDE { sum.end_section(products.take(), s, g, zero); });
-  store_f(out, sum.total);
+      [&](int64_t s, int64_t g) QCORE_INSIDE { total = end.add(row, s, g, products.take(), total); });
+  store_f(out, total);
 }
 
 }  // namespace QCORE_ISA

@@ -14,7 +14,10 @@ QCORE_INLINE void keep_order(I16& sum) {
 #endif
 }
 
+struct SectionEnd;
+
 struct WholeSum {
+  using End = SectionEnd;
   I16 sum = zero_i();
   QCORE_INLINE I16 take() {
     const I16 taken = sum;
@@ -23,14 +26,14 @@ struct WholeSum {
   }
 };
 
-// A sum of products. Codes come in steps, four to a row: as quads of bytes, or where `pairs` is set as two pairs of 16 bits, the columns
-// 0 2 and 1 3 of a quad. Behind `fitting` steps end_run is called.
+// A sum of products. Codes come in steps, four to a row: as quads of bytes, or where their `width` is 2 as two pairs of 16 bits, the
+// columns 0 2 and 1 3 of a quad. Behind `fitting` steps end_run is called.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
 // Bytes of the weight are unsigned for the instruction: 8-bit codes are shifted by 128, which the sums of the input undo.
 template <int bits>
 struct Dot : WholeSum {
-  static constexpr bool pairs = false;
+  static constexpr int width = 1;
   static constexpr int32_t shift = bits == 8 ? 128 : 0;
   static constexpr int fitting = 8;
   QCORE_INLINE static I16 ready(I16 codes) { return bits == 8 ? codes ^ all_i(static_cast<int32_t>(0x80808080)) : codes; }
@@ -52,7 +55,7 @@ constexpr int dot_bits(int bits) { return bits == 8 ? 8 : 4; }
 // Products are summed in 16 bits, as many as fit there whatever the codes.
 template <int bits>
 struct Dot : WholeSum {
-  static constexpr bool pairs = false;
+  static constexpr int width = 1;
   static constexpr int32_t shift = 0;
   static constexpr int fitting = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
   I16 narrow = zero_i();
@@ -73,7 +76,7 @@ struct Dot : WholeSum {
 // Products of two 8-bit codes do not fit in pairs: both become 16 bits wide.
 template <>
 struct Dot<8> : WholeSum {
-  static constexpr bool pairs = true;
+  static constexpr int width = 2;
   static constexpr int32_t shift = 0;
   static constexpr int fitting = 8;
   QCORE_INLINE static I16 ready(I16 codes) { return codes; }
@@ -150,9 +153,7 @@ void integer_row(const Strip& strip, const Batch& batch, int64_t row, float* out
   constexpr int bits = bits_of(code);
   using D = DotOf<code>;
   const Bytes bytes(is_table(code) ? strip.table : nullptr);
-  constexpr int width = D::pairs ? 2 : 1;
-  const void* const numbers = D::pairs ? static_cast<const void*>(batch.pairs) : batch.codes;
-  const char* const x = static_cast<const char*>(numbers) + row * strip.h->padded * width;
+  const char* const x = numbers_of(batch) + row * strip.h->padded * D::width;
   const SectionEnd end(strip, batch);
   F16 total = zero_f();
   D dot;
@@ -163,8 +164,8 @@ void integer_row(const Strip& strip, const Batch& batch, int64_t row, float* out
           constexpr int t = begin / 4 + place;
           I16 codes = quad<bits, t>(chunk);
           if constexpr (is_table(code)) codes = bytes(codes);
-          const char* const given = x + width * (base + 4 * t);
-          if constexpr (D::pairs) {
+          const char* const given = x + D::width * (base + 4 * t);
+          if constexpr (D::width == 2) {
             dot.add_step(D::even(codes), given);
             dot.add_step(D::odd(codes), given + 4);
           } else {

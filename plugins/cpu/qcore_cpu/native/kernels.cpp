@@ -1,6 +1,5 @@
-// The kernels of one instruction set: compiled once for each, with QCORE_ISA as its name. Where QCORE_EXACT_OF or QCORE_INTEGER_OF
-// names another, that one's serve here too,
-// for they would be the same.
+// The kernels of one instruction set: compiled once for each, with QCORE_ISA as its name. Where QCORE_EXACT_OF, QCORE_INTEGER_OF or
+// QCORE_HALVES_OF names another, that one's serve here too, for they would be the same.
 #include "kernels.h"
 
 #include <vector>
@@ -44,13 +43,25 @@ CodeKernels QCORE_INTEGER(Code code) {
 }
 #endif
 
+#ifdef __AVX512BF16__
+#ifdef QCORE_HALVES_OF
+#define QCORE_HALVES QCORE_JOIN(halves_, QCORE_HALVES_OF)
+#else
+#define QCORE_HALVES QCORE_JOIN(halves_, QCORE_ISA)
+CodeKernels QCORE_HALVES(Code code) {
+  using namespace QCORE_ISA;
+  return made_for<CodeKernels>(AllCodes{}, code, [](auto c) { return half_kernels<c>(); });
+}
+#endif
+#endif
+
 namespace QCORE_ISA {
 namespace {
 
 CodeKernels choose(Code code, Numbers numbers) {
   if (numbers == Numbers::kIntegers) return QCORE_INTEGER(code);
 #ifdef __AVX512BF16__
-  if (numbers == Numbers::kHalves) return made_for<CodeKernels>(AllCodes{}, code, [](auto c) { return CodeKernels{half_row<c>, nullptr, nullptr, 2}; });
+  if (numbers == Numbers::kHalves) return QCORE_HALVES(code);
 #endif
   return QCORE_EXACT(code);
 }
@@ -112,7 +123,12 @@ const Kernels* QCORE_JOIN(kernels_, QCORE_ISA)() {
 #else
   constexpr bool tiles = false;
 #endif
-  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), tiles, Dot<8>::pairs, kFloatRun, kIntegerRun, prepare, multiply, look_up,
+#ifdef __AVX512BF16__
+  constexpr bool halves = true;
+#else
+  constexpr bool halves = false;
+#endif
+  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), tiles, halves, Dot<8>::width == 2, kFloatRun, kIntegerRun, prepare, multiply, look_up,
                                normalize, activate, score, attend, join, narrow_values, keep_row, widen_values};
   return &kernels;
 }

@@ -1,5 +1,7 @@
 // What one instruction set's kernels are asked: to make rows of activations ready, and to multiply them by a run of panels.
 #pragma once
+#include <initializer_list>
+
 #include "packed.h"
 
 namespace qcore {
@@ -32,7 +34,7 @@ struct Batch {
   int64_t sections;
   int64_t tile_bytes;     // of a row of a tile: 64, or fewer where sections are shorter
   float* values;          // [rows / run][padded][run]: kFloats
-  uint16_t* halves;       // [rows][padded], bfloat16, of each quad columns 0 2 1 3: kHalves
+  uint16_t* halves;       // [rows / run][padded / 2][run][2], bfloat16, of each quad columns 0 2 1 3: kHalves
   int8_t* codes;          // [rows / run][padded / 4][run][4]: kIntegers
   int16_t* pairs;         // [rows / run][padded / 2][run][2], of each quad columns 0 2 1 3; where 8-bit products are made of 16-bit ones
   uint8_t* tiles;         // [rows / 16][steps][16][tile_bytes]: halves or codes
@@ -41,6 +43,13 @@ struct Batch {
   int32_t* shifts;        // [rows][sections], what the zero point of the weight's codes adds to sums of products
   float* sums;            // [rows][sections], sums of what the rows stand for
 };
+
+// Those that are multiplied where there are no tiles.
+inline const char* numbers_of(const Batch& batch) {
+  for (const void* numbers : {static_cast<const void*>(batch.values), static_cast<const void*>(batch.halves), static_cast<const void*>(batch.pairs)})
+    if (numbers) return static_cast<const char*>(numbers);
+  return reinterpret_cast<const char*>(batch.codes);
+}
 
 // Columns that a row of a tile holds, and how many tiles a row of the weight takes.
 inline int64_t tile_columns(const Batch& batch) { return batch.numbers == Numbers::kHalves ? batch.tile_bytes / 2 : batch.tile_bytes; }
@@ -100,9 +109,10 @@ enum class Kept : int64_t;
 
 struct Kernels {
   const char* name;
-  bool has_tiles;         // and kHalves
+  bool has_tiles;
+  bool has_halves;        // kHalves
   bool has_pairs;         // integer products of 8-bit codes read Batch::pairs
-  int64_t float_run, integer_run;  // Batch::run of blocks
+  int64_t float_run, integer_run;  // Batch::run of blocks; of halves as of integers
   void (*prepare)(const Job& job, int64_t first_row, int64_t last_row);
   void (*multiply)(const Job& job, int64_t first_panel, int64_t last_panel);
   // A row of the weight as float32 [columns].
@@ -122,10 +132,12 @@ struct Kernels {
 CodeKernels exact_avx2(Code code);
 CodeKernels exact_avx512(Code code);
 CodeKernels integer_avx512(Code code);
+CodeKernels halves_avx512bf16(Code code);
 
 const Kernels* kernels_avx2();
 const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512bf16();
 const Kernels* kernels_amx();
 
 }  // namespace qcore

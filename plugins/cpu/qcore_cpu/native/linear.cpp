@@ -15,16 +15,27 @@ constexpr int64_t kWorthWaking = 320 << 10;
 
 thread_local Scratch scratch;
 
+// Whether bfloat16 holds a code's numbers.
+bool in_halves(const Header& h) {
+  if (!is_table(h.code)) return true;
+  const char* const entries = reinterpret_cast<const char*>(&h) + h.table;
+  for (int i = 0; i < 1 << bits_of(h.code); i++)
+    if (entries[4 * i] || entries[4 * i + 1]) return false;
+  return true;
+}
+
 // How the rows are multiplied, without their memory.
 Batch plan(const Kernels& kernels, const Header& h, int64_t rows, Float type) {
   Batch batch{};
   const bool integers = h.input != Input::kExact;
-  batch.numbers = integers ? Numbers::kIntegers : type == Float::kBF16 && kernels.has_tiles && !(rows == 1 && is_grid(h.code)) ? Numbers::kHalves : Numbers::kFloats;
-  const bool tiles = kernels.has_tiles && (integers ? rows >= kTilesFrom : batch.numbers == Numbers::kHalves);
+  // A row by grids has its own way; products that take two halves of a weight each are floats unless tiles make them.
+  const bool halves = type == Float::kBF16 && kernels.has_halves && (rows == 1 ? !is_grid(h.code) : kernels.has_tiles || in_halves(h));
+  batch.numbers = integers ? Numbers::kIntegers : halves ? Numbers::kHalves : Numbers::kFloats;
+  const bool tiles = kernels.has_tiles && (integers ? rows >= kTilesFrom : halves);
   // Two rows of floats are quicker one by one than what unpacking takes.
   const bool apart = rows == 1 || (rows == 2 && batch.numbers == Numbers::kFloats);
   batch.way = apart ? Way::kRow : tiles ? Way::kTiles : Way::kBlocks;
-  batch.run = batch.way != Way::kBlocks ? 1 : integers ? kernels.integer_run : kernels.float_run;
+  batch.run = batch.way != Way::kBlocks ? 1 : batch.numbers == Numbers::kFloats ? kernels.float_run : kernels.integer_run;
   batch.rows = rows;
   const int64_t most = h.input == Input::kBlocks ? kBlock : integers ? kWholeSum : kFloatSum;
   batch.section = h.group > most && (h.groups == 1 || h.group % most == 0) ? most : h.group;

@@ -78,20 +78,24 @@ struct PartSums {
   }
 };
 
-// The sum of a row by a panel, in float32: products of a section are scaled at its end.
-struct FloatSum {
-  const Strip& strip;
-  const float* inputs;  // the row's sums of each section
-  F16 total = zero_f();
+// How sections of products in float32 end: copied from a panel and a batch, so that it stays in registers. own: what codes are too great
+// by still.
+struct FloatEnd {
+  const float *scales, *zeros, *offsets;  // of the panel
+  const float* inputs;                    // the rows' sums of each section
+  int64_t sections;
+  float own;
 
-  QCORE_INLINE FloatSum(const Strip& strip, const Batch& batch, int64_t row) : strip(strip), inputs(batch.sums + row * batch.sections) {}
-  // total += (sum + (zero - own) * x) * scale + offset * x, x being the sum of the section's input.
-  QCORE_INLINE void end_section(F16 all, int64_t s, int64_t g, float own) {
-    const F16 x = all_f(inputs[s]);
-    if (own != 0) all = fma(all_f(-own), x, all);
-    if (strip.zeros) all = fma(load_f(strip.zeros + 16 * g), x, all);
-    total = fma(all, load_f(strip.scales + 16 * g), total);
-    if (strip.offsets) total = fma(load_f(strip.offsets + 16 * g), x, total);
+  FloatEnd(const Strip& strip, const Batch& batch, float own = 0)
+      : scales(strip.scales), zeros(strip.zeros), offsets(strip.offsets), inputs(batch.sums), sections(batch.sections), own(own) {}
+
+  // The total of a row with the sum of its section s: (sum + (zero - own) * x) * scale + offset * x, x being the sum of the section's input.
+  QCORE_INLINE F16 add(int64_t row, int64_t s, int64_t g, F16 sum, F16 total) const {
+    const F16 x = all_f(inputs[row * sections + s]);
+    if (own != 0) sum = fma(all_f(-own), x, sum);
+    if (zeros) sum = fma(load_f(zeros + 16 * g), x, sum);
+    total = fma(sum, load_f(scales + 16 * g), total);
+    return offsets ? fma(load_f(offsets + 16 * g), x, total) : total;
   }
 };
 

@@ -2,10 +2,9 @@
 // every row. Products of a section are exact or in float32, and scaled in float32 as they leave the tiles.
 #pragma once
 #include "grids.h"
+#include "halves.h"
 #include "integer.h"
-#include "panel.h"
 #include "scratch.h"
-#include "words.h"
 
 namespace qcore {
 namespace QCORE_ISA {
@@ -15,22 +14,6 @@ constexpr int64_t kColumnsOfABlock = 1024;
 
 // Rows of B, 64 bytes each: 16 panel rows x 2 bfloat16, or x 4 int8. `columns` are whole chunks.
 using UnpackTiles = void (*)(const Strip& strip, int64_t first_column, int64_t columns, uint8_t* out, uint8_t* rest);
-
-template <Code code>
-void unpack_halves(const Strip& strip, int64_t first, int64_t columns, uint8_t* out, uint8_t* rest) {
-  constexpr int bits = bits_of(code);
-  const Words<code> words(*strip.h, strip.table);
-  const uint8_t* chunk = strip.codes + first / kChunk * 64 * bits;
-  for (int64_t done = 0; done < columns; done += kChunk, chunk += 64 * bits, out += 1024) {
-    prefetch<bits>(chunk);
-    each_pair<code, 0, 16>(chunk, [&](__m512i lanes, auto pair) QCORE_INSIDE {
-      _mm512_storeu_si512(out + 64 * pair, words(lanes));
-      if constexpr (is_table(code))
-        if (rest) _mm512_storeu_si512(rest + 64 * pair, words.left_over(lanes));
-    });
-    if (rest) rest += 1024;
-  }
-}
 
 // Narrow integers have Header::zero subtracted, so that all are signed.
 template <Code code>

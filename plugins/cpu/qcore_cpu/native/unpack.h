@@ -39,13 +39,13 @@ void unpack_codes(const Strip& strip, int64_t first, int64_t columns, void* out)
     unroll<8>([&](auto t) QCORE_INSIDE {
       I16 codes = quad<bits, t>(chunk);
       if constexpr (is_table(code)) codes = bytes(codes);
-      if constexpr (D::pairs) {
+      if constexpr (D::width == 2) {
         store_i(to, D::even(codes));
         store_i(to + 64, D::odd(codes));
       } else {
         store_i(to, D::ready(codes));
       }
-      to += D::pairs ? 128 : 64;
+      to += 64 * D::width;
     });
   }
 }

@@ -30,7 +30,7 @@ int main(int count, char** arguments) {
   bool good = blocks_are_taken_apart();
   std::vector<std::string> names(arguments + (count > 2 ? 2 : count), arguments + count);
   const bool named = !names.empty();
-  if (!named) names = {"amx", "avx512", "avxvnni", "avx2"};
+  if (!named) names = {"amx", "avx512bf16", "avx512", "avxvnni", "avx2"};
   for (const std::string& name : names) {
     const Kernels* const kernels = kernels_named(name.c_str());
     if (kernels) good = passes(*kernels) && good;
