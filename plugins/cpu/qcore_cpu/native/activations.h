@@ -160,7 +160,7 @@ inline void prepare(const Job& job, int64_t first, int64_t last) {
         sums[s] = sum_of(lanes);
       });
       if (batch.numbers == Numbers::kFloats) {
-        if (batch.way == Way::kRow && in_place(h.code)) put_in_place(values.data(), padded);
+        if (batch.way == Way::kRows && in_place(h.code)) put_in_place(values.data(), padded);
         put(values.data(), 4 * padded, m, batch.values);
       } else {
         narrow.resize(padded);

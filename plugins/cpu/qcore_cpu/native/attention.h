@@ -72,6 +72,10 @@ struct KeptRows {
     else return get(row, type, i);
   }
 
+  QCORE_INLINE void fetch(int64_t t) const {
+    for (int64_t at = 0; at < row_bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(rows + t * row_bytes + at), _MM_HINT_T0);
+  }
+
   // factors[k] *= the scale of row begin + k
   void scale_all(int64_t begin, int64_t full, float* factors) const {
     if constexpr (kept != Kept::kPlain)
@@ -105,6 +109,8 @@ inline float chances_of(const Attention& a, float* scores, int64_t full, float& 
   return sum_of(totals);
 }
 
+constexpr int64_t kKeysAhead = 32;  // rows: memory answers meanwhile
+
 // `heads` of the heads that share a kv head, from `head` on, over positions begin .. begin + full - 1.
 template <int heads, class Rows>
 void attend_span(const Attention& a, const Rows& keys, const Rows& values, int64_t head, int64_t begin, int64_t full, float* part, int64_t part_stride) {
@@ -112,6 +118,10 @@ void attend_span(const Attention& a, const Rows& keys, const Rows& values, int64
   alignas(64) float scores[heads][kAttentionSpan + 16];
   const float* const query = a.queries + head * a.head_dim;
   for (int64_t t = 0; t < full; t += turns) {
+    for (int turn = 0; turn < turns; turn++) {
+      keys.fetch(begin + t + turn + kKeysAhead);
+      values.fetch(begin + t + turn);
+    }
     F16 sums[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
     for (int64_t i = 0; i < a.head_dim; i += 16)
       for (int turn = 0; turn < turns; turn++) {

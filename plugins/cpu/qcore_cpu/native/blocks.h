@@ -10,91 +10,151 @@ namespace QCORE_ISA {
 
 constexpr int64_t kBlockBytes = 16 << 10;  // that are unpacked at once: half of what the first cache holds
 
-// Rows that share what is loaded of a block: as many as there are registers for.
+// Panels and rows that share what is loaded: as many as there are registers for.
 #ifdef __AVX512F__
+constexpr int kPanelsAtOnce = 2;
 constexpr int kFloatRun = 12, kIntegerRun = 12;
-constexpr int parts_of(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
-#elif defined(__AVXVNNI__)
+constexpr int block_parts(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+#else
+constexpr int kPanelsAtOnce = 1;
+#ifdef __AVXVNNI__
 constexpr int kFloatRun = 6, kIntegerRun = 6;
-constexpr int parts_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #else
 constexpr int kFloatRun = 6, kIntegerRun = 4;
-constexpr int parts_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+#endif
+constexpr int block_parts(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
-template <int rows>
-void add_floats(const Strip&, const Batch&, int64_t, int64_t, int64_t columns, const void* given, const void* unpacked, float* totals) {
-  constexpr int parts = parts_of(rows);  // so that one addition need not wait for the one before
-  const float *x = static_cast<const float*>(given), *block = static_cast<const float*>(unpacked);
-  F16 sum[parts][rows];
-  unroll<parts * rows>([&](auto i) QCORE_INSIDE { sum[i / rows][i % rows] = zero_f(); });
-  for (int64_t k = 0; k < columns; k += 4) {
-    unroll<4>([&](auto i) QCORE_INSIDE {
-      const F16 weight = load_f(block + 16 * i);
-      unroll<rows>([&](auto r) QCORE_INSIDE {
-        F16& to = sum[i % parts][r];
-        to = fma(weight, all_f(x[kFloatRun * i + r]), to);
-      });
-    });
-    x += 4 * kFloatRun;
-    block += 64;
+// What comes next from memory comes while rows are multiplied.
+struct Ahead {
+  Stream all[4];
+  QCORE_INLINE explicit Ahead(const Block& block) { unroll<4>([&](auto i) QCORE_INSIDE { all[i] = block.ahead[i]; }); }
+  QCORE_INLINE void fetch_chunk() {
+    if (!all[0].bytes) return;
+    unroll<4>([&](auto i) QCORE_INSIDE { fetch<8>(all[i]); });
   }
-  unroll<rows>([&](auto r) QCORE_INSIDE {
-    F16 all = sum[0][r];
-    for (int p = 1; p < parts; p++) all = add(all, sum[p][r]);
-    store_f(totals + 16 * r, add(load_f(totals + 16 * r), all));
+};
+
+template <int panels, int rows>
+void add_floats(const Block& block, const Batch& batch, int64_t row, float* totals, int64_t apart) {
+  constexpr int parts = block_parts(rows * panels);
+  const int64_t run = batch.run;
+  const float* x = batch.values + row * block.strips->h->padded + block.first * run;
+  const float* numbers[panels];
+  F16 sum[parts][panels][rows];
+  for (int p = 0; p < panels; p++) numbers[p] = reinterpret_cast<const float*>(block.numbers + p * block.bytes);
+  unroll<parts * panels * rows>([&](auto i) QCORE_INSIDE { sum[i / (panels * rows)][i / rows % panels][i % rows] = zero_f(); });
+  Ahead ahead(block);
+  for (int64_t k = 0; k < 16 * block.columns; k += 64) {
+    if (k % (16 * kChunk) == 0) ahead.fetch_chunk();
+    unroll<4>([&](auto i) QCORE_INSIDE {
+      F16 weight[panels];
+      unroll<panels>([&](auto p) QCORE_INSIDE { weight[p] = load_f(numbers[p] + k + 16 * i); });
+      unroll<rows>([&](auto r) QCORE_INSIDE {
+        const F16 given = all_f(x[r]);
+        unroll<panels>([&](auto p) QCORE_INSIDE {
+          F16& to = sum[i % parts][p][r];
+          to = fma(weight[p], given, to);
+        });
+      });
+      advance(x, run);
+    });
+  }
+  unroll<panels * rows>([&](auto i) QCORE_INSIDE {
+    constexpr int p = i / rows, r = i % rows;
+    F16 all = sum[0][p][r];
+    unroll<parts - 1>([&](auto part) QCORE_INSIDE { all = add(all, sum[part + 1][p][r]); });
+    float* const to = totals + p * apart + 16 * r;
+    store_f(to, add(load_f(to), all));
   });
 }
 
+// Sixteen floats in memory.
+struct Cell {
+  float* place;
+  QCORE_INLINE operator F16() const { return load_f(place); }
+  QCORE_INLINE void operator=(F16 value) { store_f(place, value); }
+};
+
 // Sections end in the block: of whole numbers, and of halves.
-template <class D, int rows>
-void add_codes(const Strip& strip, const Batch& batch, int64_t row, int64_t first, int64_t columns, const void* given, const void* unpacked, float* totals) {
+template <class D, int panels, int rows>
+void add_codes(const Block& block, const Batch& batch, int64_t row, float* totals, int64_t apart) {
   constexpr int steps_of_half = D::width == 2 ? 8 : 4;  // half a chunk: a section may be no longer
-  const char *x = static_cast<const char*>(given), *block = static_cast<const char*>(unpacked);
-  const typename D::End ends(strip, batch);
-  const int64_t stop = first + columns;
-  Section section(*strip.h, batch, first);
-  for (int64_t begin = first, end; begin < stop; begin = end, section.next()) {
+  const Header& h = *block.strips->h;
+  const int64_t run = batch.run, stop = block.first + block.columns;
+  const char *x = numbers_of(batch) + (row * h.padded + block.first * run) * D::width, *numbers = block.numbers;
+  const typename D::End ends[2] = {{block.strips[0], batch}, {block.strips[panels - 1], batch}};
+  Section section(h, batch, block.first);
+  Ahead ahead(block);
+  for (int64_t begin = block.first, end; begin < stop; begin = end, section.next()) {
     end = begin + section.length < stop ? begin + section.length : stop;
-    D dot[rows];
+    D dot[panels][rows];
     auto multiply = [&](auto steps) QCORE_INSIDE {
+      if (steps == 2 * steps_of_half) ahead.fetch_chunk();
       unroll<steps>([&](auto step) QCORE_INSIDE {
-        const I16 codes = load_i(block + 64 * step);
-        unroll<rows>([&](auto r) QCORE_INSIDE { dot[r].add_step(codes, x + 4 * (kIntegerRun * step + r)); });
-        if constexpr (step % D::fitting == D::fitting - 1 || step == steps - 1) unroll<rows>([&](auto r) QCORE_INSIDE { dot[r].end_run(); });
+        I16 codes[panels];
+        unroll<panels>([&](auto p) QCORE_INSIDE { codes[p] = load_i(numbers + p * block.bytes + 64 * step); });
+        unroll<rows>([&](auto r) QCORE_INSIDE {
+          const Word given = spread_word(x + 4 * r);
+          unroll<panels>([&](auto p) QCORE_INSIDE { dot[p][r].add_step(codes[p], given); });
+        });
+        advance(x, 4 * run);
+        if constexpr (step % D::fitting == D::fitting - 1 || step == steps - 1)
+          unroll<panels * rows>([&](auto i) QCORE_INSIDE { dot[i / rows][i % rows].end_run(); });
       });
-      block += 64 * steps;
-      x += 4 * kIntegerRun * steps;
+      numbers += 64 * steps;
     };
     if (section.length < kChunk) multiply(std::integral_constant<int, steps_of_half>{});
     else
       for (int64_t k = begin; k < end; k += kChunk) multiply(std::integral_constant<int, 2 * steps_of_half>{});
-    unroll<rows>([&](auto r) QCORE_INSIDE {
-      float* const total = totals + 16 * r;
-      store_f(total, ends.add(row + r, section.number, section.of_group, dot[r].take(), load_f(total)));
-    });
+    end_section<panels, rows>(ends, row, section.number, section.of_group, [&](int p, int r) QCORE_INSIDE { return dot[p][r].take(); },
+                              [&](int p, int r) QCORE_INSIDE { return Cell{totals + p * apart + 16 * r}; });
   }
 }
 
-template <int... rows>
-const BlockKernel* float_blocks(std::integer_sequence<int, rows...>) {
-  static constexpr BlockKernel kernels[] = {add_floats<rows + 1>...};
-  return kernels;
+// make(1), make(2) .. make(count).
+template <class Made, int... before, class Make>
+const Made* each_of(std::integer_sequence<int, before...>, Make make) {
+  static const Made made[] = {make(std::integral_constant<int, before + 1>{})...};
+  return made;
 }
-template <class D, int... rows>
-const BlockKernel* code_blocks(std::integer_sequence<int, rows...>) {
-  static constexpr BlockKernel kernels[] = {add_codes<D, rows + 1>...};
-  return kernels;
+template <int count, class Made, class Make>
+const Made* each_of(Make make) { return each_of<Made>(std::make_integer_sequence<int, count>{}, make); }
+
+template <class Make>
+const RowKernel* each_rows(Make make) {
+  return each_of<kRowsAtOnce, RowKernel>(make);
+}
+inline const BlockKernel* float_blocks(int64_t panels) {
+  if (panels == 1) return each_of<kFloatRun, BlockKernel>([](auto rows) { return add_floats<1, rows>; });
+  return each_of<kFloatRun, BlockKernel>([](auto rows) { return add_floats<kPanelsAtOnce, rows>; });
+}
+template <class D>
+const BlockKernel* code_blocks(int64_t panels) {
+  if (panels == 1) return each_of<kIntegerRun, BlockKernel>([](auto rows) { return add_codes<D, 1, rows>; });
+  return each_of<kIntegerRun, BlockKernel>([](auto rows) { return add_codes<D, kPanelsAtOnce, rows>; });
 }
 
 template <Code code>
 CodeKernels exact_kernels() {
-  return {exact_row<code>, unpack_floats<code>, float_blocks(std::make_integer_sequence<int, kFloatRun>{}), 4};
+  return {each_rows([](auto rows) { return exact_rows<code, rows>; }), unpack_floats<code>, float_blocks, 4};
 }
 template <Code code>
 CodeKernels integer_kernels() {
   using D = DotOf<code>;
-  return {integer_row<code>, unpack_codes<code>, code_blocks<D>(std::make_integer_sequence<int, kIntegerRun>{}), D::width};
+  return {each_rows([](auto rows) { return integer_rows<code, rows>; }), unpack_codes<code>, code_blocks<D>, D::width};
+}
+
+// Codes behind the block, or of the panels behind these; and their scales.
+inline void look_ahead(Block& block, int64_t panels) {
+  const Header& h = *block.strips->h;
+  const int64_t chunk = kPanel * kChunk * bits_of(h.code) / 8, done = (block.first + block.columns) / kChunk;
+  for (int64_t p = 0; p < 2; p++) {
+    const Strip& strip = block.strips[p < panels ? p : 0];
+    block.ahead[p] = {strip.codes + (done * kChunk < h.padded ? done * chunk : kPanelsAtOnce * panel_bytes(h)), chunk};
+    const Stream& next = block.strips[panels - 1].ahead[p];
+    block.ahead[2 + p] = {next.at + block.first / kChunk * kPanelsAtOnce * next.bytes, kPanelsAtOnce * next.bytes};
+  }
 }
 
 // The panels first .. last - 1.
@@ -102,29 +162,35 @@ inline void multiply_blocks(const Job& job, const CodeKernels& kernels, int64_t 
   static thread_local Scratch memory;
   const Header& h = *job.weight;
   const Batch& batch = job.batch;
-  const int64_t line = kPanel * kernels.width, usual = kBlockBytes / line;
+  const int64_t line = kPanel * kernels.width, usual = kBlockBytes / kPanelsAtOnce / line;
   const int64_t columns = batch.section < usual ? usual / batch.section * batch.section : batch.section;
   const int64_t floats = 2 * h.groups * kPanel, codes = is_grid(h.code) ? h.padded * kPanel : 0, cells = batch.rows * kPanel;
   float *spread, *totals;
-  uint8_t *expanded, *block;
-  memory.begin(4 * floats + codes + columns * line + 4 * cells, 4);
-  memory.take(spread, floats);
-  memory.take(expanded, codes);
-  memory.take(block, columns * line);
-  memory.take(totals, cells);
-  const char* const x = numbers_of(batch);
-  for (int64_t panel = first; panel < last; panel++) {
-    const Strip strip = open_panel(h, panel, spread, expanded);
-    std::memset(totals, 0, cells * sizeof(float));
+  uint8_t *expanded, *numbers;
+  memory.begin(kPanelsAtOnce * (4 * floats + codes + columns * line + 4 * cells), 4);
+  memory.take(spread, kPanelsAtOnce * floats);
+  memory.take(expanded, kPanelsAtOnce * codes);
+  memory.take(numbers, kPanelsAtOnce * columns * line);
+  memory.take(totals, kPanelsAtOnce * cells);
+  Strip strips[kPanelsAtOnce];
+  for (int64_t panel = first; panel < last; panel += kPanelsAtOnce) {
+    const int64_t panels = last - panel < kPanelsAtOnce ? last - panel : kPanelsAtOnce;
+    for (int64_t p = 0; p < panels; p++) strips[p] = open_panel(h, panel + p, spread + p * floats, expanded + p * codes);
+    std::memset(totals, 0, panels * cells * sizeof(float));
+    const BlockKernel* const multiply = kernels.blocks(panels);
     for (int64_t column = 0; column < h.padded; column += columns) {
       const int64_t count = h.padded - column < columns ? h.padded - column : columns;
-      kernels.unpack(strip, column, count, block);
+      for (int64_t p = 0; p < panels; p++) kernels.unpack(strips[p], column, count, numbers + p * columns * line);
+      Block block{strips, column, count, reinterpret_cast<const char*>(numbers), columns * line, {}};
+      if (!is_grid(h.code)) look_ahead(block, panels);
       for (int64_t row = 0; row < batch.rows; row += batch.run) {
         const int64_t rows = batch.rows - row < batch.run ? batch.rows - row : batch.run;
-        kernels.blocks[rows - 1](strip, batch, row, column, count, x + (row * h.padded + column * batch.run) * kernels.width, block, totals + row * kPanel);
+        multiply[rows - 1](block, batch, row, totals + row * kPanel, cells);
+        block.ahead->bytes = 0;
       }
     }
-    for (int64_t row = 0; row < batch.rows; row++) store(job, row, panel, totals + row * kPanel);
+    for (int64_t row = 0; row < batch.rows; row++)
+      for (int64_t p = 0; p < panels; p++) store(job, row, panel + p, totals + p * cells + row * kPanel);
   }
   memory.end();
 }

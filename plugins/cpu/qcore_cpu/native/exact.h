@@ -5,21 +5,26 @@
 namespace qcore {
 namespace QCORE_ISA {
 
-template <Code code>
+template <Code code, int rows>
 struct FloatProducts {
   std::conditional_t<in_place(code), QuadMasks<bits_of(code)>, Floats<code>> numbers;
-  PartSums sums;
+  PartSums<rows> sums;
   explicit FloatProducts(const float* table) : numbers(table) {}
   template <int first, int columns>
-  QCORE_INLINE void add_chunk(const uint8_t* chunk, const float* x) {
+  QCORE_INLINE void add_chunk(const uint8_t* chunk, const float* x, int64_t run) {
+    x += first * run;
     auto add = [&](F16 value, auto column) QCORE_INSIDE {
-      F16& to = sums.part[column % PartSums::count];
-      to = fma(value, all_f(x[column]), to);
+      unroll<rows>([&](auto r) QCORE_INSIDE {
+        F16& to = sums.part[r][column % PartSums<rows>::count];
+        to = fma(value, all_f(x[r]), to);
+      });
+      if constexpr (rows == 1) x++;
+      else advance(x, run);
     };
     if constexpr (in_place(code)) each_column_in_place<code, first, columns>(chunk, numbers, add);
     else each_column<code, first, columns>(chunk, numbers, add);
   }
-  QCORE_INLINE F16 take() { return sums.take(); }
+  QCORE_INLINE F16 take(int r) { return sums.take(r); }
 };
 
 #ifndef __AVX512F__
@@ -34,7 +39,7 @@ struct SideProducts {
     for (__m256& sum : sums) sum = _mm256_setzero_ps();
   }
   template <int first, int columns>
-  QCORE_INLINE void add_chunk(const uint8_t* chunk, const float* x) {
+  QCORE_INLINE void add_chunk(const uint8_t* chunk, const float* x, int64_t) {
     unroll<columns / 4>([&](auto place) QCORE_INSIDE {
       constexpr int t = first / 4 + place;
       const I16 codes = quad<bits_of(code), t>(chunk);
@@ -43,7 +48,7 @@ struct SideProducts {
       expand(codes.b, [&](auto i, __m256 values) QCORE_INSIDE { sums[4 + i] = _mm256_fmadd_ps(values, given, sums[4 + i]); });
     });
   }
-  QCORE_INLINE F16 take() {
+  QCORE_INLINE F16 take(int) {
     F16 rows;
     rows.a = Expand::in_order(_mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3])));
     rows.b = Expand::in_order(_mm256_hadd_ps(_mm256_hadd_ps(sums[4], sums[5]), _mm256_hadd_ps(sums[6], sums[7])));
@@ -102,27 +107,31 @@ struct ExpandFloat8 {
   }
 };
 
-template <Code code>
+template <Code code, int rows>  // one
 using ProductsOf = std::conditional_t<is_table(code), SideProducts<code, ExpandTable>,
-                                      std::conditional_t<!is_integer(code) && bits_of(code) == 8, SideProducts<code, ExpandFloat8<code>>, FloatProducts<code>>>;
+                                      std::conditional_t<!is_integer(code) && bits_of(code) == 8, SideProducts<code, ExpandFloat8<code>>, FloatProducts<code, 1>>>;
 
 #else
-template <Code code>
-using ProductsOf = FloatProducts<code>;
+template <Code code, int rows>
+using ProductsOf = FloatProducts<code, rows>;
 #endif
 
 // Products of a section are summed before they are scaled.
-template <Code code>
-void exact_row(const Strip& strip, const Batch& batch, int64_t row, float* out) {
-  ProductsOf<code> products(strip.table);
+template <Code code, int rows>
+void exact_rows(const Strip& strip, const Batch& batch, int64_t row, float* out) {
+  ProductsOf<code, rows> products(strip.table);
+  const int64_t run = rows == 1 ? 1 : batch.run;
   const float* const x = batch.values + row * strip.h->padded;
   const FloatEnd end(strip, batch, is_integer(code) ? static_cast<float>(strip.h->zero) : 0);
-  F16 total = zero_f();
+  F16 total[rows];
+  unroll<rows>([&](auto r) QCORE_INSIDE { total[r] = zero_f(); });
   walk<bits_of(code)>(
       strip, batch,
-      [&](const uint8_t* chunk, int64_t base, auto begin, auto count) QCORE_INSIDE { products.template add_chunk<begin, count>(chunk, x + base); },
-      [&](int64_t s, int64_t g) QCORE_INSIDE { total = end.add(row, s, g, products.take(), total); });
-  store_f(out, total);
+      [&](const uint8_t* chunk, int64_t base, auto begin, auto count) QCORE_INSIDE { products.template add_chunk<begin, count>(chunk, x + base * run, run); },
+      [&](int64_t s, int64_t g) QCORE_INSIDE {
+        end_section<1, rows>(&end, row, s, g, [&](int, int r) QCORE_INSIDE { return products.take(r); }, [&](int, int r) QCORE_INSIDE -> F16& { return total[r]; });
+      });
+  unroll<rows>([&](auto r) QCORE_INSIDE { store_f(out + 16 * r, total[r]); });
 }
 
 }  // namespace QCORE_ISA

@@ -8,6 +8,17 @@ namespace QCORE_ISA {
 
 QCORE_INLINE __m256 eight_floats(__m128i codes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)); }
 
+// Sums of four products each: of unsigned bytes by signed ones.
+QCORE_INLINE __m256i fours(__m256i a, __m256i b) {
+#if defined(__AVX512VNNI__)
+  return _mm256_dpbusd_epi32(_mm256_setzero_si256(), a, b);
+#elif defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), a, b);
+#else
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
+#endif
+}
+
 // Row m of a batch by a row of the weight. Sums of whole numbers are exact until they are scaled.
 template <bool integers, class Block>
 float multiply_grid_row(Block type, const Header& h, const Batch& batch, int64_t m, int64_t row) {
@@ -18,7 +29,7 @@ float multiply_grid_row(Block type, const Header& h, const Batch& batch, int64_t
   const int8_t* x = batch.codes + m * h.padded;
   const float *wide = batch.values + m * h.padded, *scales = batch.scales + m * batch.sections;
   const int32_t* totals = batch.totals + m * batch.sections;
-  const __m256i ones = _mm256_set1_epi16(1), halves = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  const __m256i halves = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
   __m256 total = _mm256_setzero_ps(), biased = _mm256_setzero_ps();
   OpenedBlock both[2];
   auto open = [&](int64_t i) {
@@ -44,8 +55,8 @@ float multiply_grid_row(Block type, const Header& h, const Batch& batch, int64_t
       else scale = _mm256_permutevar8x32_ps(_mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(opened.scales + 2 * run))), halves);
       if constexpr (integers) {
         const __m256i given = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 256 * i + 32 * run)), magnitudes = magnitudes_of(type, opened, tuples, run);
-        const __m256i products = _mm256_maddubs_epi16(magnitudes, Block::bias ? given : _mm256_sign_epi8(given, signs_of(opened, run)));
-        total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(products, ones)), scale, total);
+        const __m256i products = fours(magnitudes, Block::bias ? given : _mm256_sign_epi8(given, signs_of(opened, run)));
+        total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scale, total);
       } else {
         const __m256i codes = codes_of(type, opened, tuples, run);
         const __m128i first = _mm256_castsi256_si128(codes), second = _mm256_extracti128_si256(codes, 1);

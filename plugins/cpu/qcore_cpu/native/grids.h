@@ -1,7 +1,6 @@
 // Opening a panel: its scales become floats, and codes that name tuples of a grid (some of ggml's types) 8-bit codes. Layouts: ggml's src/ggml-common.h; the definition is qcore/blocks/iq.py.
 #pragma once
-#include "kernels.h"
-#include "scales.h"
+#include "panel.h"
 
 namespace qcore {
 namespace QCORE_ISA {
@@ -247,7 +246,12 @@ inline Strip open_panel(const Header& h, int64_t panel, float* floats, uint8_t* 
     if (offsets) spread_offsets(h, panel, offsets);
   }
   const float* const table = is_table(h.code) ? reinterpret_cast<const float*>(section_at(h, h.table)) : nullptr;
-  return {&h, codes, floats, before ? offsets : nullptr, before ? nullptr : offsets, table};
+  auto ahead = [&](int64_t section, int64_t width) -> Stream {
+    const int64_t bytes = h.groups * kPanel * width;
+    return {section_at(h, section) + (panel + 1) * bytes, bytes * kChunk / h.padded};
+  };
+  return {&h, codes, floats, before ? offsets : nullptr, before ? nullptr : offsets, table,
+          {ahead(h.scales, bytes_of(h.scale)), ahead(h.offsets, bytes_of(h.offset, h.scale))}};
 }
 
 }  // namespace QCORE_ISA

@@ -6,44 +6,84 @@
 namespace qcore {
 namespace QCORE_ISA {
 
-// As exact_row, of Batch::halves.
-template <Code code>
-void half_row(const Strip& strip, const Batch& batch, int64_t row, float* out) {
+// Each lane of a sum += the products of two pairs of bfloat16. As _mm512_dpbf16_ps; of that, GCC 12 moves sums from register to register.
+QCORE_INLINE void add_pairs(F16& sum, __m512i a, __m512i b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a), "v"(b)); }
+
+// 8-bit integers in two parts, each looked up: what their low five bits stand for, and the others less Header::zero.
+struct TwoHalves {
+  HalfTable low, high;
+  explicit TwoHalves(const Header& h) {
+    low.fill(false, [](I16 i) QCORE_INSIDE { return to_float(i); });
+    high.fill(false, [&](I16 i) QCORE_INSIDE {
+      const I16 top = sra(sll(i, 29), 24);  // three bits, signed, times 32
+      return to_float(sub(top, all_i(static_cast<int32_t>(h.zero))));
+    });
+  }
+  // As each_pair, f being called for both parts.
+  template <int first, int pairs, class F>
+  QCORE_INLINE void each_pair(const uint8_t* chunk, F&& f) const {
+    unroll<pairs / 2>([&](auto place) QCORE_INSIDE {
+      constexpr int t = first / 2 + place;
+      const __m512i bytes = quad<8, t>(chunk).v;
+      f(low(bytes), high(_mm512_srli_epi16(bytes, 5)), std::integral_constant<int, 2 * t>{});
+      f(low(_mm512_srli_epi16(bytes, 8)), high(_mm512_srli_epi16(bytes, 13)), std::integral_constant<int, 2 * t + 1>{});
+    });
+  }
+};
+
+// As exact_rows, of Batch::halves.
+template <Code code, int rows>
+void half_rows(const Strip& strip, const Batch& batch, int64_t row, float* out) {
   const Words<code> words(*strip.h, strip.table);  // which subtract Header::zero
+  const TwoHalves two(*strip.h);
+  const int64_t run = rows == 1 ? 1 : batch.run;
   const char* const x = numbers_of(batch) + 2 * row * strip.h->padded;
   const FloatEnd end(strip, batch);
-  F16 total = zero_f();
-  PartSums products;
+  F16 total[rows];
+  unroll<rows>([&](auto r) QCORE_INSIDE { total[r] = zero_f(); });
+  PartSums<rows> products;
   walk<bits_of(code)>(
       strip, batch,
       [&](const uint8_t* chunk, int64_t base, auto begin, auto count) QCORE_INSIDE {
-        each_pair<code, begin / 2, count / 2>(chunk, [&](__m512i lanes, auto pair) QCORE_INSIDE {
-          F16& to = products.part[pair % PartSums::count];
-          const __m512bh given = (__m512bh)_mm512_set1_epi32(word_at(x + 2 * base + 4 * pair));
-          to.v = _mm512_dpbf16_ps(to.v, (__m512bh)words(lanes), given);
-          if constexpr (is_table(code))
-            if (words.inexact) to.v = _mm512_dpbf16_ps(to.v, (__m512bh)words.left_over(lanes), given);
-        });
+        const char* given = x + 2 * (base + begin) * run;
+        auto multiply = [&](__m512i numbers, int pair) QCORE_INSIDE {
+          unroll<rows>([&](auto r) QCORE_INSIDE { add_pairs(products.part[r][pair % PartSums<rows>::count], numbers, spread_word(given + 4 * r)); });
+        };
+        auto next = [&] {
+          if constexpr (rows == 1) given += 4;
+          else advance(given, 4 * run);
+        };
+        if constexpr (code == Code::kInt8) {
+          two.template each_pair<begin / 2, count / 2>(chunk, [&](__m512i low, __m512i high, auto pair) QCORE_INSIDE {
+            multiply(low, pair);
+            multiply(high, pair + 1);
+            next();
+          });
+        } else {
+          each_pair<code, begin / 2, count / 2>(chunk, [&](__m512i lanes, auto pair) QCORE_INSIDE {
+            multiply(words(lanes), pair);
+            if constexpr (is_table(code))
+              if (words.inexact) multiply(words.left_over(lanes), pair + 1);
+            next();
+          });
+        }
       },
-      [&](int64_t s, int64_t g) QCORE_INSIDE { total = end.add(row, s, g, products.take(), total); });
-  store_f(out, total);
+      [&](int64_t s, int64_t g) QCORE_INSIDE {
+        end_section<1, rows>(&end, row, s, g, [&](int, int r) QCORE_INSIDE { return products.take(r); }, [&](int, int r) QCORE_INSIDE -> F16& { return total[r]; });
+      });
+  unroll<rows>([&](auto r) QCORE_INSIDE { store_f(out + 16 * r, total[r]); });
 }
 
-// Columns first .. first + columns - 1 of a panel, whole chunks: pairs [columns / 2][16][2]. rest: what bfloat16 leaves over of a
-// table's numbers, or null.
+// Columns first .. first + columns - 1 of a panel, whole chunks: pairs [columns / 2][16][2].
 template <Code code>
-void unpack_halves(const Strip& strip, int64_t first, int64_t columns, uint8_t* out, uint8_t* rest) {
+void unpack_halves(const Strip& strip, int64_t first, int64_t columns, void* out) {
   constexpr int bits = bits_of(code);
   const Words<code> words(*strip.h, strip.table);
   const uint8_t* chunk = strip.codes + first / kChunk * 64 * bits;
-  for (int64_t done = 0; done < columns; done += kChunk, chunk += 64 * bits, out += 1024) {
+  uint8_t* to = static_cast<uint8_t*>(out);
+  for (int64_t done = 0; done < columns; done += kChunk, chunk += 64 * bits, to += 1024) {
     prefetch<bits>(chunk);
-    each_pair<code, 0, 16>(chunk, [&](__m512i lanes, auto pair) QCORE_INSIDE {
-      _mm512_storeu_si512(out + 64 * pair, words(lanes));
-      if constexpr (is_table(code))
-        if (rest) _mm512_storeu_si512(rest + 64 * pair, words.left_over(lanes));
-    });
-    if (rest) rest += 1024;
+    each_pair<code, 0, 16>(chunk, [&](__m512i lanes, auto pair) QCORE_INSIDE { _mm512_storeu_si512(to + 64 * pair, words(lanes)); });
   }
 }
 
@@ -52,9 +92,7 @@ struct HalfDot {
   using End = FloatEnd;
   static constexpr int width = 2, fitting = 8;
   F16 sum = zero_f();
-  QCORE_INLINE void add_step(I16 numbers, const void* x) {
-    sum.v = _mm512_dpbf16_ps(sum.v, (__m512bh)numbers.v, (__m512bh)_mm512_set1_epi32(word_at(x)));
-  }
+  QCORE_INLINE void add_step(I16 numbers, Word given) { add_pairs(sum, numbers.v, given); }
   QCORE_INLINE void end_run() {}
   QCORE_INLINE F16 take() {
     const F16 taken = sum;
@@ -65,10 +103,7 @@ struct HalfDot {
 
 template <Code code>
 CodeKernels half_kernels() {
-  const Unpack unpack = [](const Strip& strip, int64_t first, int64_t columns, void* block) {
-    unpack_halves<code>(strip, first, columns, static_cast<uint8_t*>(block), nullptr);
-  };
-  return {half_row<code>, unpack, code_blocks<HalfDot>(std::make_integer_sequence<int, kIntegerRun>{}), HalfDot::width};
+  return {each_rows([](auto rows) { return half_rows<code, rows>; }), unpack_halves<code>, code_blocks<HalfDot>, HalfDot::width};
 }
 
 }  // namespace QCORE_ISA

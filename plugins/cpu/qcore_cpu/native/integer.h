@@ -37,11 +37,11 @@ struct Dot : WholeSum {
   static constexpr int32_t shift = bits == 8 ? 128 : 0;
   static constexpr int fitting = 8;
   QCORE_INLINE static I16 ready(I16 codes) { return bits == 8 ? codes ^ all_i(static_cast<int32_t>(0x80808080)) : codes; }
-  QCORE_INLINE void add_step(I16 codes, const void* x) {
+  QCORE_INLINE void add_step(I16 codes, Word given) {
 #ifdef __AVX512VNNI__
-    sum.v = _mm512_dpbusd_epi32(sum.v, codes.v, _mm512_set1_epi32(word_at(x)));
+    // As _mm512_dpbusd_epi32; of that, GCC 12 moves sums from register to register.
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(codes.v), "v"(given));
 #else
-    const __m256i given = _mm256_set1_epi32(word_at(x));
     sum.a = _mm256_dpbusd_avx_epi32(sum.a, codes.a, given);
     sum.b = _mm256_dpbusd_avx_epi32(sum.b, codes.b, given);
 #endif
@@ -60,8 +60,7 @@ struct Dot : WholeSum {
   static constexpr int fitting = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
   I16 narrow = zero_i();
   QCORE_INLINE static I16 ready(I16 codes) { return codes; }
-  QCORE_INLINE void add_step(I16 codes, const void* x) {
-    const __m256i given = _mm256_set1_epi32(word_at(x));
+  QCORE_INLINE void add_step(I16 codes, Word given) {
     narrow.a = _mm256_add_epi16(narrow.a, _mm256_maddubs_epi16(codes.a, given));
     narrow.b = _mm256_add_epi16(narrow.b, _mm256_maddubs_epi16(codes.b, given));
     keep_order(narrow);
@@ -84,8 +83,7 @@ struct Dot<8> : WholeSum {
     return {_mm256_srai_epi16(_mm256_slli_epi16(codes.a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(codes.b, 8), 8)};
   }
   QCORE_INLINE static I16 odd(I16 codes) { return {_mm256_srai_epi16(codes.a, 8), _mm256_srai_epi16(codes.b, 8)}; }
-  QCORE_INLINE void add_step(I16 codes, const void* x) {
-    const __m256i given = _mm256_set1_epi32(word_at(x));
+  QCORE_INLINE void add_step(I16 codes, Word given) {
     sum = add(sum, {_mm256_madd_epi16(codes.a, given), _mm256_madd_epi16(codes.b, given)});
     keep_order(sum);
   }
@@ -127,10 +125,10 @@ inline int32_t zero_of(const Header& h) {
   return static_cast<int32_t>(h.zero) + (wide ? Dot<8>::shift : 0);
 }
 
-// How sections end: copied from a panel and a batch, so that it stays in registers.
+// As FloatEnd, of products of whole numbers.
 struct SectionEnd {
-  const float *scales, *zeros, *offsets;                        // of the panel
-  const float *row_scales, *sums;                               // of the rows
+  const float *scales, *zeros, *offsets;
+  const float *row_scales, *sums;
   const int32_t *totals, *shifts;
   int64_t sections;
 
@@ -138,44 +136,79 @@ struct SectionEnd {
       : scales(strip.scales), zeros(strip.zeros), offsets(strip.offsets), row_scales(batch.scales), sums(batch.sums), totals(batch.totals),
         shifts(batch.shifts), sections(batch.sections) {}
 
-  // The total of a row with the sum of products of its section s, which is exact until it is scaled.
-  QCORE_INLINE F16 add(int64_t row, int64_t s, int64_t g, I16 products, F16 total) const {
+  QCORE_INLINE bool plain() const { return !zeros && !offsets; }
+
+  struct Row {
+    I16 shift;
+    F16 scale, whole, sum;
+  };
+  template <bool plain>
+  QCORE_INLINE Row row(int64_t row, int64_t s) const {
     const int64_t place = row * sections + s;
-    F16 sum = to_float(sub(products, all_i(shifts[place])));
-    if (zeros) sum = fma(load_f(zeros + 16 * g), all_f(static_cast<float>(totals[place])), sum);
-    total = fma(sum, mul(load_f(scales + 16 * g), all_f(row_scales[place])), total);
-    return offsets ? fma(load_f(offsets + 16 * g), all_f(sums[place]), total) : total;
+    if constexpr (plain) return {all_i(shifts[place]), all_f(row_scales[place]), zero_f(), zero_f()};
+    return {all_i(shifts[place]), all_f(row_scales[place]), zeros ? all_f(static_cast<float>(totals[place])) : zero_f(), all_f(sums[place])};
+  }
+
+  // The sum of products is exact until it is scaled.
+  template <bool plain>
+  QCORE_INLINE F16 add(const Row& row, int64_t g, F16 scale, I16 products, F16 total) const {
+    F16 sum = to_float(sub(products, row.shift));
+    if constexpr (!plain)
+      if (zeros) sum = fma(load_f(zeros + 16 * g), row.whole, sum);
+    total = fma(sum, mul(scale, row.scale), total);
+    return !plain && offsets ? fma(load_f(offsets + 16 * g), row.sum, total) : total;
   }
 };
 
-template <Code code>
-void integer_row(const Strip& strip, const Batch& batch, int64_t row, float* out) {
-  constexpr int bits = bits_of(code);
+// Parts of a sum: one addition need not wait for the one before.
+template <class D, int parts, int rows>
+struct Dots {
+  D part[parts][rows];
+  QCORE_INLINE auto take(int r) {
+    auto all = part[0][r].take();
+    unroll<parts - 1>([&](auto p) QCORE_INSIDE { all = add(all, part[p + 1][r].take()); });
+    return all;
+  }
+};
+
+template <Code code, int rows>
+void integer_rows(const Strip& strip, const Batch& batch, int64_t row, float* out) {
+  constexpr int bits = bits_of(code), parts = rows_parts(rows);
   using D = DotOf<code>;
   const Bytes bytes(is_table(code) ? strip.table : nullptr);
+  const int64_t run = rows == 1 ? 1 : batch.run;
   const char* const x = numbers_of(batch) + row * strip.h->padded * D::width;
   const SectionEnd end(strip, batch);
-  F16 total = zero_f();
-  D dot;
+  F16 total[rows];
+  unroll<rows>([&](auto r) QCORE_INSIDE { total[r] = zero_f(); });
+  Dots<D, parts, rows> dots;
   walk<bits>(
       strip, batch,
       [&](const uint8_t* chunk, int64_t base, auto begin, auto count) QCORE_INSIDE {
+        const char* given = x + D::width * (base + begin) * run;
         unroll<count / 4>([&](auto place) QCORE_INSIDE {
           constexpr int t = begin / 4 + place;
           I16 codes = quad<bits, t>(chunk);
           if constexpr (is_table(code)) codes = bytes(codes);
-          const char* const given = x + D::width * (base + 4 * t);
+          D* const dot = dots.part[place % parts];
+          auto add = [&](I16 numbers) QCORE_INSIDE {
+            unroll<rows>([&](auto r) QCORE_INSIDE { dot[r].add_step(numbers, spread_word(given + 4 * r)); });
+            if constexpr (rows == 1) given += 4;
+            else advance(given, 4 * run);
+          };
           if constexpr (D::width == 2) {
-            dot.add_step(D::even(codes), given);
-            dot.add_step(D::odd(codes), given + 4);
+            add(D::even(codes));
+            add(D::odd(codes));
           } else {
-            dot.add_step(D::ready(codes), given);
+            add(D::ready(codes));
           }
-          if constexpr (place % D::fitting == D::fitting - 1 || place == count / 4 - 1) dot.end_run();
+          if constexpr (place / parts % D::fitting == D::fitting - 1 || place + parts >= count / 4) unroll<rows>([&](auto r) QCORE_INSIDE { dot[r].end_run(); });
         });
       },
-      [&](int64_t s, int64_t g) QCORE_INSIDE { total = end.add(row, s, g, dot.take(), total); });
-  store_f(out, total);
+      [&](int64_t s, int64_t g) QCORE_INSIDE {
+        end_section<1, rows>(&end, row, s, g, [&](int, int r) QCORE_INSIDE { return dots.take(r); }, [&](int, int r) QCORE_INSIDE -> F16& { return total[r]; });
+      });
+  unroll<rows>([&](auto r) QCORE_INSIDE { store_f(out + 16 * r, total[r]); });
 }
 
 }  // namespace QCORE_ISA

@@ -92,12 +92,13 @@ void multiply(const Job& job, int64_t first, int64_t last) {
   static thread_local std::vector<uint8_t> expanded;
   floats.resize(2 * h.groups * kPanel);
   if (is_grid(h.code)) expanded.resize(h.padded * kPanel);
-  alignas(64) float out[kPanel];
+  alignas(64) float out[kRowsAtOnce * kPanel];
   for (int64_t panel = first; panel < last; panel++) {
     const Strip strip = open_panel(h, panel, floats.data(), expanded.data());
-    for (int64_t row = 0; row < job.batch.rows; row++) {
-      kernels.row(strip, job.batch, row, out);
-      store(job, row, panel, out);
+    for (int64_t row = 0; row < job.batch.rows; row += job.batch.run) {
+      const int64_t rows = job.batch.rows - row < job.batch.run ? job.batch.rows - row : job.batch.run;
+      kernels.rows[rows - 1](strip, job.batch, row, out);
+      for (int64_t r = 0; r < rows; r++) store(job, row + r, panel, out + kPanel * r);
     }
   }
 }
@@ -128,7 +129,7 @@ const Kernels* QCORE_JOIN(kernels_, QCORE_ISA)() {
 #else
   constexpr bool halves = false;
 #endif
-  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), tiles, halves, Dot<8>::width == 2, kFloatRun, kIntegerRun, prepare, multiply, look_up,
+  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), tiles, halves, Dot<8>::width == 2, kRowsAtOnce, kFloatRun, kIntegerRun, prepare, multiply, look_up,
                                normalize, activate, score, attend, join, narrow_values, keep_row, widen_values};
   return &kernels;
 }

@@ -13,13 +13,13 @@ constexpr int64_t width_of(Float type) { return type == Float::kF32 ? 4 : 2; }  
 // What is multiplied.
 enum class Numbers : int64_t {
   kFloats,    // float32 by float32
-  kHalves,    // bfloat16 by bfloat16, where activations are that; both sides exact
+  kHalves,    // bfloat16 by bfloat16, where activations are that; both sides exact but for tables of many rows, whose numbers are rounded
   kIntegers,  // int8 by int8
 };
 
 // How.
 enum class Way : int64_t {
-  kRow,     // one by one: codes become numbers in registers
+  kRows,    // some at once: codes become numbers in registers
   kBlocks,  // rows by blocks of a panel that are unpacked into the cache
   kTiles,   // the same, by tiles of 16 x 16
 };
@@ -57,7 +57,7 @@ inline int64_t tile_steps(const Batch& batch, int64_t padded) { return (padded +
 
 // Whether codes that name tuples are multiplied as they are: a scale for each of their groups, or none.
 inline bool by_grid_rows(const Header& h, Way way) {
-  return is_grid(h.code) && way == Way::kRow && (h.input == Input::kExact || h.input == Input::kBlocks);
+  return is_grid(h.code) && way == Way::kRows && (h.input == Input::kExact || h.input == Input::kBlocks);
 }
 
 // Whether a row of floats is multiplied by codes where they stand in their quads, a power of two too large, and is made as much smaller
@@ -73,6 +73,12 @@ struct Job {
   Float type;             // of x and out
 };
 
+// What will be wanted next from memory, to be fetched meanwhile: so many bytes for each chunk.
+struct Stream {
+  const uint8_t* at;
+  int64_t bytes;
+};
+
 // One panel, its scales spread: float32 [groups][16].
 struct Strip {
   const Header* h;
@@ -81,22 +87,33 @@ struct Strip {
   const float* zeros;    // of each group, negated; null where there are none
   const float* offsets;  // the same
   const float* table;
+  Stream ahead[2];  // scales and offsets of the next panel
 };
 
-// A row of a batch by a panel: out [16].
+// Some rows of a batch, the first ones of the run that begins with `row`, by a panel: out [rows][16].
 using RowKernel = void (*)(const Strip& strip, const Batch& batch, int64_t row, float* out);
 
 // Columns first .. first + columns - 1 of a panel, whole chunks, as numbers of CodeKernels::width bytes.
 using Unpack = void (*)(const Strip& strip, int64_t first, int64_t columns, void* block);
 
-// totals [..][16] += some rows of a batch, from `row` on, by such a block, which begins and ends with sections. x: the rows' numbers.
-using BlockKernel = void (*)(const Strip& strip, const Batch& batch, int64_t row, int64_t first, int64_t columns, const void* x, const void* block, float* totals);
+// Columns of some panels, unpacked: from whole sections to whole sections.
+struct Block {
+  const Strip* strips;
+  int64_t first, columns;
+  const char* numbers;
+  int64_t bytes;    // from a panel's numbers to the next one's
+  Stream ahead[4];  // codes, scales and offsets
+};
+
+// totals [..][16] += some rows of a batch, the first ones of the run that begins with `row`, by a block. A panel's totals begin `apart` behind
+// those of the one before it.
+using BlockKernel = void (*)(const Block& block, const Batch& batch, int64_t row, float* totals, int64_t apart);
 
 // What there is for one code.
 struct CodeKernels {
-  RowKernel row;
+  const RowKernel* rows;                       // of 1, 2 .. Kernels::rows_at_once rows
   Unpack unpack;
-  const BlockKernel* blocks;  // of 1, 2 .. Batch::run rows
+  const BlockKernel* (*blocks)(int64_t panels);  // of 1, 2 .. Batch::run rows
   int64_t width;
 };
 
@@ -112,7 +129,8 @@ struct Kernels {
   bool has_tiles;
   bool has_halves;        // kHalves
   bool has_pairs;         // integer products of 8-bit codes read Batch::pairs
-  int64_t float_run, integer_run;  // Batch::run of blocks; of halves as of integers
+  int64_t rows_at_once;            // Batch::run of rows, at most
+  int64_t float_run, integer_run;  // of blocks; of halves as of integers
   void (*prepare)(const Job& job, int64_t first_row, int64_t last_row);
   void (*multiply)(const Job& job, int64_t first_panel, int64_t last_panel);
   // A row of the weight as float32 [columns].

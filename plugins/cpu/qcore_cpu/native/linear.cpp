@@ -10,35 +10,30 @@ constexpr int64_t kRowsOfABatch = 512;
 constexpr int64_t kBlock = 128;    // rounded activations that share a scale, at most
 constexpr int64_t kFloatSum = 256;   // products that are summed before they go to a sum of such sums: long sums lose digits
 constexpr int64_t kWholeSum = 512;  // the same of whole numbers, which are exact: for the sake of the caches
-constexpr int64_t kTilesFrom = 4;   // rows of whole numbers from which tiles are worth it
+constexpr int64_t kFewRows = 8;   // that are quicker without unpacking, where some are multiplied at once
+constexpr int64_t kIntegerTilesFrom = 9, kHalfTilesFrom = 3;  // rows from which tiles are worth it
 constexpr int64_t kWorthWaking = 320 << 10;
 
 thread_local Scratch scratch;
-
-// Whether bfloat16 holds a code's numbers.
-bool in_halves(const Header& h) {
-  if (!is_table(h.code)) return true;
-  const char* const entries = reinterpret_cast<const char*>(&h) + h.table;
-  for (int i = 0; i < 1 << bits_of(h.code); i++)
-    if (entries[4 * i] || entries[4 * i + 1]) return false;
-  return true;
-}
 
 // How the rows are multiplied, without their memory.
 Batch plan(const Kernels& kernels, const Header& h, int64_t rows, Float type) {
   Batch batch{};
   const bool integers = h.input != Input::kExact;
-  // A row by grids has its own way; products that take two halves of a weight each are floats unless tiles make them.
-  const bool halves = type == Float::kBF16 && kernels.has_halves && (rows == 1 ? !is_grid(h.code) : kernels.has_tiles || in_halves(h));
+  const bool halves = !integers && type == Float::kBF16 && kernels.has_halves && !(rows == 1 && is_grid(h.code));  // which has its own way
+  const bool floats = !integers && !halves;
   batch.numbers = integers ? Numbers::kIntegers : halves ? Numbers::kHalves : Numbers::kFloats;
-  const bool tiles = kernels.has_tiles && (integers ? rows >= kTilesFrom : halves);
-  // Two rows of floats are quicker one by one than what unpacking takes.
-  const bool apart = rows == 1 || (rows == 2 && batch.numbers == Numbers::kFloats);
-  batch.way = apart ? Way::kRow : tiles ? Way::kTiles : Way::kBlocks;
-  batch.run = batch.way != Way::kBlocks ? 1 : batch.numbers == Numbers::kFloats ? kernels.float_run : kernels.integer_run;
+  const int64_t tiles_from = !kernels.has_tiles || floats ? INT64_MAX : integers ? kIntegerTilesFrom : kHalfTilesFrom;
+  int64_t few = floats ? 2 : 1;  // two rows of floats are quicker one by one than what unpacking takes
+  if (kernels.rows_at_once > 1) few = tiles_from <= kFewRows ? tiles_from - 1 : kFewRows;
+  if (is_grid(h.code)) few = 1;
+  batch.way = rows <= few ? Way::kRows : rows >= tiles_from ? Way::kTiles : Way::kBlocks;
+  const int64_t most = batch.way == Way::kTiles ? 1 : batch.way == Way::kRows ? kernels.rows_at_once : floats ? kernels.float_run : kernels.integer_run;
+  const int64_t runs = (rows + most - 1) / most;
+  batch.run = (rows + runs - 1) / runs;
   batch.rows = rows;
-  const int64_t most = h.input == Input::kBlocks ? kBlock : integers ? kWholeSum : kFloatSum;
-  batch.section = h.group > most && (h.groups == 1 || h.group % most == 0) ? most : h.group;
+  const int64_t longest = h.input == Input::kBlocks ? kBlock : integers ? kWholeSum : kFloatSum;
+  batch.section = h.group > longest && (h.groups == 1 || h.group % longest == 0) ? longest : h.group;
   batch.sections = (h.padded + batch.section - 1) / batch.section;
   batch.tile_bytes = 64;
   if (batch.numbers == Numbers::kHalves && batch.section % 32) batch.tile_bytes = 32;

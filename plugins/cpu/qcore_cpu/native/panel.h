@@ -12,10 +12,37 @@ QCORE_INLINE int32_t word_at(const void* p) {
   return word;
 }
 
-// What comes about 1.5 KiB behind a chunk.
+// Four bytes in every lane.
+#ifdef __AVX512F__
+using Word = __m512i;
+QCORE_INLINE Word spread_word(const void* p) { return _mm512_set1_epi32(word_at(p)); }
+#else
+using Word = __m256i;
+QCORE_INLINE Word spread_word(const void* p) { return _mm256_set1_epi32(word_at(p)); }
+#endif
+
+// Moves a pointer; compilers would keep one for each step instead, for which there are too few registers.
+template <class T>
+QCORE_INLINE void advance(const T*& pointer, int64_t count) {
+  pointer += count;
+  __asm__("" : "+r"(pointer));
+}
+
+// What comes some KiB behind a chunk: more than what is read while memory answers, and no more than the first cache can spare.
+#ifdef __AVX512F__
+constexpr int64_t kFetchAhead = 8192;
+#else
+constexpr int64_t kFetchAhead = 4096;
+#endif
 template <int bits>
 QCORE_INLINE void prefetch(const uint8_t* chunk) {
-  for (int line = 0; line < bits; line++) _mm_prefetch(reinterpret_cast<const char*>(chunk) + 1536 + 64 * line, _MM_HINT_T0);
+  for (int line = 0; line < bits; line++) _mm_prefetch(reinterpret_cast<const char*>(chunk) + kFetchAhead + 64 * line, _MM_HINT_T0);
+}
+
+template <int most>  // lines
+QCORE_INLINE void fetch(Stream& stream) {
+  for (int line = 0; line < most && (line == 0 || 64 * line < stream.bytes); line++) _mm_prefetch(reinterpret_cast<const char*>(stream.at) + 64 * line, _MM_HINT_T0);
+  stream.at += stream.bytes;
 }
 
 // The sections of a weight in turn, and the group that each belongs to; divisions would take longer than a section.
@@ -36,11 +63,17 @@ QCORE_INLINE void walk(const Strip& strip, const Batch& batch, Multiply&& multip
   using std::integral_constant;
   const int64_t padded = strip.h->padded, length = batch.section;
   const uint8_t* chunk = strip.codes;
+  Stream scales = strip.ahead[0], offsets = strip.ahead[1];
+  auto fetch_all = [&] {
+    prefetch<bits>(chunk);
+    fetch<1>(scales);  // more than a line only of float32 in groups of 16
+    fetch<1>(offsets);
+  };
   Section section(*strip.h, batch, 0);
   int64_t column = 0;
   if (length < kChunk) {
     for (; column < padded; column += kChunk, chunk += 64 * bits) {
-      prefetch<bits>(chunk);
+      fetch_all();
       unroll<2>([&](auto half) QCORE_INSIDE {
         if (column + 16 * half >= length * batch.sections) return;
         multiply(chunk, column, integral_constant<int, 16 * half>{}, integral_constant<int, 16>{});
@@ -53,51 +86,89 @@ QCORE_INLINE void walk(const Strip& strip, const Batch& batch, Multiply&& multip
   for (; column < padded; section.next()) {
     const int64_t stop = column + length < padded ? column + length : padded;
     for (; column < stop; column += kChunk, chunk += 64 * bits) {
-      prefetch<bits>(chunk);
+      fetch_all();
       multiply(chunk, column, integral_constant<int, 0>{}, integral_constant<int, 32>{});
     }
     end(section.number, section.of_group);
   }
 }
 
-// Products of a section, in parts: one addition need not wait for the one before. Of AVX2's registers masks and words take the rest.
-struct PartSums {
+// Rows that codes are multiplied by while they are in registers, and how many parts their sums have: one addition need not wait for the
+// one before. Of AVX2's registers masks and words take the rest.
 #ifdef __AVX512F__
-  static constexpr int count = 4;
-  F16 part[count] = {zero_f(), zero_f(), zero_f(), zero_f()};
-  QCORE_INLINE F16 all() const { return add(add(part[0], part[1]), add(part[2], part[3])); }
+constexpr int kRowsAtOnce = 4;
+constexpr int float_parts(int rows) { return rows <= 2 ? 4 : 2; }
+constexpr int rows_parts(int) { return 2; }
 #else
-  static constexpr int count = 3;
-  F16 part[count] = {zero_f(), zero_f(), zero_f()};
-  QCORE_INLINE F16 all() const { return add(add(part[0], part[1]), part[2]); }
+constexpr int kRowsAtOnce = 1;
+constexpr int float_parts(int) { return 3; }
+constexpr int rows_parts(int) { return 1; }
 #endif
-  QCORE_INLINE F16 take() {
-    const F16 taken = all();
-    for (F16& one : part) one = zero_f();
-    return taken;
+
+// Products of a section.
+template <int rows>
+struct PartSums {
+  static constexpr int count = float_parts(rows);
+  F16 part[rows][count];
+  QCORE_INLINE PartSums() {
+    unroll<rows * count>([&](auto i) QCORE_INSIDE { part[i / count][i % count] = zero_f(); });
+  }
+  QCORE_INLINE F16 take(int r) {
+    F16 all = part[r][0];
+    if constexpr (count == 4) all = add(add(all, part[r][1]), add(part[r][2], part[r][3]));
+    else unroll<count - 1>([&](auto i) QCORE_INSIDE { all = add(all, part[r][i + 1]); });
+    unroll<count>([&](auto i) QCORE_INSIDE { part[r][i] = zero_f(); });
+    return all;
   }
 };
 
-// How sections of products in float32 end: copied from a panel and a batch, so that it stays in registers. own: what codes are too great
-// by still.
+// How sections of a panel end: of products in float32. Copied from a panel and a batch, so that it stays in registers.
 struct FloatEnd {
   const float *scales, *zeros, *offsets;  // of the panel
-  const float* inputs;                    // the rows' sums of each section
+  const float* sums;                      // of the rows' sections
   int64_t sections;
-  float own;
+  float own;  // what codes are too great by still
 
   FloatEnd(const Strip& strip, const Batch& batch, float own = 0)
-      : scales(strip.scales), zeros(strip.zeros), offsets(strip.offsets), inputs(batch.sums), sections(batch.sections), own(own) {}
+      : scales(strip.scales), zeros(strip.zeros), offsets(strip.offsets), sums(batch.sums), sections(batch.sections), own(own) {}
 
-  // The total of a row with the sum of its section s: (sum + (zero - own) * x) * scale + offset * x, x being the sum of the section's input.
-  QCORE_INLINE F16 add(int64_t row, int64_t s, int64_t g, F16 sum, F16 total) const {
-    const F16 x = all_f(inputs[row * sections + s]);
-    if (own != 0) sum = fma(all_f(-own), x, sum);
-    if (zeros) sum = fma(load_f(zeros + 16 * g), x, sum);
-    total = fma(sum, load_f(scales + 16 * g), total);
-    return offsets ? fma(load_f(offsets + 16 * g), x, total) : total;
+  // Whether sums need only be scaled.
+  QCORE_INLINE bool plain() const { return own == 0 && !zeros && !offsets; }
+
+  // What there is to know of a row's section: plain or not.
+  struct Row { F16 sum; };
+  template <bool plain>
+  QCORE_INLINE Row row(int64_t row, int64_t s) const { return {plain ? zero_f() : all_f(sums[row * sections + s])}; }
+
+  // A total with the sum of products of a section: (products + (zero - own) * sum) * scale + offset * sum.
+  template <bool plain>
+  QCORE_INLINE F16 add(const Row& row, int64_t g, F16 scale, F16 products, F16 total) const {
+    if constexpr (!plain) {
+      if (own != 0) products = fma(all_f(-own), row.sum, products);
+      if (zeros) products = fma(load_f(zeros + 16 * g), row.sum, products);
+    }
+    total = fma(products, scale, total);
+    return !plain && offsets ? fma(load_f(offsets + 16 * g), row.sum, total) : total;
   }
 };
+
+// Totals of some rows by some panels, each in its place, with what a section's products(p, r) gave.
+template <int panels, int rows, class End, class Products, class Place>
+QCORE_INLINE void end_section(const End* ends, int64_t row, int64_t s, int64_t g, Products&& products, Place&& place) {
+  auto finish = [&](auto plain) QCORE_INSIDE {
+    F16 scale[panels];
+    unroll<panels>([&](auto p) QCORE_INSIDE { scale[p] = load_f(ends[p].scales + 16 * g); });
+    unroll<rows>([&](auto r) QCORE_INSIDE {
+      const typename End::Row given = ends->template row<plain>(row + r, s);
+      unroll<panels>([&](auto p) QCORE_INSIDE {
+        auto&& total = place(p, r);
+        total = ends[p].template add<plain>(given, g, scale[p], products(p, r), total);
+      });
+    });
+  };
+  if (ends->plain()) finish(std::true_type{});
+  else finish(std::false_type{});
+}
 
 }  // namespace QCORE_ISA
 }  // namespace qcore

@@ -28,7 +28,11 @@ inline void spread_floats(const Header& h, Scale type, const uint8_t* stored, fl
   each_group(h, out, [&](int64_t g) QCORE_INSIDE { return widen_bf16(halves + 16 * g); });
 }
 
+// Of a group's in memory.
 inline int64_t bytes_of(Scale type) { return type == Scale::kF32 ? 4 : type == Scale::kF16 || type == Scale::kBF16 ? 2 : 1; }
+inline int64_t bytes_of(Offset offset, Scale type) {
+  return offset == Offset::kNone || offset == Offset::kNibbles ? 0 : offset == Offset::kFloat ? bytes_of(type) : 1;
+}
 
 inline void spread_scales(const Header& h, int64_t panel, float* out) {
   const int64_t first = panel * h.groups * kPanel;

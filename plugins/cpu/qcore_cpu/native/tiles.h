@@ -12,16 +12,14 @@ namespace QCORE_ISA {
 constexpr int64_t kPanelsOfABlock = 16;
 constexpr int64_t kColumnsOfABlock = 1024;
 
-// Rows of B, 64 bytes each: 16 panel rows x 2 bfloat16, or x 4 int8. `columns` are whole chunks.
-using UnpackTiles = void (*)(const Strip& strip, int64_t first_column, int64_t columns, uint8_t* out, uint8_t* rest);
-
 // Narrow integers have Header::zero subtracted, so that all are signed.
 template <Code code>
-void unpack_bytes(const Strip& strip, int64_t first, int64_t columns, uint8_t* out, uint8_t*) {
+void unpack_bytes(const Strip& strip, int64_t first, int64_t columns, void* to) {
   constexpr int bits = bits_of(code);
   const Bytes bytes(is_table(code) ? strip.table : nullptr);
   const __m512i zero = _mm512_set1_epi8(static_cast<char>(strip.h->zero));
   const uint8_t* chunk = strip.codes + first / kChunk * 64 * bits;
+  uint8_t* out = static_cast<uint8_t*>(to);
   for (int64_t done = 0; done < columns; done += kChunk, chunk += 64 * bits, out += 512) {
     prefetch<bits>(chunk);
     unroll<8>([&](auto t) QCORE_INSIDE {
@@ -33,9 +31,10 @@ void unpack_bytes(const Strip& strip, int64_t first, int64_t columns, uint8_t* o
   }
 }
 
-inline UnpackTiles unpacker(Code code, bool integers) {
-  if (integers) return made_for<UnpackTiles>(WholeCodes{}, code, [](auto c) { return unpack_bytes<c>; });
-  return made_for<UnpackTiles>(AllCodes{}, code, [](auto c) { return unpack_halves<c>; });
+// Of rows of B, 64 bytes each: 16 panel rows x 2 bfloat16, or x 4 int8.
+inline Unpack unpacker(Code code, bool integers) {
+  if (integers) return made_for<Unpack>(WholeCodes{}, code, [](auto c) { return unpack_bytes<c>; });
+  return made_for<Unpack>(AllCodes{}, code, [](auto c) { return unpack_halves<c>; });
 }
 
 // Tiles 0 to 3 are C, 4 and 5 are A, 6 and 7 are B.
@@ -58,7 +57,6 @@ inline void configure_tiles(int64_t tile_bytes) {
 // One panel of a block: where its unpacked codes are, and its scales.
 struct Side {
   const uint8_t* codes;
-  const uint8_t* rest;  // null where there is none
   Strip strip;
 };
 
@@ -108,10 +106,6 @@ struct Corner {
         const int64_t place = (column - base) / width * step_bytes;
         const uint8_t* const b[2] = {sides[0].codes + place, sides[panels - 1].codes + place};
         multiply_step<rows, panels>(a, b);
-        if (sides[0].rest) {
-          const uint8_t* const left[2] = {sides[0].rest + place, sides[panels - 1].rest + place};
-          multiply_step<rows, panels>(a, left);
-        }
       }
       _tile_stored(0, products[0], 64);
       if constexpr (panels == 2) _tile_stored(1, products[1], 64);
@@ -156,9 +150,7 @@ void multiply_block(const Job& job, int64_t first, int64_t last, Store store) {
   const Header& h = *job.weight;
   const Batch& batch = job.batch;
   const Code code = opened_code(h.code);
-  const UnpackTiles unpack = unpacker(code, integers);
-  const bool twice = !integers && is_table(code) &&
-                     Words<Code::kTable4>(h, reinterpret_cast<const float*>(section_at(h, h.table))).inexact;
+  const Unpack unpack = unpacker(code, integers);
   const int64_t panels = last - first, groups = h.groups * kPanel;
   const int64_t whole = batch.section < kColumnsOfABlock ? kColumnsOfABlock / batch.section * batch.section : batch.section;
   // A tile may reach behind the last column: activations are zeros there, and whatever B holds does not count.
@@ -166,12 +158,11 @@ void multiply_block(const Job& job, int64_t first, int64_t last, Store store) {
   const int64_t bytes = columns * (integers ? 16 : 32), blocks = (batch.rows + 15) / 16;
   const int64_t even = (panels + 1) / 2 * 2, cells = (blocks + 1) / 2 * 2 * even * 256;  // corners follow each other
   const int64_t expansion = is_grid(h.code) ? h.padded * kPanel : 0;
-  uint8_t *codes, *rest, *expanded;
+  uint8_t *codes, *expanded;
   float *spread, *sums;
   static thread_local Scratch scratch;
-  scratch.begin(panels * (2 * bytes + expansion + 8 * groups) + 4 * cells, 5);
+  scratch.begin(panels * (bytes + expansion + 8 * groups) + 4 * cells, 4);
   scratch.take(codes, panels * bytes);
-  scratch.take(rest, twice ? panels * bytes : 0);
   scratch.take(expanded, panels * expansion);
   scratch.take(spread, panels * 2 * groups);
   scratch.take(sums, cells);
@@ -181,13 +172,13 @@ void multiply_block(const Job& job, int64_t first, int64_t last, Store store) {
 
   Side sides[kPanelsOfABlock];
   for (int64_t p = 0; p < panels; p++)
-    sides[p] = {codes + p * bytes, twice ? rest + p * bytes : nullptr, open_panel(h, first + p, spread + 2 * groups * p, expanded + p * expansion)};
+    sides[p] = {codes + p * bytes, open_panel(h, first + p, spread + 2 * groups * p, expanded + p * expansion)};
   const int64_t sections = whole / batch.section;
   for (int64_t s = 0; s < batch.sections; s += sections) {
     const int64_t end = s + sections < batch.sections ? s + sections : batch.sections;
     const int64_t base = s * batch.section, stop = end * batch.section < h.padded ? end * batch.section : h.padded;
     for (int64_t p = 0; p < panels; p++)
-      unpack(sides[p].strip, base, (stop - base + kChunk - 1) / kChunk * kChunk, codes + p * bytes, twice ? rest + p * bytes : nullptr);
+      unpack(sides[p].strip, base, (stop - base + kChunk - 1) / kChunk * kChunk, codes + p * bytes);
     for (int64_t block = 0; block < blocks; block += 2)
       for (int64_t p = 0; p < panels; p += 2) {
         float* const corner_sums = sums + (block * even + 2 * p) * 256;
