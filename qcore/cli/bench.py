@@ -53,7 +53,7 @@ def model(
     peers: Annotated[
         bool, typer.Option("--peers", help="Beside llama.cpp and transformers, where they are installed.")
     ] = False,
-    dtype: options.Dtype = "checkpoint",
+    dtype: options.Dtype = "auto",
     activations: options.Activations = "exact",
     rounds: Annotated[int, typer.Option(help="Turns that each contender takes, each in a process of its own.")] = 3,
     json: options.Json = False,

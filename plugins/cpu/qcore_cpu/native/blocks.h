@@ -31,7 +31,7 @@ struct Ahead {
   QCORE_INLINE explicit Ahead(const Block& block) { unroll<4>([&](auto i) QCORE_INSIDE { all[i] = block.ahead[i]; }); }
   QCORE_INLINE void fetch_chunk() {
     if (!all[0].bytes) return;
-    unroll<4>([&](auto i) QCORE_INSIDE { fetch<8>(all[i]); });
+    unroll<4>([&](auto i) QCORE_INSIDE { fetch(all[i]); });
   }
 };
 
@@ -149,11 +149,11 @@ CodeKernels integer_kernels() {
 inline void look_ahead(Block& block, int64_t panels) {
   const Header& h = *block.strips->h;
   const int64_t chunk = kPanel * kChunk * bits_of(h.code) / 8, done = (block.first + block.columns) / kChunk;
-  for (int64_t p = 0; p < 2; p++) {
-    const Strip& strip = block.strips[p < panels ? p : 0];
-    block.ahead[p] = {strip.codes + (done * kChunk < h.padded ? done * chunk : kPanelsAtOnce * panel_bytes(h)), chunk};
-    const Stream& next = block.strips[panels - 1].ahead[p];
-    block.ahead[2 + p] = {next.at + block.first / kChunk * kPanelsAtOnce * next.bytes, kPanelsAtOnce * next.bytes};
+  for (int64_t p = 0; p < panels; p++)
+    block.ahead[p] = {block.strips[p].codes + (done * kChunk < h.padded ? done * chunk : kPanelsAtOnce * panel_bytes(h)), chunk};
+  for (int64_t i = 0; i < 2; i++) {
+    const Stream& next = block.strips[panels - 1].ahead[i];
+    block.ahead[2 + i] = {next.at + block.first / kChunk * kPanelsAtOnce * next.bytes, kPanelsAtOnce * next.bytes};
   }
 }
 

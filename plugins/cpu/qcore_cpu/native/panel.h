@@ -39,9 +39,13 @@ QCORE_INLINE void prefetch(const uint8_t* chunk) {
   for (int line = 0; line < bits; line++) _mm_prefetch(reinterpret_cast<const char*>(chunk) + kFetchAhead + 64 * line, _MM_HINT_T0);
 }
 
-template <int most>  // lines
+// A chunk's bytes of a stream: its first line alone, or all of them.
+QCORE_INLINE void fetch_line(Stream& stream) {
+  _mm_prefetch(reinterpret_cast<const char*>(stream.at), _MM_HINT_T0);
+  stream.at += stream.bytes;
+}
 QCORE_INLINE void fetch(Stream& stream) {
-  for (int line = 0; line < most && (line == 0 || 64 * line < stream.bytes); line++) _mm_prefetch(reinterpret_cast<const char*>(stream.at) + 64 * line, _MM_HINT_T0);
+  for (int64_t at = 0; at < stream.bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(stream.at) + at, _MM_HINT_T0);
   stream.at += stream.bytes;
 }
 
@@ -66,8 +70,8 @@ QCORE_INLINE void walk(const Strip& strip, const Batch& batch, Multiply&& multip
   Stream scales = strip.ahead[0], offsets = strip.ahead[1];
   auto fetch_all = [&] {
     prefetch<bits>(chunk);
-    fetch<1>(scales);  // more than a line only of float32 in groups of 16
-    fetch<1>(offsets);
+    fetch_line(scales);  // more than a line only of float32 in groups of 16
+    fetch_line(offsets);
   };
   Section section(*strip.h, batch, 0);
   int64_t column = 0;
