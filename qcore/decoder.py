@@ -1,7 +1,7 @@
-"""Decoder: a way of taking a whole model's step from one token to the next, as a row of facts.
+"""Decoder: a way of reading a text through a whole model, its prompt and then token after token, as a row of facts.
 
 A model runs without one, layer by layer through transformers' own code. Where layers are small, what stands around them takes
-longer than they do; a plugin may take the step in one piece for the models that it knows.
+longer than they do; a plugin may take tokens through all of them in one piece for the models that it knows.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ class TokenDecoder(Protocol):
         """Raises Refused (unknown-variant) where the model has parts that it does not know."""
         ...
 
-    def begin(self, cache: Any, length: int) -> TokenSteps:
-        """One text's steps. Keys and values of its prompt of `length` tokens are taken over from transformers' cache, which stays
-        as it is; several texts may be under way at once. Raises Refused (unknown-variant) for a cache of a kind that it does not know."""
+    def begin(self) -> TokenSteps:
+        """A text of which nothing has been read yet; several may be under way at once."""
         ...
 
     def exact(self) -> AbstractContextManager[None]:
@@ -57,8 +56,17 @@ class TokenDecoder(Protocol):
 
 
 class TokenSteps(Protocol):
-    """One text's keys and values, and the step to its next token."""
+    """One text's keys and values, and the way to its next tokens."""
 
-    def step(self, token: int) -> torch.Tensor:
-        """The logits [vocabulary] of what follows, in float32; the token becomes part of the context."""
+    def take(self, tokens: list[int], keep: int = 1) -> torch.Tensor:
+        """The logits [keep, vocabulary] of what follows the last of them, in float32; the tokens, at least one, become part of the
+        context."""
+        ...
+
+    def forget(self, count: int) -> None:
+        """The last tokens are no part of the context any more."""
+        ...
+
+    def to_cache(self) -> Any:
+        """What has been read, as a cache of transformers' with which the model can go on."""
         ...

@@ -36,7 +36,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Loaded:
-    """prompt: takes tokens from the beginning of a text. step: takes one more. by: what takes the steps."""
+    """prompt: takes tokens from the beginning of a text. step: takes one more. by: what takes them."""
 
     vocabulary: int
     prompt: Callable[[list[int]], object]
@@ -51,7 +51,6 @@ def qcore_(task: Task) -> Callable[[], Loaded]:
     from qcore.checkpoint.open import open_checkpoint
     from qcore.model.decode import Stepper
     from qcore.model.devices import find_device, wanted_dtype
-    from qcore.model.generate import last_only
     from qcore.model.load import load_model
 
     torch.set_num_threads(task.threads)
@@ -65,11 +64,11 @@ def qcore_(task: Task) -> Callable[[], Loaded]:
         model = load_model(
             checkpoint, device, wanted_dtype(task.dtype, device, checkpoint), activations=task.activations
         )
-        arguments, steps = last_only(model), list[Stepper]()
+        steps = list[Stepper]()
 
         def prompt(tokens: list[int]) -> None:
-            out = model(input_ids=torch.tensor([tokens]), use_cache=True, **arguments)
-            steps[:] = [Stepper(model, out.past_key_values, len(tokens), arguments)]
+            steps[:] = [Stepper(model)]
+            steps[0].prompt(tokens)
 
         return Loaded(
             model.config.vocab_size, prompt, lambda token: steps[0].step(token), lambda: steps[0].decoder or "the model"

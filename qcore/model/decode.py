@@ -1,8 +1,10 @@
-"""The step from one token to the next: by a plugin's decoder once its first answer was the model's, else by the model itself."""
+"""Reading a text: by a plugin's decoder once its first answers were the model's, else by the model itself."""
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("qcore")
 
 _BOUNDS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-"""How far logits may be off, relative to their root mean square about their mean: a whole model's rounding in its type."""
+"""How far logits may be off at least (`_distance`): a whole model's rounding in its type."""
+
+_SAMPLE = 16
+"""Tokens that a decoder reads beside the model before it is trusted."""
 
 _DECODERS: WeakKeyDictionary[torch.nn.Module, _Trial] = WeakKeyDictionary()
 
@@ -32,56 +37,88 @@ class _Trial:
 
 
 class Stepper:
-    """One text's steps. Made once the prompt is in `cache`, a cache of transformers' with `length` tokens."""
+    """One text: its prompt, then token after token."""
 
-    def __init__(self, model: PreTrainedModel, cache: Any, length: int, arguments: dict[str, Any]) -> None:
-        self.model, self.cache, self.length, self.arguments = model, cache, length, arguments
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.arguments = last_only(model)
+        self.cache: Any = None
         self.trial: _Trial | None = None
         self.steps: TokenSteps | None = None
 
     @property
     def decoder(self) -> str:
-        """The name of the decoder that takes the steps; empty where the model does."""
+        """The name of the decoder that reads the text; empty where the model does."""
         return self.trial.name if self.trial is not None and self.steps is not None else ""
 
+    def prompt(self, tokens: list[int]) -> torch.Tensor:
+        """The logits [vocabulary] behind the first tokens, float32 on the CPU."""
+        self.trial = _trial(self.model)
+        if self.trial.decoder is None:
+            return self._by_model(tokens)
+        if not self.trial.trusted:
+            return self._tried(self.trial, self.trial.decoder, tokens)
+        self.steps = self.trial.decoder.begin()
+        return self.steps.take(tokens)[-1]
+
     def step(self, token: int) -> torch.Tensor:
-        """The logits [vocabulary] behind the token, float32 on the CPU."""
-        if self.trial is None:
-            self.trial = _trial(self.model)
-            self.steps = self._begun(self.trial)
-            if self.steps is not None and not self.trial.trusted:
-                return self._tried(self.trial, self.steps, token)
-        return self._by_model(token) if self.steps is None else self.steps.step(token)
+        """The same behind one more."""
+        return self._by_model([token]) if self.steps is None else self.steps.take([token])[-1]
 
-    def _begun(self, trial: _Trial) -> TokenSteps | None:
-        if trial.decoder is None:
-            return None
-        try:
-            return trial.decoder.begin(self.cache, self.length)
-        except Refused as refused:
-            log.info("%s is not used: %s", trial.name, refused)
-            return None
+    def _tried(self, trial: _Trial, decoder: TokenDecoder, tokens: list[int]) -> torch.Tensor:
+        """The decoder's first prompt of all. What it makes of some tokens is held against the model's answers, at the beginning of a text and
+        once more behind the prompt, for which the model gets the decoder's keys and values: a part that matters only far into a
+        text shows there."""
+        sample = (tokens * _SAMPLE)[:_SAMPLE]
+        with decoder.exact():
+            excess = self._excess(decoder.begin(), sample)
+        steps = decoder.begin()
+        logits = steps.take(tokens)[-1]
+        with decoder.exact():
+            excess = max(excess, self._excess(steps, sample))
+        steps.forget(_SAMPLE)
+        trial.trusted = excess <= 1
+        if trial.trusted:
+            self.steps = steps
+            return logits
+        trial.decoder = None
+        log.warning(
+            "decoder %s does not give this model's logits (%.3g times the error allowed) and is not used",
+            trial.name,
+            excess,
+        )
+        return self._by_model(tokens)
 
-    def _tried(self, trial: _Trial, steps: TokenSteps, token: int) -> torch.Tensor:
-        """The decoder's first step of all, beside the model's."""
-        assert trial.decoder is not None
-        with trial.decoder.exact():
-            expected = self._by_model(token)
-            got = steps.step(token)
-        size = (expected - expected.mean()).square().mean().sqrt()
-        error = float((got - expected).square().mean().sqrt() / size)
-        trial.trusted = error <= _BOUNDS.get(self.model.dtype, 0.0)
-        if not trial.trusted:
-            trial.decoder = self.steps = None
-            log.warning("decoder %s does not give this model's logits (error %.3g) and is not used", trial.name, error)
-        return expected
+    def _excess(self, steps: TokenSteps, tokens: list[int]) -> float:
+        """How far the decoder's logits are from the model's, in parts of what they may be: `_BOUNDS`, or three times as far as the model is
+        from itself where it reads the same tokens in two calls."""
+        given, half = torch.tensor([tokens], device=self.model.device), len(tokens) // 2
+        expected = self._read(given, steps.to_cache())[0]
+        _, cache = self._read(given[:, :half], steps.to_cache())
+        noise = _distance(self._read(given[:, half:], cache)[0], expected[half:])
+        found = _distance(steps.take(tokens, len(tokens)), expected) / max(
+            _BOUNDS.get(self.model.dtype, 0.0), 3 * noise
+        )
+        return found if math.isfinite(found) else math.inf
 
-    def _by_model(self, token: int) -> torch.Tensor:
-        tokens = torch.tensor([[token]], device=self.model.device)
-        out = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **self.arguments)
-        self.cache = out.past_key_values
-        logits: torch.Tensor = out.logits[0, -1].float().cpu()
-        return logits
+    def _read(self, tokens: torch.Tensor, cache: Any, **arguments: int) -> tuple[torch.Tensor, Any]:
+        """The model's logits [tokens, vocabulary], and the cache behind them."""
+        out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **arguments)
+        return out.logits[0].float().cpu(), out.past_key_values
+
+    def _by_model(self, tokens: list[int]) -> torch.Tensor:
+        logits, self.cache = self._read(torch.tensor([tokens], device=self.model.device), self.cache, **self.arguments)
+        return logits[-1]
+
+
+def _distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the errors, relative to that of the logits about their mean, in the median of the tokens."""
+    return float(((logits - expected).square().mean(-1) / expected.var(-1, correction=0)).sqrt().median())
+
+
+def last_only(model: PreTrainedModel) -> dict[str, int]:
+    """Arguments that ask for the last position's logits alone, where the model's forward can (transformers 4.55 and later can)."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _trial(model: PreTrainedModel) -> _Trial:

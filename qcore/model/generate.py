@@ -22,7 +22,7 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 
 @dataclass
 class Timing:
-    """Filled while generating; rates are tokens per second of wall time. decoder: the row that took the steps; empty where the
+    """Filled while generating; rates are tokens per second of wall time. decoder: the row that read the text; empty where the
     model itself did."""
 
     prompt_tokens: int = 0
@@ -74,18 +74,13 @@ def generate(
     ends = end_tokens(model, tokenizer)
     random = torch.Generator().manual_seed(seed)
     text = _Text(tokenizer)
-    arguments = last_only(model)
-    steps: Stepper | None = None
+    steps = Stepper(model)
     token = 0
-    for _ in range(min(max_new_tokens, room)):
+    for number in range(min(max_new_tokens, room)):
         began = time.perf_counter()
-        if steps is None:
-            out = model(
-                input_ids=torch.tensor([prompt], device=model.device), past_key_values=None, use_cache=True, **arguments
-            )
-            logits = out.logits[0, -1].float().cpu()
+        if number == 0:
+            logits = steps.prompt(prompt)
             timing.prefill_s = time.perf_counter() - began
-            steps = Stepper(model, out.past_key_values, len(prompt), arguments)
         else:
             logits = steps.step(token)
             timing.decode_s += time.perf_counter() - began
@@ -135,13 +130,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
         ends |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
     known = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
     return ends | {int(tokenizer.convert_tokens_to_ids(token)) for token in _TURN_ENDS if token in known}
-
-
-def last_only(model: PreTrainedModel) -> dict[str, int]:
-    """Arguments that ask for the last position's logits alone, where the model's forward can (transformers 4.55 and later can)."""
-    import inspect
-
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _pick(logits: torch.Tensor, temperature: float, random: torch.Generator) -> int:

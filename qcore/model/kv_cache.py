@@ -53,6 +53,10 @@ class _Rounded:
         keys, values = super().update(of_keys.encode(key_states), of_values.encode(value_states), *args, **kwargs)  # type: ignore[misc]
         return of_keys.decode(keys, key_states.dtype), of_values.decode(values, value_states.dtype)
 
+    def restore(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Rows of bytes that this layer, or one like it, has held, after those that are there."""
+        super().update(keys, values)  # type: ignore[misc]
+
 
 class RoundedLayer(_Rounded, DynamicLayer):  # type: ignore[misc]
     """Full attention."""

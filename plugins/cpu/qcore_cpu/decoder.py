@@ -1,4 +1,4 @@
-"""A model's step from token to token in one native call (native/decoder.cpp): llama's decoder layers and their kin.
+"""A model's way from tokens to the next one in native calls (native/decoder.cpp): llama's decoder layers and their kin.
 
 What a model is made of is read off its modules, not its name: norms around attention and MLP, norms of queries and keys, biases,
 sliding windows, rotary tables. A part that is not known refuses; whatever is overlooked shows in the first step's logits, which
@@ -16,16 +16,16 @@ import torch
 
 from qcore.elements import Float
 from qcore.model.experts import QuantizedExperts
+from qcore.model.kv_cache import kv_roundings_of
 from qcore.model.linear import QuantizedLinear
 from qcore_cpu.decoder_modules import (
     activation_of,
+    cache_of,
     epsilon_of,
     is_plainly_gated,
     only_row_of,
     rope_kind_of,
-    roundings_of,
     routing_of,
-    states_of,
     unknown_part,
     window_of,
 )
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedModel
+
+    from qcore.kernels.kv_cache import KvRounding
 
 
 _NORMS = ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_norm", "output_norm")
@@ -50,6 +52,8 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1}
 _FIRST_CAPACITY = 256
 """Tokens that there is room for at first; it doubles."""
+_AT_ONCE = 256
+"""Tokens of a prompt that go through all layers together; native/linear.h allows 512."""
 
 
 class _Layer(ctypes.Structure):
@@ -116,7 +120,8 @@ class NativeDecoder:
         self.head_dim, self.heads = attention.head_dim, attention.o_proj.in_features // attention.head_dim
         self.kv_heads = self.heads // attention.num_key_value_groups
         self.layers = len(layers)
-        self.roundings = roundings_of(model, len(layers))
+        self.config = model.config.get_text_config(decoder=True)
+        self.roundings = kv_roundings_of(model)
         self.kv_kind, self.row = self._rows()
         self.rope = torch.empty(0)
         self.plan = self._plan(model, layers, base.norm)
@@ -130,9 +135,9 @@ class NativeDecoder:
 
     def _rows(self) -> tuple[int, int]:
         """How keys and values are kept (native/decoder.h's `Kept`), and elements of a row: of the model's type, or bytes."""
-        if not self.roundings:
+        if self.roundings is None:
             return 0, self.head_dim
-        sides = [side for pair in self.roundings for side in pair]
+        sides = [side for number in range(self.layers) for side in self._sides(number)]
         kinds = {
             (side.element.format if isinstance(side.element, Float) else "int8", side.scale is None) for side in sides
         }
@@ -140,6 +145,10 @@ class NativeDecoder:
             raise unknown_part("a kv cache of several kinds")
         ((kind, dynamic),) = kinds
         return _KEPT[kind], self.head_dim + 4 * dynamic
+
+    def _sides(self, number: int) -> tuple[KvRounding, ...]:
+        """How a layer's keys and its values are rounded; nothing where they are not."""
+        return () if self.roundings is None else self.roundings.layers.get(number, self.roundings.default)
 
     # --- What the model is made of ---------------------------------------------------------------------------------
 
@@ -199,7 +208,7 @@ class NativeDecoder:
                 if epsilon_of(norm) != stack.norm_epsilon:
                     raise unknown_part("norms with epsilons of their own")
                 setattr(made, name, self._norm(norm))
-        for side, rounding in zip(("key", "value"), self.roundings[number] if self.roundings else (), strict=False):
+        for side, rounding in zip(("key", "value"), self._sides(number), strict=False):
             for part in ("scale", "zero", "inverse"):
                 values = getattr(rounding, part)
                 if values is not None:
@@ -288,25 +297,8 @@ class NativeDecoder:
         self.rope = torch.stack(tables).contiguous() if tables else torch.zeros(1, 2, capacity, 2)
         return self.rope
 
-    def begin(self, cache: Any, length: int) -> NativeSteps:
-        states = states_of(cache, rounded=bool(self.kv_kind))
-        if len(states) != self.layers:
-            raise unknown_part("a cache of another size")
-        steps = NativeSteps(self, max(_FIRST_CAPACITY, 2 * length), length)
-        for layer, (window, *pair) in enumerate(states):
-            if window not in (0, self.windows[layer]):  # a cache may hold all, and a mask keep the window
-                raise unknown_part(f"a cache with a window of {window} tokens for one of {self.windows[layer]}")
-            for which, state in enumerate(pair):
-                if (*state.shape[:2], state.shape[3]) != (
-                    1,
-                    self.kv_heads,
-                    self.row,
-                ) or state.dtype != steps.cache.dtype:
-                    raise unknown_part(f"a cache of {list(state.shape)} in {state.dtype}")
-                steps.cache[layer, which, :, length - state.shape[2] : length] = state[
-                    0
-                ]  # a window holds the last ones
-        return steps
+    def begin(self) -> NativeSteps:
+        return NativeSteps(self)
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -325,25 +317,45 @@ class NativeDecoder:
 class NativeSteps:
     """One text: keys and values [layers, 2, kv_heads, capacity, row] in the model's type or in bytes, of which `length` are there."""
 
-    def __init__(self, decoder: NativeDecoder, capacity: int, length: int) -> None:
-        self.decoder, self.length = decoder, length
+    def __init__(self, decoder: NativeDecoder, capacity: int = _FIRST_CAPACITY) -> None:
+        self.decoder, self.length = decoder, 0
         self.cache = self._room(capacity)
         self.rope = decoder.tables(capacity)
 
-    def step(self, token: int) -> torch.Tensor:
-        decoder, capacity = self.decoder, self.cache.shape[3]
-        if self.length == capacity:
-            self._grow(capacity := 2 * capacity)
-        hidden = decoder.embed(torch.tensor([token]))[0].to(torch.float32).contiguous()
-        torch.ops.qcore_cpu.decode(hidden, decoder.plan, self.cache, self.rope, capacity, self.length)
-        self.length += 1
-        logits: torch.Tensor = decoder.head(hidden.to(decoder.dtype)).float()
+    def take(self, tokens: list[int], keep: int = 1) -> torch.Tensor:
+        decoder = self.decoder
+        wanted = []
+        self._reserve(self.length + len(tokens))
+        for first in range(0, len(tokens), _AT_ONCE):
+            part = tokens[first : first + _AT_ONCE]
+            hidden = decoder.embed(torch.tensor(part)).to(torch.float32).contiguous()
+            count = max(1, len(part) - max(0, len(tokens) - keep - first))
+            torch.ops.qcore_cpu.decode(
+                hidden, decoder.plan, self.cache, self.rope, self.cache.shape[3], self.length, count
+            )
+            self.length += len(part)
+            wanted.append(hidden[-count:])
+        logits: torch.Tensor = decoder.head(torch.cat(wanted)[-keep:].to(decoder.dtype)).float()
         return torch.tanh(logits / decoder.softcap) * decoder.softcap if decoder.softcap else logits
 
-    def _grow(self, capacity: int) -> None:
-        before, self.cache = self.cache, self._room(capacity)
-        self.cache[..., : before.shape[3], :] = before
-        self.rope = self.decoder.tables(capacity)
+    def forget(self, count: int) -> None:
+        self.length -= count
+
+    def to_cache(self) -> Any:
+        there = self.cache[..., : self.length, :].clone()
+        return cache_of(
+            self.decoder.config,
+            self.decoder.roundings,
+            ((layer[0].unsqueeze(0), layer[1].unsqueeze(0)) for layer in there),
+        )
+
+    def _reserve(self, length: int) -> None:
+        before = self.cache
+        if length <= before.shape[3]:
+            return
+        capacity = max(2 * before.shape[3], -(-length // _FIRST_CAPACITY) * _FIRST_CAPACITY)
+        self.cache, self.rope = self._room(capacity), self.decoder.tables(capacity)
+        self.cache[..., : self.length, :] = before[..., : self.length, :]
 
     def _room(self, capacity: int) -> torch.Tensor:
         decoder = self.decoder

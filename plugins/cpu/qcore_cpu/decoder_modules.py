@@ -11,10 +11,10 @@ from qcore.refusal import Refusal, Refused
 from qcore_cpu.kernels.native import NativeLinear
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from collections.abc import Iterable
 
-    from qcore.kernels.kv_cache import KvRounding
     from qcore.model.experts import QuantizedExperts
+    from qcore.model.kv_cache import KvRoundings
 
 
 def activation_of(mlp: Any) -> Any:
@@ -77,21 +77,21 @@ def epsilon_of(norm: torch.nn.Module) -> float:
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)  # type: ignore[arg-type]
 
 
-def roundings_of(model: PreTrainedModel, layers: int) -> list[tuple[KvRounding, KvRounding]]:
-    """How each layer's keys and values are rounded; nothing where they are not."""
-    from qcore.model.kv_cache import kv_roundings_of
+def cache_of(config: Any, roundings: KvRoundings | None, states: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """transformers' cache, or ours, that holds keys and values [1, kv_heads, tokens, row] of each layer."""
+    from transformers import DynamicCache
 
-    found = kv_roundings_of(model)
-    return [] if found is None else [found.layers.get(number, found.default) for number in range(layers)]
+    from qcore.model.kv_cache import QuantizedKvCache
 
-
-def states_of(cache: Any, *, rounded: bool) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Window, keys and values of each layer in transformers' plain caches, or in ours."""
-    layers = getattr(cache, "layers", None)
-    known = ("RoundedLayer", "RoundedSlidingLayer") if rounded else ("DynamicLayer", "DynamicSlidingWindowLayer")
-    if layers is None or any(type(layer).__name__ not in known for layer in layers):
-        raise unknown_part(f"a cache of {type(cache).__name__}")
-    return [(int(getattr(layer, "sliding_window", 0) or 0), layer.keys, layer.values) for layer in layers]
+    if roundings is not None:
+        rounded = QuantizedKvCache(config, roundings)
+        for layer, (keys, values) in zip(rounded.layers, states, strict=True):
+            layer.restore(keys, values)
+        return rounded
+    cache = DynamicCache(config=config)
+    for number, (keys, values) in enumerate(states):
+        cache.update(keys, values, number)
+    return cache
 
 
 def unknown_part(what: str) -> Refused:

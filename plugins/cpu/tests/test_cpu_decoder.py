@@ -57,26 +57,57 @@ def model_of(kind: str, folder: Path, dtype: str = "float32", **how: Any) -> Any
 
 
 def both(model: Any, count: int, length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [count, vocabulary] by the decoder and by the model, of the same tokens."""
+    """Logits [1 + 9 + count, vocabulary] by the decoder and by the model: behind a prompt, behind each of nine tokens that are read together,
+    and token by token."""
     random = torch.Generator().manual_seed(1)
-    prompt = torch.randint(1, 128, (1, length), generator=random)
-    tokens = torch.randint(1, 128, (count,), generator=random).tolist()
-    decoder = NativeDecoder.from_model(model)
+    prompt, some, single = torch.randint(1, 128, (length + 9 + count,), generator=random).split((length, 9, count))
+    steps, cache = NativeDecoder.from_model(model).begin(), None
     got, expected = [], []
     with torch.inference_mode():
-        cache = model(input_ids=prompt, use_cache=True).past_key_values
-        steps = decoder.begin(cache, length)
-        for token in tokens:
-            got.append(steps.step(token))
-            out = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-            expected.append(out.logits[0, -1].float())
-    return torch.stack(got), torch.stack(expected)
+        for tokens, keep in ((prompt, 1), (some, 9), *((token.view(1), 1) for token in single)):
+            got.append(steps.take(tokens.tolist(), keep))
+            out = model(input_ids=tokens.unsqueeze(0), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            expected.append(out.logits[0, -keep:].float())
+    return torch.cat(got), torch.cat(expected)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_logits_are_the_models(kind: str, tmp_path: Path) -> None:
     got, expected = both(model_of(kind, tmp_path), 20)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "phi3", "qwen2_moe"])
+def test_long_prompts(kind: str, tmp_path: Path) -> None:
+    """More tokens than go through the layers together, and than there is room for at first."""
+    got, expected = both(model_of(kind, tmp_path), 2, length=600)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("keep", [1, 3, 100, 300])
+def test_the_last_logits_of_a_long_prompt(keep: int, tmp_path: Path) -> None:
+    model = model_of("llama", tmp_path)
+    tokens = torch.randint(1, 128, (300,), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected = model(input_ids=tokens.unsqueeze(0)).logits[0, -keep:]
+        got = NativeDecoder.from_model(model).begin().take(tokens.tolist(), keep)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kv_cache", ["none", "int8", "fp8_e4m3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_the_model_goes_on_with_what_the_decoder_read(kind: str, kv_cache: str, tmp_path: Path) -> None:
+    model = model_of(kind, tmp_path, kv_cache=kv_cache)
+    steps = NativeDecoder.from_model(model).begin()
+    following = torch.arange(50, 55).unsqueeze(0)
+    with torch.inference_mode():
+        steps.take(list(range(1, 25)))
+        steps.take([7, 8, 9])
+        steps.forget(3)
+        expected = model(input_ids=following, past_key_values=steps.to_cache(), use_cache=True).logits[0]
+        got = steps.take(following[0].tolist(), 5)
+    assert float((got - expected).norm() / expected.norm()) < (1e-5 if kv_cache == "none" else 1e-3)
 
 
 def test_layers_of_several_types(tmp_path: Path) -> None:
@@ -103,66 +134,97 @@ def test_a_context_that_outgrows_its_room(tmp_path: Path) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def stepped(model: Any, count: int) -> Stepper:
+def read(model: Any, prompt: range = range(1, 9)) -> Stepper:
     with torch.inference_mode():
-        prompt = torch.arange(1, 9).unsqueeze(0)
-        steps = Stepper(model, model(input_ids=prompt, use_cache=True).past_key_values, 8, {})
-        for token in range(count):
-            steps.step(token + 1)
-    return steps
+        text = Stepper(model)
+        text.prompt(list(prompt))
+    return text
 
 
 @pytest.mark.parametrize("activations", ["exact", "int8"])
-def test_it_is_trusted_once_its_first_answer_was_the_models(activations: str, tmp_path: Path) -> None:
+def test_it_is_trusted_once_its_first_answers_were_the_models(activations: str, tmp_path: Path) -> None:
     model = model_of("llama", tmp_path, activations=activations)
-    assert stepped(model, 0).decoder == "" and stepped(model, 1).decoder == "native_decoder"
-    assert stepped(model, 1).decoder == "native_decoder"
+    first, second = read(model), read(model)
+    assert first.decoder == second.decoder == "native_decoder"
+    with torch.inference_mode():  # what was read on trial is in no answer
+        assert torch.equal(Stepper(model).prompt([5, 6]), Stepper(model).prompt([5, 6]))
+        assert torch.equal(first.step(3), second.step(3))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_it_is_trusted_in_narrow_types(dtype: str, tmp_path: Path) -> None:
+    assert read(model_of("llama", tmp_path, dtype)).decoder == "native_decoder"
+    assert read(model_of("gemma2", tmp_path, dtype)).decoder == "native_decoder"
 
 
 def test_texts_that_take_turns_do_not_mix(tmp_path: Path) -> None:
     """Two prompts of one model, a step of each in turn: what each gives alone."""
     model = model_of("llama", tmp_path)
-    prompts = [torch.arange(1, 9).unsqueeze(0), torch.arange(40, 60).unsqueeze(0)]
-
-    def begun(prompt: torch.Tensor) -> Stepper:
-        return Stepper(model, model(input_ids=prompt, use_cache=True).past_key_values, prompt.shape[1], {})
-
+    prompts = [range(1, 9), range(40, 60)]
     with torch.inference_mode():
-        begun(prompts[0]).step(1)  # the decoder's trial
-        alone = [[steps.step(token) for token in range(5, 15)] for steps in map(begun, prompts)]
-        together = [begun(prompt) for prompt in prompts]
-        turns = [[steps.step(token) for steps in together] for token in range(5, 15)]
+        alone = [[text.step(token) for token in range(5, 15)] for text in (read(model, prompt) for prompt in prompts)]
+        together = [read(model, prompt) for prompt in prompts]
+        turns = [[text.step(token) for text in together] for token in range(5, 15)]
     for first, second, pair in zip(*alone, turns, strict=True):
         assert torch.equal(first, pair[0]) and torch.equal(second, pair[1])
 
 
 def test_a_model_in_another_type_gets_another_decoder(tmp_path: Path) -> None:
     model = model_of("llama", tmp_path)
-    first = stepped(model, 1).trial
-    assert stepped(model, 1).trial is first
-    second = stepped(model.to(torch.bfloat16), 1).trial
+    first = read(model).trial
+    assert read(model).trial is first
+    second = read(model.to(torch.bfloat16)).trial
     assert second is not first and second is not None and second.place == ("cpu", torch.bfloat16)
 
 
-def test_a_model_that_does_something_else_keeps_its_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A change that no module shows: the decoder's first logits give it away."""
-    model = model_of("llama", tmp_path)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_does_something_else_reads_itself(
+    dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A change that no module shows: the decoder's first logits give it away, and none of them is given out."""
+    model = model_of("llama", tmp_path, dtype)
     mlp = type(model.model.layers[0].mlp)
     forward = mlp.forward
     mlp.forward = lambda self, x: 1.5 * forward(self, x)
     try:
-        with caplog.at_level(logging.WARNING, "qcore"):
-            assert stepped(model, 2).decoder == ""
+        with torch.inference_mode(), caplog.at_level(logging.WARNING, "qcore"):
+            expected = model(input_ids=torch.arange(1, 9).unsqueeze(0)).logits[0, -1].float()
+            text = Stepper(model)
+            torch.testing.assert_close(text.prompt(list(range(1, 9))), expected, rtol=1e-3, atol=1e-3)
+            assert text.decoder == ""
+            text.step(3)
     finally:
         mlp.forward = forward
     assert "does not give this model's logits" in caplog.text
 
 
+def test_a_change_far_into_a_text_is_seen(tmp_path: Path) -> None:
+    """A window that the decoder does not know of: nothing shows it in the first tokens."""
+    model = model_of("mistral", tmp_path)
+    assert read(model, range(1, 60)).decoder == "native_decoder"
+    other = model_of("llama", tmp_path)
+    other.config.layer_types = ["full_attention"] * 3
+    attention = type(other.model.layers[0].self_attn)
+    forward = attention.forward
+
+    def short(self: Any, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        length = kwargs["past_key_values"].get_seq_length(self.layer_idx) + hidden.shape[1]
+        rows = torch.arange(length - hidden.shape[1], length).view(-1, 1)
+        keys = torch.arange(length).view(1, -1)
+        seen = (keys <= rows) & (keys > rows - 20)
+        mask = torch.zeros(1, 1, hidden.shape[1], length).masked_fill(~seen, -torch.inf)
+        return forward(self, *args, attention_mask=mask, **kwargs)
+
+    attention.forward = short
+    try:
+        assert read(other, range(1, 60)).decoder == ""
+    finally:
+        attention.forward = forward
+
+
 def test_what_it_does_not_know_is_refused(tmp_path: Path) -> None:
     model = model_of("llama", tmp_path)
-    decoder = NativeDecoder.from_model(model)
-    with pytest.raises(qcore.Refused, match="a cache of tuple"):
-        decoder.begin((), 3)
     model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
     model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
     with pytest.raises(qcore.Refused, match="activation ReLU"):
@@ -198,7 +260,7 @@ def test_a_quantized_cache(kind: str, kv_cache: str, tmp_path: Path) -> None:
     model = model_of(kind, tmp_path, kv_cache=kv_cache)
     got, expected = both(model, 20)
     assert float((got - expected).norm() / expected.norm()) < 1e-3
-    assert stepped(model, 2).decoder == "native_decoder"
+    assert read(model).decoder == "native_decoder"
 
 
 @pytest.mark.parametrize(
@@ -217,24 +279,23 @@ def test_rows_of_a_quantized_cache_are_the_references(element: Any, form: str, t
     roundings = kv_roundings_of(model)
     assert roundings is not None
     roundings.layers.update(dict.fromkeys(range(3), (rounding, rounding)))  # type: ignore[attr-defined]
-    prompt, tokens, different, errors = torch.arange(1, 9).unsqueeze(0), list(range(20, 32)), [], []
-    decoder = NativeDecoder.from_model(model)
+    calls, different, errors = [[token] for token in range(20, 32)] + [[1, 2, 3], [4, 5]], [], []
+    steps, cache = NativeDecoder.from_model(model).begin(), None
     with torch.inference_mode():
-        cache = model(input_ids=prompt, use_cache=True).past_key_values
-        steps = decoder.begin(cache, 8)
-        for token in tokens:
-            got = steps.step(token)
-            expected = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, -1]
-            before = sum(different)
+        for tokens in calls:
+            got = steps.take(tokens)[-1]
+            out = model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+            cache, expected, before = out.past_key_values, out.logits[0, -1], sum(different)
             for layer in range(3):
                 for which, rows in enumerate((cache.layers[layer].keys[0], cache.layers[layer].values[0])):
                     ours = steps.cache[layer, which, :, : rows.shape[1]]
                     assert ours.shape == rows.shape
-                    different.append(float((ours[:, -1, :16] != rows[:, -1, :16]).float().mean()))
+                    new = slice(-len(tokens), None)
+                    different.append(float((ours[:, new, :16] != rows[:, new, :16]).float().mean()))
                     ours.copy_(rows)  # what fell on the other side of a tie is in no later step
             if sum(different) == before:
                 errors.append(float((got - expected).norm() / expected.norm()))
-    assert len(errors) >= len(tokens) // 2 and max(errors) < 1e-5
+    assert len(errors) >= len(calls) // 2 and max(errors) < 1e-5
     assert sum(different) / len(different) < 0.01
 
 
@@ -244,16 +305,29 @@ def test_a_cache_of_several_kinds_keeps_the_models_own_steps(tmp_path: Path) -> 
     assert roundings is not None
     static = KvRounding(Int(8, signed=True), torch.ones(1))
     roundings.layers.update({1: (static, static)})  # type: ignore[attr-defined]
-    assert stepped(model, 2).decoder == ""
+    assert read(model).decoder == ""
 
 
 def test_wrong_parts_are_refused_by_the_operator(tmp_path: Path) -> None:
     decoder = NativeDecoder.from_model(model_of("llama", tmp_path))
-    steps = NativeSteps(decoder, 16, 0)
+    steps = NativeSteps(decoder, 600)
     call = torch.ops.qcore_cpu.decode
-    for hidden, capacity, position in ((63, 16, 0), (64, 15, 0), (64, 16, 16), (64, 16, -1)):
+    right = {"hidden": 64, "capacity": 600, "position": 0, "wanted": 1}
+    for wrong in (
+        {"hidden": 63}, {"hidden": 0}, {"hidden": 64 * 513}, {"capacity": 599}, {"position": 600}, {"position": -1}, {"wanted": 0}, {"wanted": 2},
+        {"hidden": 128, "position": 599},
+    ):  # fmt: skip
+        given = right | wrong
         with pytest.raises(RuntimeError, match="do not go together"):
-            call(torch.zeros(hidden), decoder.plan, steps.cache, steps.rope, capacity, position)
+            call(
+                torch.zeros(given["hidden"]),
+                decoder.plan,
+                steps.cache,
+                steps.rope,
+                given["capacity"],
+                given["position"],
+                given["wanted"],
+            )
 
 
 def test_rows_are_looked_up_in_packed_weights() -> None:

@@ -67,6 +67,25 @@ inline F16 exp_f(F16 x) {
   return as_float(add(as_int(sum), sll(to_int(n), 23)));
 }
 
+// to += from * factor
+inline void add_scaled(const float* from, float factor, int64_t count, float* to) {
+  each_run(count, [&](int64_t place, int64_t full) {
+    put_some(fma(load_some(from + place, full), all_f(factor), load_some(to + place, full)), Float::kF32, to, place, full);
+  });
+}
+
+// The two halves of `count` numbers, turned by their positions' angles.
+inline void rotate(float* x, const float* cosines, const float* sines, int64_t count) {
+  const int64_t half = count / 2;
+  each_run(half, [&](int64_t i, int64_t full) {
+    const F16 low = load_some(x + i, full), high = load_some(x + half + i, full);
+    const F16 turned_low = sub_f(mul(low, load_some(cosines + i, full)), mul(high, load_some(sines + i, full)));
+    const F16 turned_high = fma(high, load_some(cosines + half + i, full), mul(low, load_some(sines + half + i, full)));
+    put_some(turned_low, Float::kF32, x, i, full);
+    put_some(turned_high, Float::kF32, x, half + i, full);
+  });
+}
+
 // out = activation(gate) * up
 inline void activate(const float* gate, const float* up, int64_t count, int64_t kind, Float type, void* out) {
   each_run(count, [&](int64_t place, int64_t full) {

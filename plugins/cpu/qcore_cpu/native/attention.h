@@ -161,7 +161,7 @@ template <Kept kept, Float type>
 void attend_kept(const Attention& a, int64_t kv_head, int64_t span) {
   using Rows = KeptRows<kept, type>;
   const Rows keys(a, a.keys, a.key_side, kv_head), values(a, a.values, a.value_side, kv_head);
-  const int64_t share = a.heads / a.kv_heads, begin = a.first + span * kAttentionSpan, full = a.last - begin < kAttentionSpan ? a.last - begin : kAttentionSpan;
+  const int64_t share = a.share(), begin = a.first(0) + span * kAttentionSpan, full = a.last(0) - begin < kAttentionSpan ? a.last(0) - begin : kAttentionSpan;
   const int64_t stride = a.spans() * a.part();
   for (int64_t h = 0; h < share;) {
     const int64_t head = kv_head * share + h, count = share - h < 4 ? share - h : 4;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "linear.h"
@@ -10,90 +11,136 @@
 namespace qcore {
 namespace {
 
-// Of one linear layer among several that are given the same.
+// Of one linear layer among several.
 struct Layered {
   const Header* weight;
   const float* bias;
-  float* out;
+  float* out;  // [rows][weight rows]
 };
 
-// An expert, and what its answer is multiplied by.
+// Rows of a part of what a linear layer gave.
+struct Part {
+  float* first;
+  int64_t stride;
+  float* row(int64_t row) const { return first + row * stride; }
+};
+
+// An expert of a token's, and what its answer is multiplied by.
 struct Chosen {
-  int64_t expert;
+  int64_t expert, row;
   float weight;
 };
 
 struct Memory {
-  std::vector<float> narrow_in, narrow_inner, narrow_out;  // rooms for either type
+  std::vector<float> narrow_in, narrow_inner, narrow_scores, gathered;  // rooms for either type
   std::vector<float> looking, attended, inner, wide, mixed, parts, scores;
   std::vector<Product> products;
   std::vector<Chosen> chosen;
   std::vector<Layered> layered;
 };
 
+constexpr int64_t kRowsKept = 16;  // whose memory is kept from one call to the next
+
 float* room(std::vector<float>& memory, int64_t count) {
-  memory.resize(count);
+  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
   return memory.data();
+}
+
+// Calls f(row) for each row.
+template <class F>
+void each_row(int64_t rows, F&& f) {
+  parallel(rows, rows < 16 ? rows : 8, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) f(row);
+  });
 }
 
 class Step {
  public:
   Step(const Kernels& kernels, const Stack& stack, Memory& memory) : kernels_(kernels), stack_(stack), memory_(memory) {}
 
-  // out = W x + bias of each, x being of the stack's type; stride: as of `linears`.
-  void multiply(const void* x, const Layered* parts, int count, int64_t stride = 0) {
+  // out = W x + bias of each, x [rows][columns] being of the stack's type; own: as of `linears`.
+  void multiply(const void* x, int64_t rows, const Layered* parts, int count, bool own = false) {
     memory_.products.resize(count);
-    int64_t cells = 0;
-    for (int i = 0; i < count; i++) cells += parts[i].weight->rows;
-    memory_.narrow_out.resize(cells);
-    const bool wide = stack_.type == Float::kF32;
-    char* to = reinterpret_cast<char*>(memory_.narrow_out.data());
-    for (int i = 0; i < count; i++) {
-      memory_.products[i] = {parts[i].weight, wide ? static_cast<void*>(parts[i].out) : to};
-      to += parts[i].weight->rows * width_of(stack_.type);
-    }
-    linears(kernels_, memory_.products.data(), count, x, stride, stack_.type);
-    for (int i = 0; i < count; i++) {
-      const int64_t rows = parts[i].weight->rows;
-      if (!wide) kernels_.widen(memory_.products[i].out, stack_.type, rows, parts[i].out);
-      if (parts[i].bias)
-        for (int64_t k = 0; k < rows; k++) parts[i].out[k] += parts[i].bias[k];
-    }
+    for (int i = 0; i < count; i++) memory_.products[i] = {parts[i].weight, parts[i].out};
+    linears(kernels_, memory_.products.data(), count, {x, rows, parts->weight->columns, stack_.type}, Float::kF32, own);
+    for (int i = 0; i < count; i++)
+      if (parts[i].bias) {
+        const int64_t columns = parts[i].weight->rows;
+        each_row(rows, [&](int64_t row) { kernels_.add(parts[i].bias, 1, columns, parts[i].out + row * columns); });
+      }
   }
   template <int size>
-  void multiply(const void* x, const Layered (&parts)[size], int count = size) { multiply(x, static_cast<const Layered*>(parts), count); }
+  void multiply(const void* x, int64_t rows, const Layered (&parts)[size], int count = size) { multiply(x, rows, static_cast<const Layered*>(parts), count); }
 
-  // What a linear layer is given: x, normalized where there is a norm.
-  const void* ready(const float* x, const float* norm, int64_t count) {
-    memory_.narrow_in.resize(count);
-    kernels_.normalize(x, norm, count, static_cast<float>(stack_.norm_epsilon), stack_.type, memory_.narrow_in.data());
-    return memory_.narrow_in.data();
+  // What a linear layer is given: rows of hidden, normalized where there is a norm.
+  const void* ready(const float* hidden, int64_t rows, const float* norm) {
+    char* const out = reinterpret_cast<char*>(room(memory_.narrow_in, rows * stack_.hidden));
+    const int64_t bytes = stack_.hidden * width_of(stack_.type);
+    each_row(rows, [&](int64_t row) { normalize(hidden + row * stack_.hidden, norm, stack_.hidden, stack_.type, out + row * bytes); });
+    return out;
   }
 
-  void add(float* hidden, std::vector<float>& x, const float* norm) {
-    if (norm) kernels_.normalize(x.data(), norm, stack_.hidden, static_cast<float>(stack_.norm_epsilon), Float::kF32, x.data());
-    for (int64_t i = 0; i < stack_.hidden; i++) hidden[i] += x[i];
+  // hidden += what a block gave, memory_.wide, normalized where there is a norm.
+  void add(float* hidden, int64_t rows, const float* norm) {
+    each_row(rows, [&](int64_t row) {
+      float* const x = memory_.wide.data() + row * stack_.hidden;
+      if (norm) normalize(x, norm, stack_.hidden, Float::kF32, x);
+      kernels_.add(x, 1, stack_.hidden, hidden + row * stack_.hidden);
+    });
   }
 
-  void keep(const float* heads, const KvSide& side, int64_t head, void* row) {
-    const float* const from = heads + head * stack_.head_dim;
-    if (stack_.kept == Kept::kPlain) kernels_.narrow(from, stack_.type, stack_.head_dim, row);
-    else kernels_.keep(from, side, stack_.kept, head, stack_.head_dim, row);
+  void normalize(const float* x, const float* norm, int64_t count, Float type, void* out) {
+    kernels_.normalize(x, norm, count, static_cast<float>(stack_.norm_epsilon), type, out);
   }
 
+  void keep(const float* head, const KvSide& side, int64_t number, void* row) {
+    if (stack_.kept == Kept::kPlain) kernels_.narrow(head, stack_.type, stack_.head_dim, row);
+    else kernels_.keep(head, side, stack_.kept, number, stack_.head_dim, row);
+  }
+
+  // Heads of one token.
   void rotate(float* heads, int64_t count, const float* norm, const float* cosines, const float* sines) {
-    if (norm && stack_.joint_norms) kernels_.normalize(heads, norm, count * stack_.head_dim, static_cast<float>(stack_.norm_epsilon), Float::kF32, heads);
+    if (norm && stack_.joint_norms) normalize(heads, norm, count * stack_.head_dim, Float::kF32, heads);
     for (int64_t head = 0; head < count; head++) {
       float* const x = heads + head * stack_.head_dim;
-      if (norm && !stack_.joint_norms) kernels_.normalize(x, norm, stack_.head_dim, static_cast<float>(stack_.norm_epsilon), Float::kF32, x);
-      if (!cosines) continue;
-      const int64_t half = stack_.rope_dim / 2;
-      for (int64_t i = 0; i < half; i++) {
-        const float low = x[i], high = x[i + half];
-        x[i] = low * cosines[i] - high * sines[i];
-        x[i + half] = high * cosines[i + half] + low * sines[i + half];
-      }
+      if (norm && !stack_.joint_norms) normalize(x, norm, stack_.head_dim, Float::kF32, x);
+      if (cosines) kernels_.rotate(x, cosines, sines, stack_.rope_dim);
     }
+  }
+
+  // memory_.attended = what the last `wanted` tokens find; keys and values of all are put into the cache.
+  void attend(const Layer& layer, const Tokens& tokens, int64_t number, const void* x, int64_t wanted) {
+    const int64_t rows = tokens.rows, query_size = stack_.heads * stack_.head_dim, key_size = stack_.kv_heads * stack_.head_dim;
+    const int64_t heads_bytes = stack_.kv_heads * tokens.capacity * stack_.row_bytes;
+    char* const keys = static_cast<char*>(tokens.cache) + 2 * number * heads_bytes;
+    char* const values = keys + heads_bytes;
+    float* const memory = room(memory_.looking, rows * (query_size + 2 * key_size));
+    const bool apart = layer.key;
+    const int64_t all = query_size + 2 * key_size;
+    const Part query{memory, apart ? query_size : all};
+    const Part key = apart ? Part{memory + rows * query_size, key_size} : Part{memory + query_size, all};
+    const Part value = apart ? Part{key.first + rows * key_size, key_size} : Part{key.first + key_size, all};
+    multiply(x, rows, {{layer.query, layer.query_bias, query.first}, {layer.key, layer.key_bias, key.first}, {layer.value, layer.value_bias, value.first}}, apart ? 3 : 1);
+    const int64_t table = tokens.capacity * stack_.rope_dim;
+    each_row(rows, [&](int64_t row) {
+      const int64_t position = tokens.position + row;
+      const float* const cosines = layer.rope < 0 ? nullptr : tokens.rope + 2 * layer.rope * table + position * stack_.rope_dim;
+      const float* const sines = cosines ? cosines + table : nullptr;
+      if (row >= rows - wanted) rotate(query.row(row), stack_.heads, layer.query_norm, cosines, sines);
+      rotate(key.row(row), stack_.kv_heads, layer.key_norm, cosines, sines);
+      for (int64_t head = 0; head < stack_.kv_heads; head++) {
+        const int64_t place = (head * tokens.capacity + position) * stack_.row_bytes, inside = head * stack_.head_dim;
+        keep(key.row(row) + inside, layer.key_side, head, keys + place);
+        keep(value.row(row) + inside, layer.value_side, head, values + place);
+      }
+    });
+    Attention a{query.row(rows - wanted), query.stride, wanted, tokens.position + rows - wanted, layer.window, keys, values, layer.key_side, layer.value_side,
+                stack_.kept, stack_.row_bytes, tokens.capacity, stack_.heads, stack_.kv_heads, stack_.head_dim, stack_.type,
+                static_cast<float>(stack_.scale), static_cast<float>(stack_.softcap), nullptr, room(memory_.attended, wanted * query_size)};
+    if (wanted > 1) return parallel(a.kv_heads * a.row_blocks(), 1, [&](int64_t first, int64_t last) { kernels_.attend_rows(a, first, last); });
+    a.parts = room(memory_.parts, a.heads * a.spans() * a.part());
+    parallel(a.kv_heads * a.spans(), 1, [&](int64_t first, int64_t last) { kernels_.attend(a, first, last); });
+    parallel(a.heads, a.spans() > 4 ? 1 : a.heads, [&](int64_t first, int64_t last) { kernels_.join(a, first, last); });
   }
 
   // Row `row` of memory_.narrow_inner = activation(gate) * up, rows having as many columns.
@@ -102,60 +149,86 @@ class Step {
     kernels_.activate(gate, up, columns, static_cast<int64_t>(stack_.activation), stack_.type, to);
   }
 
-  // An MLP's answer to x, which is normalized, into memory_.wide. No up: gate holds both.
-  void perceptron(const Header* gate, const Header* up, const Header* down, const void* x) {
-    const int64_t inner = down->columns;
-    float* const both = room(memory_.inner, 2 * inner);
-    multiply(x, {{gate, nullptr, both}, {up, nullptr, both + inner}}, up ? 2 : 1);
-    room(memory_.narrow_inner, inner);
-    activate(both, both + inner, inner, 0);
-    multiply(memory_.narrow_inner.data(), {{down, nullptr, room(memory_.wide, stack_.hidden)}});
+  // An MLP's answers to x, which is normalized, into memory_.wide. No up: gate holds both.
+  void perceptron(const Header* gate, const Header* up, const Header* down, const void* x, int64_t rows) {
+    const int64_t inner = down->columns, stride = up ? inner : 2 * inner;
+    float* const both = room(memory_.inner, 2 * inner * rows);
+    float* const other = both + (up ? rows * inner : inner);
+    multiply(x, rows, {{gate, nullptr, both}, {up, nullptr, other}}, up ? 2 : 1);
+    room(memory_.narrow_inner, inner * rows);
+    each_row(rows, [&](int64_t row) { activate(both + row * stride, other + row * stride, inner, row); });
+    multiply(memory_.narrow_inner.data(), rows, {{down, nullptr, room(memory_.wide, rows * stack_.hidden)}});
   }
 
-  // memory_.scores = scores of experts, which are in the stack's type where the model computes in it, then of the shared one.
-  void score(const Mixture& m, const void* x) {
-    float* const scores = room(memory_.scores, m.experts + 1);
-    float* const given = room(memory_.inner, stack_.hidden);
-    kernels_.widen(x, stack_.type, stack_.hidden, given);
-    parallel(m.experts, in_team() ? 16 : m.experts, [&](int64_t from, int64_t to) {
-      kernels_.score(m.router + from * stack_.hidden, to - from, given, stack_.hidden, scores + from);
+  // memory_.scores [rows][experts + 1]: of experts, in the stack's type where the model computes in it, then of the shared one.
+  void score(const Mixture& m, const void* x, int64_t rows) {
+    constexpr int64_t kAtOnce = 16;
+    const int64_t parts = (m.experts + kAtOnce - 1) / kAtOnce, all = m.experts + 1;
+    float* const scores = room(memory_.scores, rows * all);
+    float* const given = room(memory_.inner, rows * stack_.hidden);
+    kernels_.widen(x, stack_.type, rows * stack_.hidden, given);
+    parallel(rows * parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) {
+        const int64_t expert = i % parts * kAtOnce, count = m.experts - expert < kAtOnce ? m.experts - expert : kAtOnce;
+        kernels_.score(m.router + expert * stack_.hidden, count, given + i / parts * stack_.hidden, stack_.hidden, scores + i / parts * all + expert);
+      }
     });
-    scores[m.experts] = 0;
-    if (m.shared_router) kernels_.score(m.shared_router, 1, given, stack_.hidden, scores + m.experts);
-    memory_.narrow_out.resize(m.experts + 1);
-    kernels_.narrow(scores, stack_.type, m.experts + 1, memory_.narrow_out.data());
-    kernels_.widen(memory_.narrow_out.data(), stack_.type, m.experts + 1, scores);
+    for (int64_t row = 0; row < rows; row++) {
+      float* const shared = scores + row * all + m.experts;
+      *shared = 0;
+      if (m.shared_router) kernels_.score(m.shared_router, 1, given + row * stack_.hidden, stack_.hidden, shared);
+    }
+    room(memory_.narrow_scores, rows * all);
+    kernels_.narrow(scores, stack_.type, rows * all, memory_.narrow_scores.data());
+    kernels_.widen(memory_.narrow_scores.data(), stack_.type, rows * all, scores);
   }
 
-  // The experts that a token has. Returns what the shared one's answer is multiplied by.
-  float choose(const Mixture& m, const void* x) {
-    score(m, x);
-    std::vector<float>& scores = memory_.scores;
-    const float shared = 1 / (1 + std::exp(-scores[m.experts]));
-    scores.pop_back();
-    const float most = *std::max_element(scores.begin(), scores.end());
-    float all = 0, kept = 0;
-    for (float& score : scores) all += score = std::exp(score - most);
+  // The experts that tokens have into memory_.chosen. What the shared one's answer is multiplied by is left behind a row's scores.
+  void choose(const Mixture& m, const void* x, int64_t rows) {
+    score(m, x, rows);
     memory_.chosen.clear();
-    for (int64_t i = 0; i < m.chosen; i++) {
-      const int64_t expert = std::max_element(scores.begin(), scores.end()) - scores.begin();
-      memory_.chosen.push_back({expert, scores[expert]});
-      kept += scores[expert];
-      scores[expert] = -1;
+    for (int64_t row = 0; row < rows; row++) {
+      float *const scores = memory_.scores.data() + row * (m.experts + 1), *const end = scores + m.experts;
+      *end = 1 / (1 + std::exp(-*end));
+      const float most = *std::max_element(scores, end);
+      float all = 0, kept = 0;
+      for (float* score = scores; score < end; score++) all += *score = std::exp(*score - most);
+      for (int64_t i = 0; i < m.chosen; i++) {
+        float* const best = std::max_element(scores, end);
+        memory_.chosen.push_back({best - scores, row, *best});
+        kept += *best;
+        *best = -1;
+      }
+      for (auto one = memory_.chosen.end() - m.chosen; one < memory_.chosen.end(); one++) one->weight /= m.normalized ? kept : all;
     }
-    for (Chosen& one : memory_.chosen) one.weight /= m.normalized ? kept : all;
-    return shared;
   }
 
-  // The sum of experts' answers into memory_.wide. Only the weights of those that are chosen are read.
-  void mixture(const Mixture& m, const void* x) {
-    const float shared = choose(m, x);
+  // The sums of experts' answers into memory_.wide. Only the weights of those that are chosen are read.
+  void mixture(const Mixture& m, const void* x, int64_t rows) {
+    choose(m, x, rows);
     std::vector<float>& sum = memory_.mixed;
-    sum.assign(stack_.hidden, 0);
+    sum.assign(rows * stack_.hidden, 0);
     if (m.shared_gate) {
-      perceptron(m.shared_gate, m.shared_up, m.shared_down, x);
-      for (int64_t i = 0; i < stack_.hidden; i++) sum[i] = shared * memory_.wide[i];
+      perceptron(m.shared_gate, m.shared_up, m.shared_down, x, rows);
+      for (int64_t row = 0; row < rows; row++) add_answer(row, memory_.scores[row * (m.experts + 1) + m.experts], row);
     }
+    if (rows == 1) experts_of_one(m, x);
+    else experts_of_all(m, x);
+    memory_.wide.swap(sum);
+  }
+
+  const Kernels& kernels_;
+  const Stack& stack_;
+  Memory& memory_;
+
+ private:
+  // A row of memory_.mixed += a row of memory_.wide, times its weight.
+  void add_answer(int64_t answer, float weight, int64_t row) {
+    kernels_.add(memory_.wide.data() + answer * stack_.hidden, weight, stack_.hidden, memory_.mixed.data() + row * stack_.hidden);
+  }
+
+  // One token's experts, all at once.
+  void experts_of_one(const Mixture& m, const void* x) {
     const int64_t inner = m.down[0]->columns, count = static_cast<int64_t>(memory_.chosen.size());
     float* const both = room(memory_.inner, 2 * inner * count);
     float* const answers = room(memory_.wide, stack_.hidden * count);
@@ -165,69 +238,59 @@ class Step {
       memory_.layered.push_back({m.gate[expert], nullptr, both + 2 * inner * i});
       if (m.up) memory_.layered.push_back({m.up[expert], nullptr, both + 2 * inner * i + inner});
     }
-    multiply(x, memory_.layered.data(), static_cast<int>(memory_.layered.size()));
+    multiply(x, 1, memory_.layered.data(), static_cast<int>(memory_.layered.size()));
     room(memory_.narrow_inner, inner * count);
     memory_.layered.clear();
     for (int64_t i = 0; i < count; i++) {
       activate(both + 2 * inner * i, both + 2 * inner * i + inner, inner, i);
       memory_.layered.push_back({m.down[memory_.chosen[i].expert], nullptr, answers + stack_.hidden * i});
     }
-    multiply(memory_.narrow_inner.data(), memory_.layered.data(), static_cast<int>(count), inner);
-    for (int64_t i = 0; i < count; i++)
-      for (int64_t k = 0; k < stack_.hidden; k++) sum[k] += memory_.chosen[i].weight * answers[stack_.hidden * i + k];
-    memory_.wide.swap(sum);
+    multiply(memory_.narrow_inner.data(), count, memory_.layered.data(), static_cast<int>(count), true);
+    for (int64_t i = 0; i < count; i++) add_answer(i, memory_.chosen[i].weight, 0);
   }
 
-  const Kernels& kernels_;
-  const Stack& stack_;
-  Memory& memory_;
+  // Expert by expert, the tokens that have it.
+  void experts_of_all(const Mixture& m, const void* x) {
+    std::vector<Chosen>& chosen = memory_.chosen;
+    std::stable_sort(chosen.begin(), chosen.end(), [](const Chosen& a, const Chosen& b) { return a.expert < b.expert; });
+    const int64_t bytes = stack_.hidden * width_of(stack_.type);
+    for (auto first = chosen.begin(), last = first; first < chosen.end(); first = last) {
+      while (last < chosen.end() && last->expert == first->expert) last++;
+      const int64_t count = last - first, expert = first->expert;
+      char* const given = reinterpret_cast<char*>(room(memory_.gathered, count * stack_.hidden));
+      for (int64_t i = 0; i < count; i++) std::memcpy(given + i * bytes, static_cast<const char*>(x) + first[i].row * bytes, bytes);
+      perceptron(m.gate[expert], m.up ? m.up[expert] : nullptr, m.down[expert], given, count);
+      for (int64_t i = 0; i < count; i++) add_answer(i, first[i].weight, first[i].row);
+    }
+  }
 };
 
-void take_step(const Kernels& kernels, const Stack& stack, float* hidden, void* cache, int64_t capacity, const float* rope, int64_t position) {
+void take(const Kernels& kernels, const Stack& stack, const Tokens& tokens) {
   static thread_local Memory memory;
   Step step(kernels, stack, memory);
   const Layer* const layers = reinterpret_cast<const Layer*>(&stack + 1);
-  const int64_t heads_bytes = stack.kv_heads * capacity * stack.row_bytes;
-  memory.attended.resize(stack.heads * stack.head_dim);
+  float* hidden = tokens.hidden;
   for (int64_t l = 0; l < stack.layers; l++) {
     const Layer& layer = layers[l];
-    char* const keys = static_cast<char*>(cache) + 2 * l * heads_bytes;
-    char* const values = keys + heads_bytes;
-    const void* x = step.ready(hidden, layer.input_norm, stack.hidden);
-    float* const query = room(memory.looking, (stack.heads + 2 * stack.kv_heads) * stack.head_dim);
-    float *const key = query + stack.heads * stack.head_dim, *const value = key + stack.kv_heads * stack.head_dim;
-    step.multiply(x, {{layer.query, layer.query_bias, query}, {layer.key, layer.key_bias, key}, {layer.value, layer.value_bias, value}}, layer.key ? 3 : 1);
-    const float* const cosines = layer.rope < 0 ? nullptr : rope + (2 * layer.rope * capacity + position) * stack.rope_dim;
-    const float* const sines = cosines + (cosines ? capacity * stack.rope_dim : 0);
-    step.rotate(query, stack.heads, layer.query_norm, cosines, sines);
-    step.rotate(key, stack.kv_heads, layer.key_norm, cosines, sines);
-    for (int64_t head = 0; head < stack.kv_heads; head++) {
-      const int64_t place = (head * capacity + position) * stack.row_bytes;
-      step.keep(key, layer.key_side, head, keys + place);
-      step.keep(value, layer.value_side, head, values + place);
-    }
-    const int64_t first = layer.window && position + 1 > layer.window ? position + 1 - layer.window : 0;
-    Attention attention{query, keys, values, layer.key_side, layer.value_side, stack.kept, stack.row_bytes, capacity, first, position + 1, stack.heads, stack.kv_heads, stack.head_dim, stack.type,
-                        static_cast<float>(stack.scale), static_cast<float>(stack.softcap), nullptr, memory.attended.data()};
-    const int64_t spans = attention.spans();
-    memory.parts.resize(stack.heads * spans * attention.part());
-    attention.parts = memory.parts.data();
-    parallel(stack.kv_heads * spans, 1, [&](int64_t from, int64_t to) { kernels.attend(attention, from, to); });
-    parallel(stack.heads, spans > 4 ? 1 : stack.heads, [&](int64_t from, int64_t to) { kernels.join(attention, from, to); });
-    step.multiply(memory.attended.data(), {{layer.out, layer.out_bias, room(memory.wide, stack.hidden)}});
-    step.add(hidden, memory.wide, layer.attention_norm);
-    x = step.ready(hidden, layer.mlp_norm, stack.hidden);
-    if (layer.mixture) step.mixture(*layer.mixture, x);
-    else step.perceptron(layer.gate, layer.up, layer.down, x);
-    step.add(hidden, memory.wide, layer.output_norm);
+    const void* x = step.ready(hidden, tokens.rows, layer.input_norm);
+    const int64_t wanted = l < stack.layers - 1 ? tokens.rows : tokens.wanted;
+    step.attend(layer, tokens, l, x, wanted);
+    hidden += (tokens.rows - wanted) * stack.hidden;
+    step.multiply(memory.attended.data(), wanted, {{layer.out, layer.out_bias, room(memory.wide, wanted * stack.hidden)}});
+    step.add(hidden, wanted, layer.attention_norm);
+    x = step.ready(hidden, wanted, layer.mlp_norm);
+    if (layer.mixture) step.mixture(*layer.mixture, x, wanted);
+    else step.perceptron(layer.gate, layer.up, layer.down, x, wanted);
+    step.add(hidden, wanted, layer.output_norm);
   }
-  kernels.normalize(hidden, stack.final_norm, stack.hidden, static_cast<float>(stack.norm_epsilon), Float::kF32, hidden);
+  each_row(tokens.wanted, [&](int64_t row) { step.normalize(hidden + row * stack.hidden, stack.final_norm, stack.hidden, Float::kF32, hidden + row * stack.hidden); });
+  if (tokens.rows > kRowsKept) memory = {};
 }
 
 }  // namespace
 
-void decode(const Kernels& kernels, const Stack& stack, float* hidden, void* cache, int64_t capacity, const float* rope, int64_t position) {
-  with_team([&] { take_step(kernels, stack, hidden, cache, capacity, rope, position); });
+void decode(const Kernels& kernels, const Stack& stack, const Tokens& tokens) {
+  with_team([&] { take(kernels, stack, tokens); });
 }
 
 }  // namespace qcore

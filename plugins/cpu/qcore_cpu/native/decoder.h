@@ -1,4 +1,4 @@
-// One token through a stack of decoder layers: what stands around the linear layers, without a framework between them.
+// Tokens through a stack of decoder layers: what stands around the linear layers, without a framework between them.
 #pragma once
 #include "kernels.h"
 
@@ -50,27 +50,43 @@ static_assert(sizeof(Layer) == 26 * 8 && sizeof(Stack) == 16 * 8 && sizeof(Mixtu
 
 constexpr int64_t kAttentionSpan = 128;  // positions that are looked at together
 
-// Queries against the keys and values of a layer.
+constexpr int64_t kAttentionLanes = 192;  // queries that look at a span of many tokens' together
+
+// Queries of some tokens in a row against the keys and values of a layer, their own among them.
 struct Attention {
-  const float* queries;   // [heads][head_dim], rotated
+  const float* queries;   // [rows][heads][head_dim], rows `stride` apart; rotated
+  int64_t stride, rows;
+  int64_t position;       // of the first token
+  int64_t window;         // as Layer::window
   const void *keys, *values;  // [kv_heads][capacity][row_bytes]
   KvSide key_side, value_side;
   Kept kept;
-  int64_t row_bytes;
-  int64_t capacity, first, last;  // positions first .. last - 1 are looked at
+  int64_t row_bytes, capacity;
   int64_t heads, kv_heads, head_dim;
   Float type;
   float scale, softcap;
-  float* parts;           // [heads][spans][head_dim + 2]: sums of values, the greatest score, the sum of chances
-  void* out;              // [heads][head_dim], of `type`
+  float* parts;           // of one row: [heads][spans][head_dim + 2]: sums of values, the greatest score, the sum of chances
+  void* out;              // [rows][heads][head_dim], of `type`
 
-  int64_t spans() const { return (last - first + kAttentionSpan - 1) / kAttentionSpan; }
+  // Positions first .. last - 1 are looked at.
+  int64_t first(int64_t row) const { return window && last(row) > window ? last(row) - window : 0; }
+  int64_t last(int64_t row) const { return position + row + 1; }
+  int64_t share() const { return heads / kv_heads; }
+  // What one row is cut into, and several.
+  int64_t spans() const { return (last(0) - first(0) + kAttentionSpan - 1) / kAttentionSpan; }
   int64_t part() const { return head_dim + 2; }
+  int64_t rows_of_block() const { return share() < kAttentionLanes ? kAttentionLanes / share() : 1; }
+  int64_t row_blocks() const { return (rows + rows_of_block() - 1) / rows_of_block(); }
 };
 
-// hidden: float32 [hidden], in place: the token's embedding becomes the last layer's output, after the final norm.
-// cache: [layers][2][kv_heads][capacity][row_bytes], which holds the positions before `position` and gets it.
-// rope: float32 [tables][2][capacity][rope_dim], cosines and sines.
-void decode(const Kernels& kernels, const Stack& stack, float* hidden, void* cache, int64_t capacity, const float* rope, int64_t position);
+// Some tokens of a text, kRowsOfABatch at most, the first of which is at `position`.
+struct Tokens {
+  float* hidden;      // [rows][hidden], in place: their embeddings; the last `wanted` become the last layer's output, after the final norm
+  int64_t rows, wanted, position;
+  void* cache;        // [layers][2][kv_heads][capacity][row_bytes], which holds the positions before and gets these
+  int64_t capacity;
+  const float* rope;  // [tables][2][capacity][rope_dim], cosines and sines
+};
+void decode(const Kernels& kernels, const Stack& stack, const Tokens& tokens);
 
 }  // namespace qcore

@@ -70,7 +70,7 @@ struct Job {
   const void* x;          // rows `stride` elements apart
   int64_t stride;
   void* out;              // [rows][Header::rows]
-  Float type;             // of x and out
+  Float type, out_type;   // of x and out
 };
 
 // What will be wanted next from memory, to be fetched meanwhile: so many bytes for each chunk.
@@ -135,12 +135,15 @@ struct Kernels {
   void (*multiply)(const Job& job, int64_t first_panel, int64_t last_panel);
   // A row of the weight as float32 [columns].
   void (*look_up)(const Header& weight, int64_t row, float* out);
-  // Of a decoder's step: around.h, attention.h.
+  // Of a decoder: around.h, attention.h, attention_rows.h.
   void (*normalize)(const float* x, const float* weight, int64_t count, float epsilon, Float type, void* out);
+  void (*add)(const float* from, float factor, int64_t count, float* to);
+  void (*rotate)(float* x, const float* cosines, const float* sines, int64_t count);
   void (*activate)(const float* gate, const float* up, int64_t count, int64_t activation, Float type, void* out);
   void (*score)(const float* rows, int64_t count, const float* x, int64_t columns, float* out);
   void (*attend)(const Attention& attention, int64_t first_part, int64_t last_part);
   void (*join)(const Attention& attention, int64_t first_head, int64_t last_head);
+  void (*attend_rows)(const Attention& attention, int64_t first_block, int64_t last_block);
   void (*narrow)(const float* from, Float type, int64_t count, void* to);
   void (*keep)(const float* from, const KvSide& side, Kept kept, int64_t head, int64_t count, void* row);
   void (*widen)(const void* from, Float type, int64_t count, float* to);

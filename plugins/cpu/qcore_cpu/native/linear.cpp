@@ -6,7 +6,6 @@
 namespace qcore {
 namespace {
 
-constexpr int64_t kRowsOfABatch = 512;
 constexpr int64_t kBlock = 128;    // rounded activations that share a scale, at most
 constexpr int64_t kFloatSum = 256;   // products that are summed before they go to a sum of such sums: long sums lose digits
 constexpr int64_t kWholeSum = 512;  // the same of whole numbers, which are exact: for the sake of the caches
@@ -81,9 +80,10 @@ Batch row_of(Batch batch, int64_t row, int64_t padded) {
 }
 
 // The rows by weights that are alike, their panels one after the other; own: row i by the i-th of them.
-void multiply(const Kernels& kernels, const Product* products, int count, const void* x, int64_t rows, int64_t stride, Float type, bool own = false) {
+void multiply(const Kernels& kernels, const Product* products, int count, const Given& given, Float out_type, bool own) {
   const Header& h = *products->weight;
-  Job job{&h, plan(kernels, h, own ? 1 : rows, type), x, stride, nullptr, type};
+  const int64_t rows = given.rows;
+  Job job{&h, plan(kernels, h, own ? 1 : rows, given.type), given.x, given.stride, nullptr, given.type, out_type};
   job.batch.rows = rows;
   take_memory(kernels, h, job.batch);
   parallel(rows, 16, [&](int64_t first, int64_t last) { kernels.prepare(job, first, last); });
@@ -96,7 +96,9 @@ void multiply(const Kernels& kernels, const Product* products, int count, const 
   parallel(panels, step, [&](int64_t first, int64_t last) {
     for (int i = 0; i < count && last > 0; i++) {
       const int64_t panels_here = panels_of(*products[i].weight), from = first > 0 ? first : 0, to = last < panels_here ? last : panels_here;
-      const Job part{products[i].weight, own ? row_of(job.batch, i, h.padded) : job.batch, x, stride, products[i].out, type};
+      Job part = job;
+      part.weight = products[i].weight, part.out = products[i].out;
+      if (own) part.batch = row_of(job.batch, i, h.padded);
       if (from < to) kernels.multiply(part, from, to);
       first -= panels_here, last -= panels_here;
     }
@@ -104,21 +106,25 @@ void multiply(const Kernels& kernels, const Product* products, int count, const 
   scratch.end();
 }
 
+// Given's rows from `first` on.
+Given rows_of(const Given& given, int64_t first, int64_t count) {
+  return {static_cast<const char*>(given.x) + first * given.stride * width_of(given.type), count, given.stride, given.type};
+}
+
 }  // namespace
 
-void linear(const Kernels& kernels, const Header& h, const void* x, int64_t rows, int64_t stride, Float type, void* out) {
-  for (int64_t row = 0; row < rows; row += kRowsOfABatch) {
-    const int64_t count = rows - row < kRowsOfABatch ? rows - row : kRowsOfABatch;
-    const Product product{&h, static_cast<char*>(out) + row * h.rows * width_of(type)};
-    multiply(kernels, &product, 1, static_cast<const char*>(x) + row * stride * width_of(type), count, stride, type);
+void linear(const Kernels& kernels, const Header& h, const Given& given, void* out) {
+  for (int64_t row = 0; row < given.rows; row += kRowsOfABatch) {
+    const int64_t count = given.rows - row < kRowsOfABatch ? given.rows - row : kRowsOfABatch;
+    const Product product{&h, static_cast<char*>(out) + row * h.rows * width_of(given.type)};
+    multiply(kernels, &product, 1, rows_of(given, row, count), given.type, false);
   }
 }
 
-void linears(const Kernels& kernels, const Product* products, int count, const void* x, int64_t stride, Float type) {
+void linears(const Kernels& kernels, const Product* products, int count, const Given& given, Float out_type, bool own) {
   for (int first = 0, last; first < count; first = last) {
     for (last = first + 1; last < count && alike(*products[first].weight, *products[last].weight);) last++;
-    const void* const rows = static_cast<const char*>(x) + first * stride * width_of(type);
-    multiply(kernels, products + first, last - first, rows, stride ? last - first : 1, stride, type, stride != 0);
+    multiply(kernels, products + first, last - first, own ? rows_of(given, first, last - first) : given, out_type, own);
   }
 }
 

@@ -47,6 +47,11 @@ inline I16 as_int(F16 a) { return {_mm512_castps_si512(a.v)}; }
 inline F16 where_zero(I16 test, F16 then, F16 otherwise) {
   return {_mm512_mask_blend_ps(_mm512_testn_epi32_mask(test.v, test.v), otherwise.v, then.v)};
 }
+// Lane by lane: low <= x <= high.
+inline F16 where_within(F16 x, F16 low, F16 high, F16 then, F16 otherwise) {
+  const __mmask16 within = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(low.v, x.v, _CMP_LE_OQ), x.v, high.v, _CMP_LE_OQ);
+  return {_mm512_mask_blend_ps(within, otherwise.v, then.v)};
+}
 inline bool any_nan(F16 a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 inline I16 widen_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 inline I16 widen_s8(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
@@ -61,6 +66,22 @@ inline Table16 table16(const float* p) { return {_mm512_loadu_ps(p)}; }
 // The entry that bits 0..3 of each lane name; higher bits may hold anything.
 inline F16 look_up(Table16 t, I16 index) { return {_mm512_permutexvar_ps(index.v, t.v)}; }
 inline I16 gather(const float* base, I16 index) { return {_mm512_castps_si512(_mm512_i32gather_ps(index.v, base, 4))}; }
+// Rows become columns.
+inline void transpose(F16 (&x)[16]) {
+  __m512 pairs[16], fours[16];
+  for (int i = 0; i < 16; i += 2) pairs[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v), pairs[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+  for (int i = 0; i < 16; i += 4)  // of rows i .. i + 3: columns j, j + 4, j + 8 and j + 12 in fours[i + j]
+    for (int j = 0; j < 2; j++) {
+      fours[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0x44);
+      fours[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0xee);
+    }
+  for (int j = 0; j < 4; j++) {
+    const __m512 even_low = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0x88), odd_low = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0xdd);
+    const __m512 even_high = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0x88), odd_high = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0xdd);
+    x[j].v = _mm512_shuffle_f32x4(even_low, even_high, 0x88), x[8 + j].v = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    x[4 + j].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88), x[12 + j].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+}
 
 #else
 
@@ -118,6 +139,13 @@ inline F16 where_zero(I16 test, F16 then, F16 otherwise) {
   return {_mm256_blendv_ps(otherwise.a, then.a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(test.a, none))),
           _mm256_blendv_ps(otherwise.b, then.b, _mm256_castsi256_ps(_mm256_cmpeq_epi32(test.b, none)))};
 }
+inline __m256 where_within(__m256 x, __m256 low, __m256 high, __m256 then, __m256 otherwise) {
+  return _mm256_blendv_ps(otherwise, then, _mm256_and_ps(_mm256_cmp_ps(low, x, _CMP_LE_OQ), _mm256_cmp_ps(x, high, _CMP_LE_OQ)));
+}
+// Lane by lane: low <= x <= high.
+inline F16 where_within(F16 x, F16 low, F16 high, F16 then, F16 otherwise) {
+  return {where_within(x.a, low.a, high.a, then.a, otherwise.a), where_within(x.b, low.b, high.b, then.b, otherwise.b)};
+}
 inline bool any_nan(F16 x) {
   return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q), _mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q)));
 }
@@ -154,6 +182,24 @@ inline F16 look_up(Table16 t, I16 index) { return {look_up(t, index.a), look_up(
 inline I16 gather(const float* base, I16 index) {
   return {_mm256_castps_si256(_mm256_i32gather_ps(base, index.a, 4)),
           _mm256_castps_si256(_mm256_i32gather_ps(base, index.b, 4))};
+}
+inline void transpose(__m256 (&x)[8]) {
+  __m256 pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]), pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  for (int i = 0; i < 8; i += 4)  // of rows i .. i + 3: columns j and j + 4 in fours[i + j]
+    for (int j = 0; j < 2; j++) {
+      fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0x44);
+      fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0xee);
+    }
+  for (int j = 0; j < 4; j++) x[j] = _mm256_permute2f128_ps(fours[j], fours[4 + j], 0x20), x[4 + j] = _mm256_permute2f128_ps(fours[j], fours[4 + j], 0x31);
+}
+// Rows become columns.
+inline void transpose(F16 (&x)[16]) {
+  __m256 corners[2][2][8];  // of rows, of columns
+  for (int i = 0; i < 16; i++) corners[i / 8][0][i % 8] = x[i].a, corners[i / 8][1][i % 8] = x[i].b;
+  for (auto& half : corners)
+    for (auto& corner : half) transpose(corner);
+  for (int i = 0; i < 16; i++) x[i] = {corners[0][i / 8][i % 8], corners[1][i / 8][i % 8]};
 }
 
 #endif

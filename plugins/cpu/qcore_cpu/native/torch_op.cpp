@@ -112,7 +112,7 @@ void linear(Value* stack, uint64_t, uint64_t) {
   if (rows) {
     try {
       check(torch.data(out, &to), "data_ptr");
-      qcore::linear(kernels(), weight, from, rows, stride, type, to);
+      qcore::linear(kernels(), weight, {from, rows, stride, type}, to);
     } catch (...) {
       torch.release(out);
       throw;
@@ -146,11 +146,11 @@ void look_up(Value* stack, uint64_t, uint64_t) {
   stack[0] = reinterpret_cast<Value>(out);
 }
 
-// decode(Tensor(a!) hidden, Tensor stack, Tensor(b!) cache, Tensor rope, int capacity, int position) -> (): see decoder.h.
+// decode(Tensor(a!) hidden, Tensor stack, Tensor(b!) cache, Tensor rope, int capacity, int position, int wanted) -> (): see decoder.h.
 void decode(Value* values, uint64_t, uint64_t) {
   const Owned hidden{reinterpret_cast<Tensor>(values[0])}, stack{reinterpret_cast<Tensor>(values[1])};
   const Owned cache{reinterpret_cast<Tensor>(values[2])}, rope{reinterpret_cast<Tensor>(values[3])};
-  const int64_t capacity = static_cast<int64_t>(values[4]), position = static_cast<int64_t>(values[5]);
+  const int64_t capacity = static_cast<int64_t>(values[4]), position = static_cast<int64_t>(values[5]), wanted = static_cast<int64_t>(values[6]);
   int64_t hidden_count, stack_bytes, cache_count, rope_count;
   float* const x = static_cast<float*>(memory_of(hidden.tensor, f32, &hidden_count));
   const auto* const plan = static_cast<const qcore::Stack*>(memory_of(stack.tensor, u8, &stack_bytes));
@@ -165,10 +165,11 @@ void decode(Value* values, uint64_t, uint64_t) {
   const auto* const layers = reinterpret_cast<const qcore::Layer*>(plan + 1);
   int64_t tables = 0;
   for (int64_t i = 0; i < plan->layers; i++) tables = layers[i].rope >= tables ? layers[i].rope + 1 : tables;
-  if (hidden_count != plan->hidden || cache_count != plan->layers * 2 * plan->kv_heads * capacity * plan->row_bytes || position < 0 ||
-      position >= capacity || rope_count < tables * 2 * capacity * plan->rope_dim)
+  const int64_t rows = plan->hidden > 0 ? hidden_count / plan->hidden : 0;
+  if (rows < 1 || rows > qcore::kRowsOfABatch || hidden_count != rows * plan->hidden || wanted < 1 || wanted > rows || cache_count != plan->layers * 2 * plan->kv_heads * capacity * plan->row_bytes || position < 0 ||
+      position > capacity - rows || rope_count < tables * 2 * capacity * plan->rope_dim)
     throw std::runtime_error("qcore_cpu::decode: hidden, stack, cache, rope and position do not go together");
-  qcore::decode(kernels(), *plan, x, kept, capacity, positions, position);
+  qcore::decode(kernels(), *plan, {x, rows, wanted, position, kept, capacity, positions});
 }
 
 }  // namespace
@@ -209,7 +210,7 @@ QCORE_API const char* qcore_register(const char* library) {
       torch.library_impl_of("qcore_cpu", "CPU", "", 0, &implementations) || torch.implement(implementations, "linear", linear) ||
       torch.define(fragment, "look_up(Tensor tokens, Tensor weight, int columns) -> Tensor") ||
       torch.implement(implementations, "look_up", look_up) ||
-      torch.define(fragment, "decode(Tensor(a!) hidden, Tensor stack, Tensor(b!) cache, Tensor rope, int capacity, int position) -> ()") ||
+      torch.define(fragment, "decode(Tensor(a!) hidden, Tensor stack, Tensor(b!) cache, Tensor rope, int capacity, int position, int wanted) -> ()") ||
       torch.implement(implementations, "decode", decode))
     return "torch did not take the operator";
   return nullptr;

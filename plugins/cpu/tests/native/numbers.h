@@ -67,22 +67,24 @@ inline double bound_of(qcore::Float type) { return type == qcore::Float::kF32 ? 
 // What was found against what is right.
 class Errors {
  public:
-  void add(double found, double right) { pairs_.push_back({found, right}); }
+  void add(double found, double right) { add(found, right, std::fabs(right)); }
+  // size: of what was summed, where much of it cancels.
+  void add(double found, double right, double size) { pairs_.push_back({found, right, size}); }
   // The greatest error, as a part of the number and of what is usual among all of them. NaN where one is.
   double greatest() const {
     double square = 0, most = 0;
     for (const auto& pair : pairs_) square += pair.right * pair.right;
     const double usual = std::sqrt(square / static_cast<double>(pairs_.size()));
     for (const auto& pair : pairs_) {
-      const double error = std::fabs(pair.found - pair.right) / (std::fabs(pair.right) + usual + 1e-3);
-      most = error <= most ? most : error;
+      const double error = std::fabs(pair.found - pair.right) / (pair.size + usual + 1e-3);
+      most = error <= most || most != most ? most : error;  // NaN stays
     }
     return most;
   }
 
  private:
   struct Pair {
-    double found, right;
+    double found, right, size;
   };
   std::vector<Pair> pairs_;
 };

@@ -30,7 +30,7 @@ Side make_side(const Kernels& kernels, const Attention& a, bool stored) {
   if (stored && a.kept == Kept::kInt8) made.side.zero = made.zero.data();
   std::vector<float> given(a.head_dim);
   for (int64_t head = 0; head < a.kv_heads; head++)
-    for (int64_t t = 0; t < a.last; t++) {
+    for (int64_t t = 0; t < a.capacity; t++) {
       uint8_t* const row = made.rows.data() + (head * a.capacity + t) * a.row_bytes;
       double* const numbers = made.numbers.data() + (head * a.capacity + t) * a.head_dim;
       for (float& value : given) value = uniform() * 2 - 1;
@@ -55,44 +55,57 @@ Side make_side(const Kernels& kernels, const Attention& a, bool stored) {
 }  // namespace
 
 void attention_cases(const Kernels& kernels, Tally& tally) {
-  for (int turn = 0; turn < 40; turn++) {
+  for (int turn = 0; turn < 80; turn++) {
     Attention a{};
     a.kept = static_cast<Kept>(below(4)), a.type = static_cast<Float>(below(3));
     const bool stored = below(2);
+    a.rows = turn % 2 ? 1 : 2 + below(70);
     a.kv_heads = 1 + below(3), a.heads = a.kv_heads * (1 + below(9)), a.head_dim = 16 * (1 + below(6));
-    a.last = 1 + below(300), a.first = below(2) ? below(a.last) : 0, a.capacity = a.last + below(5);
+    a.position = below(300), a.window = below(2) ? 1 + below(a.position + a.rows) : 0, a.capacity = a.last(a.rows - 1) + below(5);
     a.row_bytes = a.kept == Kept::kPlain ? a.head_dim * width_of(a.type) : a.head_dim + (stored ? 0 : 4);
     a.scale = 1.0f / std::sqrt(static_cast<float>(a.head_dim)), a.softcap = below(3) ? 0.0f : 2.0f;
     const Side keys = make_side(kernels, a, stored), values = make_side(kernels, a, stored);
     a.keys = keys.rows.data(), a.values = values.rows.data(), a.key_side = keys.side, a.value_side = values.side;
-    std::vector<float> queries(a.heads * a.head_dim);
-    for (float& value : queries) value = (uniform() * 2 - 1) * 3;
-    a.queries = queries.data();
-    std::vector<float> parts(a.heads * a.spans() * a.part());
-    std::vector<uint8_t> out(a.heads * a.head_dim * width_of(a.type));
-    a.parts = parts.data(), a.out = out.data();
-    kernels.attend(a, 0, a.kv_heads * a.spans());
-    kernels.join(a, 0, a.heads);
-    Errors errors;
-    for (int64_t head = 0; head < a.heads; head++) {
-      const int64_t rows = head / (a.heads / a.kv_heads) * a.capacity;
-      std::vector<double> sums(a.head_dim);
-      double total = 0;
-      for (int64_t t = a.first; t < a.last; t++) {
-        double score = 0;
-        for (int64_t i = 0; i < a.head_dim; i++) score += queries[head * a.head_dim + i] * keys.numbers[(rows + t) * a.head_dim + i];
-        score *= a.scale;
-        if (a.softcap != 0) score = std::tanh(score / a.softcap) * a.softcap;
-        total += std::exp(score);
-        for (int64_t i = 0; i < a.head_dim; i++) sums[i] += std::exp(score) * values.numbers[(rows + t) * a.head_dim + i];
-      }
-      for (int64_t i = 0; i < a.head_dim; i++) errors.add(read_float(out.data(), a.type, head * a.head_dim + i), sums[i] / total);
+    a.stride = a.heads * a.head_dim + 16 * below(2);
+    const auto queries = std::make_unique<float[]>(a.rows * a.stride);
+    for (int64_t i = 0; i < a.rows * a.stride; i++) {  // numbers of the model's type
+      uint8_t number[4];
+      queries[i] = write_float(number, a.type, 0, (uniform() * 2 - 1) * 3);
     }
+    a.queries = queries.get();
+    std::vector<float> parts(a.rows == 1 ? a.heads * a.spans() * a.part() : 0);
+    const auto out = std::make_unique<uint8_t[]>(a.rows * a.heads * a.head_dim * width_of(a.type));
+    a.parts = parts.data(), a.out = out.get();
+    if (a.rows == 1) {
+      kernels.attend(a, 0, a.kv_heads * a.spans());
+      kernels.join(a, 0, a.heads);
+    } else {
+      kernels.attend_rows(a, 0, a.kv_heads * a.row_blocks());
+    }
+    Errors errors;
+    for (int64_t row = 0; row < a.rows; row++)
+      for (int64_t head = 0; head < a.heads; head++) {
+        const int64_t rows = head / a.share() * a.capacity;
+        std::vector<double> sums(a.head_dim), sizes(a.head_dim);
+        double total = 0;
+        for (int64_t t = a.first(row); t < a.last(row); t++) {
+          double score = 0;
+          for (int64_t i = 0; i < a.head_dim; i++) score += queries[row * a.stride + head * a.head_dim + i] * keys.numbers[(rows + t) * a.head_dim + i];
+          score *= a.scale;
+          if (a.softcap != 0) score = std::tanh(score / a.softcap) * a.softcap;
+          total += std::exp(score);
+          for (int64_t i = 0; i < a.head_dim; i++) {
+            const double product = std::exp(score) * values.numbers[(rows + t) * a.head_dim + i];
+            sums[i] += product, sizes[i] += std::fabs(product);
+          }
+        }
+        for (int64_t i = 0; i < a.head_dim; i++) errors.add(read_float(out.get(), a.type, (row * a.heads + head) * a.head_dim + i), sums[i] / total, sizes[i] / total);
+      }
     const double error = errors.greatest(), off = std::max(keys.off, values.off);
     const bool near = stored || off <= 0.5001;  // a scale that is given may be too small
     if (!tally.count(a.type, near ? error : 1))
-      std::printf("%s: attention of %d heads in %d, of %d, positions %d to %d, kept %d, type %d, %s: error %.3g, kept rows off by %.3g steps\n", kernels.name, (int)a.heads,
-                  (int)a.kv_heads, (int)a.head_dim, (int)a.first, (int)a.last, (int)a.kept, (int)a.type, stored ? "stored scales" : "a scale a row", error, off);
+      std::printf("%s: attention of %d tokens at %d, window %d, %d heads in %d, of %d, kept %d, type %d, %s: error %.3g, kept rows off by %.3g steps\n", kernels.name, (int)a.rows,
+                  (int)a.position, (int)a.window, (int)a.heads, (int)a.kv_heads, (int)a.head_dim, (int)a.kept, (int)a.type, stored ? "stored scales" : "a scale a row", error, off);
   }
 }
 
@@ -133,9 +146,9 @@ void product_cases(const Kernels& kernels, Tally& tally) {
     for (const Weight& w : weights) {
       together.emplace_back(w.header().rows * width_of(type)), alone.emplace_back(w.header().rows * width_of(type));
       products.push_back({&w.header(), together.back().data()});
-      linear(kernels, w.header(), x.get() + (products.size() - 1) * stride * width_of(type), 1, columns, type, alone.back().data());
+      linear(kernels, w.header(), {x.get() + (products.size() - 1) * stride * width_of(type), 1, columns, type}, alone.back().data());
     }
-    linears(kernels, products.data(), 3, x.get(), stride, type);
+    linears(kernels, products.data(), 3, {x.get(), stride ? 3 : 1, columns, type}, type, stride != 0);
     if (!tally.count(type, together == alone ? 0 : 1))
       std::printf("%s: products of %d columns, codes %d %d %d, input %d, type %d: not the same as alone\n", kernels.name, (int)columns, (int)weights[0].header().code,
                   (int)weights[1].header().code, (int)weights[2].header().code, (int)input, (int)type);

@@ -155,7 +155,7 @@ inline double worst(const Kernels& kernels, Float type, const Weight& w, int64_t
     }
     if (h.input != Input::kExact) round_like(h, given[m]);
   }
-  linear(kernels, h, x.get(), rows, h.columns, type, out.get());
+  linear(kernels, h, {x.get(), rows, h.columns, type}, out.get());
   Errors errors;
   for (int64_t m = 0; m < rows; m++)
     for (int64_t n = 0; n < h.rows; n++) {
