@@ -85,7 +85,7 @@ inline float greatest(const float* values, int64_t begin, int64_t end) {
   return max_of(most);
 }
 
-// int8 codes and their scales: the greatest magnitude of a run / steps, runs being sections or the whole row; or one that is given.
+// int8 codes and their scales, `run` apart: the greatest magnitude of a run / steps, runs being sections or the whole row; or one that is given.
 inline void round_row(const float* values, const Header& h, const Batch& batch, int8_t* codes, float* scales) {
   const bool blocks = h.input == Input::kBlocks;
   const float steps = blocks ? 127.0f : 127.5f;  // of compressed-tensors, where the scheme rounds inputs
@@ -99,7 +99,7 @@ inline void round_row(const float* values, const Header& h, const Batch& batch, 
     }
     const F16 divisor = all_f(scale);
     for (int64_t k = begin; k < end; k += 16) narrow_s8(codes + k, round_f(clamp_f(div(load_f(values + k), divisor), -128, 127)));
-    for (; s < batch.sections && s * batch.section < end; s++) scales[s] = scale;
+    for (; s < batch.sections && s * batch.section < end; s++) scales[s * batch.run] = scale;
   }
 }
 
@@ -152,12 +152,13 @@ inline void prepare(const Job& job, int64_t first, int64_t last) {
   };
   for (int64_t m = first; m < last; m++) {
     widen(static_cast<const char*>(job.x) + m * job.stride * width_of(job.type), job.type, h, values.data());
-    float* const sums = batch.sums + m * batch.sections;
+    const int64_t first = batch.place(m, 0);
+    float* const sums = batch.sums + first;
     if (batch.numbers != Numbers::kIntegers) {
       each_section(batch, padded, [&](int64_t s, int64_t begin, int64_t end) {
         F16 lanes = zero_f();
         for (int64_t k = begin; k < end; k += 16) lanes = add(lanes, load_f(values.data() + k));
-        sums[s] = sum_of(lanes);
+        sums[s * batch.run] = sum_of(lanes);
       });
       if (batch.numbers == Numbers::kFloats) {
         if (batch.way == Way::kRows && in_place(h.code)) put_in_place(values.data(), padded);
@@ -170,14 +171,15 @@ inline void prepare(const Job& job, int64_t first, int64_t last) {
       continue;
     }
     codes.resize(padded);
-    float* const scales = batch.scales + m * batch.sections;
+    float* const scales = batch.scales + first;
     round_row(values.data(), h, batch, codes.data(), scales);
     each_section(batch, padded, [&](int64_t s, int64_t begin, int64_t end) {
       int32_t total = 0;
       for (int64_t k = begin; k < end; k++) total += codes[k];
-      batch.totals[m * batch.sections + s] = total;
-      batch.shifts[m * batch.sections + s] = total * zero_of(h);
-      sums[s] = static_cast<float>(total) * scales[s];
+      const int64_t place = s * batch.run;
+      batch.totals[first + place] = total;
+      batch.shifts[first + place] = total * zero_of(h);
+      sums[place] = static_cast<float>(total) * scales[place];
     });
     if (batch.pairs) {
       narrow.resize(padded);

@@ -13,15 +13,17 @@ constexpr int64_t kBlockBytes = 16 << 10;  // that are unpacked at once: half of
 // Panels and rows that share what is loaded: as many as there are registers for.
 #ifdef __AVX512F__
 constexpr int kPanelsAtOnce = 2;
-constexpr int kFloatRun = 12, kIntegerRun = 12;
+constexpr int kFloatRun = 12, kHalfRun = 12, kIntegerRun = 6;
+constexpr int kHeld = 24;  // sums and totals that are in registers together
 constexpr int block_parts(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 #else
 constexpr int kPanelsAtOnce = 1;
 #ifdef __AVXVNNI__
-constexpr int kFloatRun = 6, kIntegerRun = 6;
+constexpr int kFloatRun = 6, kHalfRun = 0, kIntegerRun = 6;
 #else
-constexpr int kFloatRun = 6, kIntegerRun = 4;
+constexpr int kFloatRun = 6, kHalfRun = 0, kIntegerRun = 4;
 #endif
+constexpr int kHeld = 0;
 constexpr int block_parts(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
@@ -86,6 +88,9 @@ void add_codes(const Block& block, const Batch& batch, int64_t row, float* total
   const typename D::End ends[2] = {{block.strips[0], batch}, {block.strips[panels - 1], batch}};
   Section section(h, batch, block.first);
   Ahead ahead(block);
+  constexpr bool held = 2 * panels * rows <= kHeld;
+  F16 held_totals[panels][rows];
+  if constexpr (held) unroll<panels * rows>([&](auto i) QCORE_INSIDE { held_totals[i / rows][i % rows] = load_f(totals + i / rows * apart + 16 * (i % rows)); });
   for (int64_t begin = block.first, end; begin < stop; begin = end, section.next()) {
     end = begin + section.length < stop ? begin + section.length : stop;
     D dot[panels][rows];
@@ -108,8 +113,12 @@ void add_codes(const Block& block, const Batch& batch, int64_t row, float* total
     else
       for (int64_t k = begin; k < end; k += kChunk) multiply(std::integral_constant<int, 2 * steps_of_half>{});
     end_section<panels, rows>(ends, row, section.number, section.of_group, [&](int p, int r) QCORE_INSIDE { return dot[p][r].take(); },
-                              [&](int p, int r) QCORE_INSIDE { return Cell{totals + p * apart + 16 * r}; });
+                              [&](int p, int r) QCORE_INSIDE -> decltype(auto) {
+                                if constexpr (held) return (held_totals[p][r]);
+                                else return Cell{totals + p * apart + 16 * r};
+                              });
   }
+  if constexpr (held) unroll<panels * rows>([&](auto i) QCORE_INSIDE { store_f(totals + i / rows * apart + 16 * (i % rows), held_totals[i / rows][i % rows]); });
 }
 
 // make(1), make(2) .. make(count).
@@ -129,10 +138,10 @@ inline const BlockKernel* float_blocks(int64_t panels) {
   if (panels == 1) return each_of<kFloatRun, BlockKernel>([](auto rows) { return add_floats<1, rows>; });
   return each_of<kFloatRun, BlockKernel>([](auto rows) { return add_floats<kPanelsAtOnce, rows>; });
 }
-template <class D>
+template <class D, int most>
 const BlockKernel* code_blocks(int64_t panels) {
-  if (panels == 1) return each_of<kIntegerRun, BlockKernel>([](auto rows) { return add_codes<D, 1, rows>; });
-  return each_of<kIntegerRun, BlockKernel>([](auto rows) { return add_codes<D, kPanelsAtOnce, rows>; });
+  if (panels == 1) return each_of<most, BlockKernel>([](auto rows) { return add_codes<D, 1, rows>; });
+  return each_of<most, BlockKernel>([](auto rows) { return add_codes<D, kPanelsAtOnce, rows>; });
 }
 
 template <Code code>
@@ -142,7 +151,7 @@ CodeKernels exact_kernels() {
 template <Code code>
 CodeKernels integer_kernels() {
   using D = DotOf<code>;
-  return {each_rows([](auto rows) { return integer_rows<code, rows>; }), unpack_codes<code>, code_blocks<D>, D::width};
+  return {each_rows([](auto rows) { return integer_rows<code, rows>; }), unpack_codes<code>, code_blocks<D, kIntegerRun>, D::width};
 }
 
 // Codes behind the block, or of the panels behind these; and their scales.

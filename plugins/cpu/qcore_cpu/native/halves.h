@@ -103,7 +103,7 @@ struct HalfDot {
 
 template <Code code>
 CodeKernels half_kernels() {
-  return {each_rows([](auto rows) { return half_rows<code, rows>; }), unpack_halves<code>, code_blocks<HalfDot>, HalfDot::width};
+  return {each_rows([](auto rows) { return half_rows<code, rows>; }), unpack_halves<code>, code_blocks<HalfDot, kHalfRun>, HalfDot::width};
 }
 
 }  // namespace QCORE_ISA

@@ -130,33 +130,35 @@ struct SectionEnd {
   const float *scales, *zeros, *offsets;
   const float *row_scales, *sums;
   const int32_t *totals, *shifts;
-  int64_t sections;
+  int64_t sections, run;
 
   SectionEnd(const Strip& strip, const Batch& batch)
       : scales(strip.scales), zeros(strip.zeros), offsets(strip.offsets), row_scales(batch.scales), sums(batch.sums), totals(batch.totals),
-        shifts(batch.shifts), sections(batch.sections) {}
+        shifts(batch.shifts), sections(batch.sections), run(batch.run) {}
 
-  QCORE_INLINE bool plain() const { return !zeros && !offsets; }
+  QCORE_INLINE Ending ending() const { return zeros ? Ending::kAny : offsets ? Ending::kOffset : Ending::kScaled; }
 
   struct Row {
     I16 shift;
     F16 scale, whole, sum;
   };
-  template <bool plain>
-  QCORE_INLINE Row row(int64_t row, int64_t s) const {
-    const int64_t place = row * sections + s;
-    if constexpr (plain) return {all_i(shifts[place]), all_f(row_scales[place]), zero_f(), zero_f()};
-    return {all_i(shifts[place]), all_f(row_scales[place]), zeros ? all_f(static_cast<float>(totals[place])) : zero_f(), all_f(sums[place])};
+  template <Ending ending>
+  QCORE_INLINE Row row(int64_t first, int64_t r, int64_t s) const {
+    const int64_t place = first * sections + s * run + r;
+    const bool whole = ending == Ending::kAny && zeros;
+    return {all_i(shifts[place]), all_f(row_scales[place]), whole ? all_f(static_cast<float>(totals[place])) : zero_f(),
+            ending == Ending::kScaled ? zero_f() : all_f(sums[place])};
   }
 
   // The sum of products is exact until it is scaled.
-  template <bool plain>
+  template <Ending ending>
   QCORE_INLINE F16 add(const Row& row, int64_t g, F16 scale, I16 products, F16 total) const {
     F16 sum = to_float(sub(products, row.shift));
-    if constexpr (!plain)
+    if constexpr (ending == Ending::kAny)
       if (zeros) sum = fma(load_f(zeros + 16 * g), row.whole, sum);
     total = fma(sum, mul(scale, row.scale), total);
-    return !plain && offsets ? fma(load_f(offsets + 16 * g), row.sum, total) : total;
+    const bool more = ending == Ending::kOffset || (ending == Ending::kAny && offsets);
+    return more ? fma(load_f(offsets + 16 * g), row.sum, total) : total;
   }
 };
 

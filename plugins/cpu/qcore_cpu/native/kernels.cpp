@@ -71,14 +71,8 @@ CodeKernels choose(Code code, Numbers numbers) {
 void store(const Job& job, int64_t row, int64_t panel, const float* values) {
   const int64_t first = panel * kPanel, place = row * job.weight->rows + first;
   const int64_t count = job.weight->rows - first < kPanel ? job.weight->rows - first : kPanel;
-  alignas(64) uint16_t narrow[16];
-  if (job.out_type == Float::kF32) {
-    std::memcpy(static_cast<float*>(job.out) + place, values, count * sizeof(float));
-    return;
-  }
-  if (job.out_type == Float::kF16) narrow_f16(narrow, load_f(values));
-  else narrow_bf16(narrow, load_f(values));
-  std::memcpy(static_cast<uint16_t*>(job.out) + place, narrow, count * sizeof(uint16_t));
+  if (count == kPanel) return put(load_f(values), job.out_type, job.out, place);
+  put_some(load_f(values), job.out_type, job.out, place, count);
 }
 
 void multiply(const Job& job, int64_t first, int64_t last) {
@@ -130,7 +124,7 @@ const Kernels* QCORE_JOIN(kernels_, QCORE_ISA)() {
 #else
   constexpr bool halves = false;
 #endif
-  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), tiles, halves, Dot<8>::width == 2, kRowsAtOnce, kFloatRun, kIntegerRun, prepare, multiply, look_up,
+  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), tiles, halves, Dot<8>::width == 2, kRowsAtOnce, kFloatRun, kHalfRun, kIntegerRun, prepare, multiply, look_up,
                                normalize, add_scaled, rotate, activate, score, attend, join, attend_rows, narrow_values, keep_row, widen_values};
   return &kernels;
 }

@@ -38,10 +38,13 @@ struct Batch {
   int8_t* codes;          // [rows / run][padded / 4][run][4]: kIntegers
   int16_t* pairs;         // [rows / run][padded / 2][run][2], of each quad columns 0 2 1 3; where 8-bit products are made of 16-bit ones
   uint8_t* tiles;         // [rows / 16][steps][16][tile_bytes]: halves or codes
-  float* scales;          // [rows][sections], of codes
-  int32_t* totals;        // [rows][sections], sums of codes
-  int32_t* shifts;        // [rows][sections], what the zero point of the weight's codes adds to sums of products
-  float* sums;            // [rows][sections], sums of what the rows stand for
+  float* scales;          // [rows / run][sections][run], of codes
+  int32_t* totals;        // the same, sums of codes
+  int32_t* shifts;        // the same, what the zero point of the weight's codes adds to sums of products
+  float* sums;            // the same, sums of what the rows stand for
+
+  // Where a row's section is in these four.
+  int64_t place(int64_t row, int64_t s) const { return (row - row % run) * sections + s * run + row % run; }
 };
 
 // Those that are multiplied where there are no tiles.
@@ -130,7 +133,7 @@ struct Kernels {
   bool has_halves;        // kHalves
   bool has_pairs;         // integer products of 8-bit codes read Batch::pairs
   int64_t rows_at_once;            // Batch::run of rows, at most
-  int64_t float_run, integer_run;  // of blocks; of halves as of integers
+  int64_t float_run, half_run, integer_run;  // of blocks
   void (*prepare)(const Job& job, int64_t first_row, int64_t last_row);
   void (*multiply)(const Job& job, int64_t first_panel, int64_t last_panel);
   // A row of the weight as float32 [columns].

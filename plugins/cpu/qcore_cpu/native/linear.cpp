@@ -27,7 +27,7 @@ Batch plan(const Kernels& kernels, const Header& h, int64_t rows, Float type) {
   if (kernels.rows_at_once > 1) few = tiles_from <= kFewRows ? tiles_from - 1 : kFewRows;
   if (is_grid(h.code)) few = 1;
   batch.way = rows <= few ? Way::kRows : rows >= tiles_from ? Way::kTiles : Way::kBlocks;
-  const int64_t most = batch.way == Way::kTiles ? 1 : batch.way == Way::kRows ? kernels.rows_at_once : floats ? kernels.float_run : kernels.integer_run;
+  const int64_t most = batch.way == Way::kTiles ? 1 : batch.way == Way::kRows ? kernels.rows_at_once : floats ? kernels.float_run : halves ? kernels.half_run : kernels.integer_run;
   const int64_t runs = (rows + most - 1) / most;
   batch.run = (rows + runs - 1) / runs;
   batch.rows = rows;
@@ -42,7 +42,8 @@ Batch plan(const Kernels& kernels, const Header& h, int64_t rows, Float type) {
 
 void take_memory(const Kernels& kernels, const Header& h, Batch& batch) {
   const bool integers = batch.numbers == Numbers::kIntegers, in_tiles = batch.way == Way::kTiles;
-  const int64_t cells = in_tiles ? 0 : (batch.rows + batch.run - 1) / batch.run * batch.run * h.padded, parts = batch.rows * batch.sections;
+  const int64_t whole_runs = (batch.rows + batch.run - 1) / batch.run * batch.run;
+  const int64_t cells = in_tiles ? 0 : whole_runs * h.padded, parts = whole_runs * batch.sections;
   const int64_t floats = batch.numbers == Numbers::kFloats ? cells : 0, halves = batch.numbers == Numbers::kHalves ? cells : 0;
   const bool wide = kernels.has_pairs && h.code >= Code::kInt8 && !by_grid_rows(h, batch.way);  // tables and grids give 8 bits
   const int64_t pairs = integers && wide ? cells : 0, codes = integers && !wide ? cells : 0;

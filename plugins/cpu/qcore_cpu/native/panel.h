@@ -126,52 +126,60 @@ struct PartSums {
   }
 };
 
+// What the end of a section takes: its sum is scaled; the group's offset comes to it; or whatever there is.
+enum class Ending { kScaled, kOffset, kAny };
+
 // How sections of a panel end: of products in float32. Copied from a panel and a batch, so that it stays in registers.
 struct FloatEnd {
   const float *scales, *zeros, *offsets;  // of the panel
   const float* sums;                      // of the rows' sections
-  int64_t sections;
+  int64_t sections, run;
   float own;  // what codes are too great by still
 
   FloatEnd(const Strip& strip, const Batch& batch, float own = 0)
-      : scales(strip.scales), zeros(strip.zeros), offsets(strip.offsets), sums(batch.sums), sections(batch.sections), own(own) {}
+      : scales(strip.scales), zeros(strip.zeros), offsets(strip.offsets), sums(batch.sums), sections(batch.sections), run(batch.run), own(own) {}
 
-  // Whether sums need only be scaled.
-  QCORE_INLINE bool plain() const { return own == 0 && !zeros && !offsets; }
+  QCORE_INLINE Ending ending() const { return own != 0 || zeros ? Ending::kAny : offsets ? Ending::kOffset : Ending::kScaled; }
 
-  // What there is to know of a row's section: plain or not.
+  // What there is to know of a section of row first + r, where a run begins with `first`.
   struct Row { F16 sum; };
-  template <bool plain>
-  QCORE_INLINE Row row(int64_t row, int64_t s) const { return {plain ? zero_f() : all_f(sums[row * sections + s])}; }
+  template <Ending ending>
+  QCORE_INLINE Row row(int64_t first, int64_t r, int64_t s) const {
+    return {ending == Ending::kScaled ? zero_f() : all_f(sums[first * sections + s * run + r])};
+  }
 
   // A total with the sum of products of a section: (products + (zero - own) * sum) * scale + offset * sum.
-  template <bool plain>
+  template <Ending ending>
   QCORE_INLINE F16 add(const Row& row, int64_t g, F16 scale, F16 products, F16 total) const {
-    if constexpr (!plain) {
+    if constexpr (ending == Ending::kAny) {
       if (own != 0) products = fma(all_f(-own), row.sum, products);
       if (zeros) products = fma(load_f(zeros + 16 * g), row.sum, products);
     }
     total = fma(products, scale, total);
-    return !plain && offsets ? fma(load_f(offsets + 16 * g), row.sum, total) : total;
+    const bool more = ending == Ending::kOffset || (ending == Ending::kAny && offsets);
+    return more ? fma(load_f(offsets + 16 * g), row.sum, total) : total;
   }
 };
 
 // Totals of some rows by some panels, each in its place, with what a section's products(p, r) gave.
 template <int panels, int rows, class End, class Products, class Place>
 QCORE_INLINE void end_section(const End* ends, int64_t row, int64_t s, int64_t g, Products&& products, Place&& place) {
-  auto finish = [&](auto plain) QCORE_INSIDE {
+  auto finish = [&](auto ending) QCORE_INSIDE {
     F16 scale[panels];
     unroll<panels>([&](auto p) QCORE_INSIDE { scale[p] = load_f(ends[p].scales + 16 * g); });
     unroll<rows>([&](auto r) QCORE_INSIDE {
-      const typename End::Row given = ends->template row<plain>(row + r, s);
+      const typename End::Row given = ends->template row<ending>(row, r, s);
       unroll<panels>([&](auto p) QCORE_INSIDE {
         auto&& total = place(p, r);
-        total = ends[p].template add<plain>(given, g, scale[p], products(p, r), total);
+        total = ends[p].template add<ending>(given, g, scale[p], products(p, r), total);
       });
     });
   };
-  if (ends->plain()) finish(std::true_type{});
-  else finish(std::false_type{});
+  switch (ends->ending()) {
+    case Ending::kScaled: return finish(std::integral_constant<Ending, Ending::kScaled>{});
+    case Ending::kOffset: return finish(std::integral_constant<Ending, Ending::kOffset>{});
+    default: finish(std::integral_constant<Ending, Ending::kAny>{});
+  }
 }
 
 }  // namespace QCORE_ISA
