@@ -80,6 +80,14 @@ Batch row_of(Batch batch, int64_t row, int64_t padded) {
   return batch;
 }
 
+// Panels that a thread takes at a time, an even number: blocks are made of pairs. What is only read is read fastest in long runs, which
+// nobody else fetches the beginning of; where there is more to it, whoever is late has less left to do.
+int64_t part_of(int64_t panels, int64_t workers, int64_t bytes) {
+  constexpr int64_t kRun = 1 << 20, kMost = 8;
+  const int64_t runs = bytes / (kRun * workers), parts = workers * (runs < 1 ? 1 : runs > kMost ? kMost : runs);
+  return ((panels + parts - 1) / parts + 1) / 2 * 2;
+}
+
 // The rows by weights that are alike, their panels one after the other; own: row i by the i-th of them.
 void multiply(const Kernels& kernels, const Product* products, int count, const Given& given, Float out_type, bool own) {
   const Header& h = *products->weight;
@@ -93,7 +101,7 @@ void multiply(const Kernels& kernels, const Product* products, int count, const 
   const int64_t workers = threads();
   // Waking threads takes about ten microseconds, in which one alone reads this many bytes.
   const bool alone = workers == 1 || (!in_team() && bytes * (1 + rows / 4) < kWorthWaking);
-  const int64_t step = alone ? panels : panels / (8 * workers) > 1 ? panels / (8 * workers) : 1;
+  const int64_t step = alone ? panels : part_of(panels, workers, job.batch.way == Way::kRows ? bytes : INT64_MAX);
   parallel(panels, step, [&](int64_t first, int64_t last) {
     for (int i = 0; i < count && last > 0; i++) {
       const int64_t panels_here = panels_of(*products[i].weight), from = first > 0 ? first : 0, to = last < panels_here ? last : panels_here;
