@@ -232,26 +232,33 @@ inline void spread_grid(const Header& h, int64_t panel, uint8_t* codes, float* s
 // The code of a weight's panels once they are opened: grids become 8-bit codes.
 constexpr Code opened_code(Code code) { return is_grid(code) ? Code::kInt8 : code; }
 
-// A panel with its scales and offsets spread. floats: 2 * groups * 16 of them. expanded: padded * 16 bytes where the code is a
-// grid's, or null.
-inline Strip open_panel(const Header& h, int64_t panel, float* floats, uint8_t* expanded) {
-  float* const offsets = h.offset == Offset::kNone ? nullptr : floats + h.groups * kPanel;
-  const bool before = before_scaling(h.offset);
-  const uint8_t* codes = expanded;
-  if (is_grid(h.code)) {
-    spread_grid(h, panel, expanded, floats);
-  } else {
-    codes = section_at(h, h.codes) + panel * panel_bytes(h);
-    spread_scales(h, panel, floats);
-    if (offsets) spread_offsets(h, panel, offsets);
-  }
-  const float* const table = is_table(h.code) ? reinterpret_cast<const float*>(section_at(h, h.table)) : nullptr;
+// A panel. once: it is multiplied by rows once, so that scales may be left as they are. floats: 2 * groups * 16 of them. expanded: padded * 16
+// bytes where the code is a grid's, or null.
+inline Strip open_panel(const Header& h, int64_t panel, float* floats, uint8_t* expanded, bool once = false) {
+  float* const others = floats + h.groups * kPanel;
   auto ahead = [&](int64_t section, int64_t width) -> Stream {
     const int64_t bytes = h.groups * kPanel * width;
     return {section_at(h, section) + (panel + 1) * bytes, bytes * kChunk / h.padded};
   };
-  return {&h, codes, floats, before ? offsets : nullptr, before ? nullptr : offsets, table,
-          {ahead(h.scales, bytes_of(h.scale)), ahead(h.offsets, bytes_of(h.offset, h.scale))}};
+  const auto* const table = reinterpret_cast<const float*>(section_at(h, h.table));
+  Strip strip{&h, expanded, {floats, GroupFloats::kSpread, nullptr, 0}, {}, nullptr, is_table(h.code) ? table : nullptr,
+              {ahead(h.scales, bytes_of(h.scale)), ahead(h.offsets, bytes_of(h.offset, h.scale))}};
+  if (is_grid(h.code)) {
+    spread_grid(h, panel, expanded, floats);
+    return strip;
+  }
+  strip.codes = section_at(h, h.codes) + panel * panel_bytes(h);
+  if (once && can_be_left(h)) {
+    strip.scales = left_scales(h, panel, floats);
+    if (h.offset != Offset::kNone) strip.offsets = left_offsets(h, panel, others);
+    return strip;
+  }
+  spread_scales(h, panel, floats);
+  if (h.offset == Offset::kNone) return strip;
+  spread_offsets(h, panel, others);
+  if (before_scaling(h.offset)) strip.zeros = others;
+  else strip.offsets = {others, GroupFloats::kSpread, nullptr, 0};
+  return strip;
 }
 
 }  // namespace QCORE_ISA

@@ -127,16 +127,17 @@ inline int32_t zero_of(const Header& h) {
 
 // As FloatEnd, of products of whole numbers.
 struct SectionEnd {
-  const float *scales, *zeros, *offsets;
+  GroupFloats scales, offsets;
+  const float* zeros;
   const float *row_scales, *sums;
   const int32_t *totals, *shifts;
   int64_t sections, run;
 
   SectionEnd(const Strip& strip, const Batch& batch)
-      : scales(strip.scales), zeros(strip.zeros), offsets(strip.offsets), row_scales(batch.scales), sums(batch.sums), totals(batch.totals),
+      : scales(strip.scales), offsets(strip.offsets), zeros(strip.zeros), row_scales(batch.scales), sums(batch.sums), totals(batch.totals),
         shifts(batch.shifts), sections(batch.sections), run(batch.run) {}
 
-  QCORE_INLINE Ending ending() const { return zeros ? Ending::kAny : offsets ? Ending::kOffset : Ending::kScaled; }
+  QCORE_INLINE Ending ending() const { return zeros ? Ending::kAny : offsets.floats ? Ending::kOffset : Ending::kScaled; }
 
   struct Row {
     I16 shift;
@@ -157,8 +158,8 @@ struct SectionEnd {
     if constexpr (ending == Ending::kAny)
       if (zeros) sum = fma(load_f(zeros + 16 * g), row.whole, sum);
     total = fma(sum, mul(scale, row.scale), total);
-    const bool more = ending == Ending::kOffset || (ending == Ending::kAny && offsets);
-    return more ? fma(load_f(offsets + 16 * g), row.sum, total) : total;
+    const bool more = ending == Ending::kOffset || (ending == Ending::kAny && offsets.floats);
+    return more ? fma(floats_of(offsets, g), row.sum, total) : total;
   }
 };
 

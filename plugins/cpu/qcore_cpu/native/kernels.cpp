@@ -89,7 +89,7 @@ void multiply(const Job& job, int64_t first, int64_t last) {
   if (is_grid(h.code)) expanded.resize(h.padded * kPanel);
   alignas(64) float out[kRowsAtOnce * kPanel];
   for (int64_t panel = first; panel < last; panel++) {
-    const Strip strip = open_panel(h, panel, floats.data(), expanded.data());
+    const Strip strip = open_panel(h, panel, floats.data(), expanded.data(), job.batch.rows <= job.batch.run);
     for (int64_t row = 0; row < job.batch.rows; row += job.batch.run) {
       const int64_t rows = job.batch.rows - row < job.batch.run ? job.batch.rows - row : job.batch.run;
       kernels.rows[rows - 1](strip, job.batch, row, out);

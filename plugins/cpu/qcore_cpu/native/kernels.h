@@ -82,13 +82,21 @@ struct Stream {
   int64_t bytes;
 };
 
-// One panel, its scales spread: float32 [groups][16].
+// Sixteen numbers for each group of a panel.
+struct GroupFloats {
+  enum Kind { kSpread, kHalves, kSigned, kUnsigned };
+  const float* floats;    // kSpread: [groups][16]; null where there are none. kSigned, kUnsigned: what codes are multiplied by, for 1 << shift groups
+  Kind kind;
+  const uint8_t* stored;  // [groups][16], float16 or codes of a byte
+  int64_t shift;
+};
+
+// One panel.
 struct Strip {
   const Header* h;
   const uint8_t* codes;
-  const float* scales;
-  const float* zeros;    // of each group, negated; null where there are none
-  const float* offsets;  // the same
+  GroupFloats scales, offsets;
+  const float* zeros;  // of each group, negated; null where there are none
   const float* table;
   Stream ahead[2];  // scales and offsets of the next panel
 };

@@ -131,15 +131,16 @@ enum class Ending { kScaled, kOffset, kAny };
 
 // How sections of a panel end: of products in float32. Copied from a panel and a batch, so that it stays in registers.
 struct FloatEnd {
-  const float *scales, *zeros, *offsets;  // of the panel
+  GroupFloats scales, offsets;  // of the panel
+  const float* zeros;           // the same
   const float* sums;                      // of the rows' sections
   int64_t sections, run;
   float own;  // what codes are too great by still
 
   FloatEnd(const Strip& strip, const Batch& batch, float own = 0)
-      : scales(strip.scales), zeros(strip.zeros), offsets(strip.offsets), sums(batch.sums), sections(batch.sections), run(batch.run), own(own) {}
+      : scales(strip.scales), offsets(strip.offsets), zeros(strip.zeros), sums(batch.sums), sections(batch.sections), run(batch.run), own(own) {}
 
-  QCORE_INLINE Ending ending() const { return own != 0 || zeros ? Ending::kAny : offsets ? Ending::kOffset : Ending::kScaled; }
+  QCORE_INLINE Ending ending() const { return own != 0 || zeros ? Ending::kAny : offsets.floats ? Ending::kOffset : Ending::kScaled; }
 
   // What there is to know of a section of row first + r, where a run begins with `first`.
   struct Row { F16 sum; };
@@ -156,8 +157,8 @@ struct FloatEnd {
       if (zeros) products = fma(load_f(zeros + 16 * g), row.sum, products);
     }
     total = fma(products, scale, total);
-    const bool more = ending == Ending::kOffset || (ending == Ending::kAny && offsets);
-    return more ? fma(load_f(offsets + 16 * g), row.sum, total) : total;
+    const bool more = ending == Ending::kOffset || (ending == Ending::kAny && offsets.floats);
+    return more ? fma(floats_of(offsets, g), row.sum, total) : total;
   }
 };
 
@@ -166,7 +167,7 @@ template <int panels, int rows, class End, class Products, class Place>
 QCORE_INLINE void end_section(const End* ends, int64_t row, int64_t s, int64_t g, Products&& products, Place&& place) {
   auto finish = [&](auto ending) QCORE_INSIDE {
     F16 scale[panels];
-    unroll<panels>([&](auto p) QCORE_INSIDE { scale[p] = load_f(ends[p].scales + 16 * g); });
+    unroll<panels>([&](auto p) QCORE_INSIDE { scale[p] = floats_of(ends[p].scales, g); });
     unroll<rows>([&](auto r) QCORE_INSIDE {
       const typename End::Row given = ends->template row<ending>(row, r, s);
       unroll<panels>([&](auto p) QCORE_INSIDE {

@@ -1,11 +1,23 @@
 // Scales and offsets of a panel as float32 [groups][16], from whatever they are stored in.
 #pragma once
 #include "codes.h"
+#include "kernels.h"
 
 namespace qcore {
 namespace QCORE_ISA {
 
 QCORE_INLINE const uint8_t* section_at(const Header& h, int64_t offset) { return reinterpret_cast<const uint8_t*>(&h) + offset; }
+
+// The numbers of a group.
+QCORE_INLINE F16 floats_of(const GroupFloats& all, int64_t g) {
+  const uint8_t* const stored = all.stored + 16 * g;
+  switch (all.kind) {
+    case GroupFloats::kSpread: return load_f(all.floats + 16 * g);
+    case GroupFloats::kHalves: return widen_f16(reinterpret_cast<const uint16_t*>(all.stored) + 16 * g);
+    case GroupFloats::kSigned: return mul(to_float(widen_s8(reinterpret_cast<const int8_t*>(stored))), load_f(all.floats + 16 * (g >> all.shift)));
+    default: return mul(to_float(widen_u8(stored)), load_f(all.floats + 16 * (g >> all.shift)));
+  }
+}
 
 template <class Read>
 QCORE_INLINE void each_group(const Header& h, float* out, Read&& read) {
@@ -32,6 +44,13 @@ inline void spread_floats(const Header& h, Scale type, const uint8_t* stored, fl
 inline int64_t bytes_of(Scale type) { return type == Scale::kF32 ? 4 : type == Scale::kF16 || type == Scale::kBF16 ? 2 : 1; }
 inline int64_t bytes_of(Offset offset, Scale type) {
   return offset == Offset::kNone || offset == Offset::kNibbles ? 0 : offset == Offset::kFloat ? bytes_of(type) : 1;
+}
+
+// What stands above codes of a byte: float16 [256 columns][16], times a factor.
+inline void spread_above(const Header& h, int64_t section, int64_t panel, float factor, float* out) {
+  const int64_t supers = (h.padded + 255) / 256;
+  const uint16_t* const super = reinterpret_cast<const uint16_t*>(section_at(h, section)) + panel * supers * kPanel;
+  for (int64_t i = 0; i < supers; i++) store_f(out + 16 * i, mul(widen_f16(super + 16 * i), all_f(factor)));
 }
 
 inline void spread_scales(const Header& h, int64_t panel, float* out) {
@@ -110,6 +129,30 @@ inline void spread_offsets(const Header& h, int64_t panel, float* out) {
       });
     }
   }
+}
+
+// A panel's scales, and what comes to its groups, from memory: where they are used once, spreading them takes longer than reading codes and halves as
+// they are stored. floats: room for as many as would be spread.
+inline GroupFloats left_scales(const Header& h, int64_t panel, float* floats) {
+  const int64_t cells = panel * h.groups * kPanel;
+  const uint8_t* const stored = section_at(h, h.scales) + cells * bytes_of(h.scale);
+  if (h.scale == Scale::kF16) return {floats, GroupFloats::kHalves, stored, 0};
+  spread_above(h, h.super_scales, panel, static_cast<float>(h.tensor_scale), floats);
+  return {floats, GroupFloats::kSigned, stored, __builtin_ctzll(256 / h.group)};
+}
+
+inline GroupFloats left_offsets(const Header& h, int64_t panel, float* floats) {
+  const int64_t cells = panel * h.groups * kPanel;
+  const uint8_t* const stored = section_at(h, h.offsets) + cells * bytes_of(h.offset, h.scale);
+  if (h.offset == Offset::kFloat) return {floats, GroupFloats::kHalves, stored, 0};
+  spread_above(h, h.super_offsets, panel, -1, floats);
+  return {floats, GroupFloats::kUnsigned, stored, __builtin_ctzll(256 / h.group)};
+}
+
+// Whether they can be had so.
+inline bool can_be_left(const Header& h) {
+  const bool scales = h.scale == Scale::kF16 || (h.scale == Scale::kRuns && 256 % h.group == 0);
+  return scales && (h.offset == Offset::kNone || (h.offset == Offset::kFloat && h.scale == Scale::kF16) || (h.offset == Offset::kRuns && h.scale == Scale::kRuns));
 }
 
 }  // namespace QCORE_ISA

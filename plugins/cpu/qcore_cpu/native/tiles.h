@@ -119,9 +119,9 @@ struct Corner {
   // sums += products of a section, scaled.
   QCORE_INLINE void scale(const Strip& strip, int64_t row, int64_t s, int64_t g, const float* from, float* sums) {
     const int64_t count = batch.rows - row < 16 ? batch.rows - row : 16;
-    const F16 scale = load_f(strip.scales + 16 * g);
+    const F16 scale = floats_of(strip.scales, g);
     const int64_t at = row * batch.sections + s;
-    const bool plain = !strip.zeros && !strip.offsets && zero == 0;
+    const bool plain = !strip.zeros && !strip.offsets.floats && zero == 0;
     for (int64_t m = 0; m < count; m++) {
       const int64_t place = at + m * batch.sections;
       F16 value = load_f(from + 16 * m), own = scale;
@@ -137,7 +137,7 @@ struct Corner {
         if constexpr (integers) value = fma(all_f(-zero), all_f(inputs), value);
         if (strip.zeros) value = fma(load_f(strip.zeros + 16 * g), all_f(inputs), value);
         sum = fma(value, own, sum);
-        if (strip.offsets) sum = fma(load_f(strip.offsets + 16 * g), all_f(batch.sums[place]), sum);
+        if (strip.offsets.floats) sum = fma(floats_of(strip.offsets, g), all_f(batch.sums[place]), sum);
       }
       store_f(sums + 16 * m, sum);
     }

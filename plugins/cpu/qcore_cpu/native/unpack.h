@@ -17,7 +17,7 @@ void unpack_floats(const Strip& strip, int64_t first, int64_t columns, void* out
     prefetch<bits>(chunk);
     unroll<2>([&](auto part) QCORE_INSIDE {
       const int64_t g = (k + half * part) / strip.h->group;
-      const F16 scale = load_f(strip.scales + 16 * g), offset = strip.offsets ? load_f(strip.offsets + 16 * g) : zero_f();
+      const F16 scale = floats_of(strip.scales, g), offset = strip.offsets.floats ? floats_of(strip.offsets, g) : zero_f();
       const F16 zero = strip.zeros ? add(load_f(strip.zeros + 16 * g), own) : own;
       each_column<code, half * part, half>(chunk, floats, [&](F16 value, auto column) QCORE_INSIDE {
         store_f(to + 16 * column, fma(is_integer(code) ? add(value, zero) : value, scale, offset));
