@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcore.checkpoint.source import TensorInfo
+from qcore.pages import fresh_bytes
 from qcore.refusal import Refusal, Refused, bad_file
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 30
 """Bytes asked for in one call: Linux reads at most 2 GiB at once."""
-_HUGE_PAGE = 2 << 20
-"""Bytes of one, on most systems."""
 
 _PICKLE_FIX = "Convert it to safetensors with the tool that wrote it."
 _LOOKS = (
@@ -97,7 +95,7 @@ def read_tensor_bytes(path: Path, state: FileState, offset: int, count: int) -> 
             raise bad_file("truncated", "the file has changed since it was opened", file=path, found=now, expected=state,
                            fix="Open the checkpoint again once nothing writes to it.")  # fmt: skip
         try:
-            buffer = _fresh(count)
+            buffer = fresh_bytes(count)
         except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for it
             raise Refused(
                 Refusal("not-enough-memory", "never", str(path), "a tensor is larger than the memory that is free",
@@ -111,20 +109,6 @@ def read_tensor_bytes(path: Path, state: FileState, offset: int, count: int) -> 
                 raise _ends_early(path, count - done, offset + done)
             done += got
     return buffer
-
-
-def _fresh(count: int) -> torch.Tensor:
-    """uint8 [count]; much of it goes back to the system as soon as nothing holds it, and is on huge pages where there are such:
-    touching 4 KiB pages for the first time takes four times as long as reading into them. Raises OSError, RuntimeError."""
-    import torch
-
-    if count < _HUGE_PAGE:
-        return torch.empty(count, dtype=torch.uint8)
-    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def row_span(info: TensorInfo, start: int, stop: int) -> tuple[int, int, tuple[int, ...]]:

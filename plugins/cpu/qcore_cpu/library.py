@@ -47,7 +47,7 @@ def load() -> ctypes.CDLL | None:
     library = ctypes.CDLL(str(path))
     for function in (library.qcore_isa, library.qcore_isas, library.qcore_sources, library.qcore_register):
         function.restype = ctypes.c_char_p
-    for function in (library.qcore_pack_codes, library.qcore_pack_cells, library.qcore_huge_pages):
+    for function in (library.qcore_pack_codes, library.qcore_pack_cells):
         function.restype = None
     return library
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qcore.pages import fresh_bytes
 from qcore.refusal import Refusal, Refused
 from qcore_cpu.library import register
 
@@ -80,6 +81,27 @@ class Parts:
     table: torch.Tensor | None = None
 
 
+class _Room:
+    """Memory that weights share: many are smaller than a huge page."""
+
+    SIZE = 16 << 20
+
+    def __init__(self) -> None:
+        self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0
+
+    def take(self, count: int) -> torch.Tensor:
+        """uint8 [count] at a line of the cache."""
+        if count > self.SIZE // 2:
+            return fresh_bytes(count)
+        if self.used + count > self.memory.numel():
+            self.memory, self.used = fresh_bytes(self.SIZE), 0
+        first, self.used = self.used, -(-(self.used + count) // _LINE) * _LINE
+        return self.memory[first : first + count]
+
+
+_ROOM = _Room()
+
+
 def header_of(packed: torch.Tensor) -> Header:
     """A copy of the header of what `lay_out` made."""
     return Header.from_buffer_copy(packed[: ctypes.sizeof(Header)].numpy().tobytes())
@@ -110,8 +132,7 @@ def lay_out(parts: Parts) -> torch.Tensor:
         setattr(header, name, place)
         place = -(-(place + size) // _LINE) * _LINE
     header.total = place
-    out = torch.empty(place, dtype=torch.uint8)
-    library.qcore_huge_pages(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(place))
+    out = _ROOM.take(place)
     out[: header.codes] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     for name, size in sizes.items():  # what lies behind a section, up to the next one's line
         end = getattr(header, name) + size

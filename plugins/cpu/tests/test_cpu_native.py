@@ -213,3 +213,16 @@ def test_a_call_takes_microseconds() -> None:
 
 def test_registering_twice_is_once() -> None:
     assert register() is register()
+
+
+def test_weights_that_share_memory_do_not_overlap() -> None:
+    from qcore_cpu.packed import _Room
+
+    room = _Room()
+    sizes = (1, 64, 65, 1000, room.SIZE // 2, room.SIZE // 2, 5000, room.SIZE, 3 * room.SIZE, 64)
+    parts = [room.take(size) for size in sizes]
+    for number, part in enumerate(parts):
+        assert part.data_ptr() % 64 == 0
+        part.fill_(number)
+    assert all(int(part.min()) == int(part.max()) == number for number, part in enumerate(parts))
+    assert [part.numel() for part in parts] == list(sizes)

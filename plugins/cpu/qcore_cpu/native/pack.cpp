@@ -1,6 +1,4 @@
 // Codes and scales into panels.
-#include <sys/mman.h>
-
 #include <atomic>
 #include <cstring>
 #include <utility>
@@ -182,11 +180,4 @@ QCORE_API void qcore_pack_cells(const void* cells, int64_t rows, int64_t columns
   if (width == 1) pack_cells(static_cast<const uint8_t*>(cells), rows, columns, padded, static_cast<uint8_t*>(out));
   else if (width == 2) pack_cells(static_cast<const uint16_t*>(cells), rows, columns, padded, static_cast<uint16_t*>(out));
   else pack_cells(static_cast<const uint32_t*>(cells), rows, columns, padded, static_cast<uint32_t*>(out));
-}
-
-// Asks for huge pages behind a block of memory that is not touched yet; the system may decline.
-QCORE_API void qcore_huge_pages(void* memory, int64_t bytes) {
-  const uintptr_t page = 2 << 20, begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }

@@ -48,7 +48,7 @@ Weight make(Code code, int64_t rows, int64_t columns, Input input) {
   h.magic = kMagic, h.version = kVersion, h.rows = rows, h.columns = h.padded = columns, h.code = code, h.coarse_group = 1, h.tensor_scale = 1;
   h.group = code == Code::kIQ2XXS || code == Code::kIQ1S ? 32 : 16, h.groups = columns / h.group, h.input = input, h.input_scale = 0.02;
   h.codes = sizeof h, h.table = h.codes + (blocks * block_bytes + 63) / 64 * 64, h.total = h.table + 8 * tuples;
-  Weight w{std::make_unique<uint8_t[]>(h.total), std::vector<double>(rows * columns)};
+  Weight w{std::make_unique<uint8_t[]>(h.total), std::vector<double>(rows * columns), {}};
   std::memcpy(w.bytes.get(), &h, sizeof h);
   int8_t* const table = reinterpret_cast<int8_t*>(w.bytes.get() + h.table);
   for (int64_t i = 0; i < 8 * tuples; i++) {

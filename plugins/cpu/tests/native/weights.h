@@ -24,6 +24,7 @@ struct Case {
 struct Weight {
   std::unique_ptr<uint8_t[]> bytes;  // no more than the weight has
   std::vector<double> dense;         // [rows][columns]
+  std::vector<double> rounded;       // the same, a table's entries in bfloat16, as many rows of that type have them; or empty
   const Header& header() const { return *reinterpret_cast<const Header*>(bytes.get()); }
 };
 
@@ -47,7 +48,7 @@ inline Weight make(const Case& c) {
   if (c.ordered) section(h.order, h.padded * 4);
   if (table) section(h.table, 64);
   h.total = place;
-  Weight w{std::make_unique<uint8_t[]>(place), std::vector<double>(c.rows * c.columns)};
+  Weight w{std::make_unique<uint8_t[]>(place), std::vector<double>(c.rows * c.columns), std::vector<double>(table ? c.rows * c.columns : 0)};
   std::memcpy(w.bytes.get(), &h, sizeof h);
   std::vector<uint8_t> codes(c.rows * c.columns);
   for (auto& code : codes) code = static_cast<uint8_t>(below(1 << bits) & (c.code == Code::kE5M2 ? 0xbf : 0xff));  // no large ones
@@ -111,6 +112,7 @@ inline Weight make(const Case& c) {
         else if (c.code == Code::kE3M2) value = small_float(q, 3, 2, 3);
         else value = small_float(q, 2, 3, 1);
         w.dense[n * c.columns + order[k]] = (value - zero) * scale + offset;
+        if (table) w.rounded[n * c.columns + order[k]] = from_bits(static_cast<uint32_t>(bf16(entries[q])) << 16) * scale + offset;
       }
     }
   std::vector<int32_t> given(order.begin(), order.begin() + c.columns);
@@ -156,14 +158,18 @@ inline double worst(const Kernels& kernels, Float type, const Weight& w, int64_t
     if (h.input != Input::kExact) round_like(h, given[m]);
   }
   linear(kernels, h, {x.get(), rows, h.columns, type}, out.get());
-  Errors errors;
-  for (int64_t m = 0; m < rows; m++)
-    for (int64_t n = 0; n < h.rows; n++) {
-      double sum = 0;
-      for (int64_t k = 0; k < h.columns; k++) sum += given[m][k] * w.dense[n * h.columns + k];
-      errors.add(read_float(out.get(), type, m * h.rows + n), sum);
-    }
-  return errors.greatest();
+  auto error_from = [&](const std::vector<double>& dense) {
+    Errors errors;
+    for (int64_t m = 0; m < rows; m++)
+      for (int64_t n = 0; n < h.rows; n++) {
+        double sum = 0;
+        for (int64_t k = 0; k < h.columns; k++) sum += given[m][k] * dense[n * h.columns + k];
+        errors.add(read_float(out.get(), type, m * h.rows + n), sum);
+      }
+    return errors.greatest();
+  };
+  const double error = error_from(w.dense);
+  return type == Float::kBF16 && !w.rounded.empty() ? std::fmin(error, error_from(w.rounded)) : error;
 }
 
 }  // namespace qcore
