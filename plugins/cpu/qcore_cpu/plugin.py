@@ -94,6 +94,8 @@ def _native_kernels() -> Sequence[Kernel]:
         native("native_int8", Accepts(("int8", "uint8", "int4", "uint4"), ("tensor", "channel", "g32", "g64", "g128"), zeros,
                                       ordered=True, inputs=("int8-token-sym-dyn", "int8-tensor-sym")),
                ("bfloat16", "float16"), 0.5, "int8 activations; products of whole numbers, exact"),
+        native("native_float8", Accepts(_FLOATS, (*scales, *_TILES), inputs=("fp8-token-dyn", "fp8-tensor", "fp8-tensor-dyn", "fp8-g128-dyn")),
+               ("bfloat16", "float16"), 0.5, "small floats by activations in e4m3; products exact, sums in float32"),
         native("native_linear_int8", Accepts(integers, scales, zeros, ordered=True), _DTYPES, 0.25,
                "weight-only integers, activations rounded to int8 with one scale for 16 or 32 of them",
                "NativeLinearInt8", quantizes_input=True),

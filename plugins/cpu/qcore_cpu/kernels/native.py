@@ -6,9 +6,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qcore.elements import Block, Int, PerTensor, PerToken
+from qcore.elements import Block, Float, Group, Int, PerTensor, PerToken, Tile
 from qcore.kernels.activations import quantize_input
-from qcore_cpu.packed import BLOCKS, EXACT, STATIC, TOKEN, header_of, lay_out
+from qcore_cpu.packed import (
+    BLOCKS,
+    EXACT,
+    FLOAT_BLOCKS,
+    FLOAT_STATIC,
+    FLOAT_TOKEN,
+    STATIC,
+    TOKEN,
+    header_of,
+    lay_out,
+)
 from qcore_cpu.packed_blocks import block_parts_of
 from qcore_cpu.packed_elements import element_parts
 
@@ -23,8 +33,8 @@ _BLOCK = 128
 class NativeLinear(torch.nn.Module):
     """y = x W^T in float32, whatever the activations' type; only the result is rounded to it.
 
-    Inputs that the scheme rounds to int8, symmetrically by token or by a stored scale, are multiplied as whole numbers. Any
-    other input scheme is applied before the product.
+    Inputs that the scheme rounds to int8, symmetrically by token or by a stored scale, are multiplied as whole numbers; those that it rounds to
+    e4m3 by token, by 128 columns or by a stored scale are rounded by the kernels too. Any other input scheme is applied before the product.
     """
 
     packed: torch.Tensor
@@ -111,18 +121,34 @@ def pack(layer: LayerTensors, input_kind: int) -> torch.Tensor:
 
 
 def _input_kind(layer: LayerTensors) -> int:
+    """How the kernels treat the input; `EXACT` too where it is rounded before they get it."""
     given, element = layer.weight.scheme.input, layer.weight.scheme.weight.element
-    if given is None or not isinstance(element, Int) or not _plain_int8(given) or layer.order != "dequantized":
+    if given is None or not _plain(given) or layer.order != "dequantized":
         return EXACT
-    if given.dynamic and isinstance(given.granularity, PerToken):
-        return TOKEN
-    return STATIC if not given.dynamic and isinstance(given.granularity, PerTensor) else EXACT
+    token = given.dynamic and isinstance(given.granularity, PerToken)
+    static = not given.dynamic and isinstance(given.granularity, PerTensor)
+    if given.element == Int(8, signed=True) and isinstance(element, Int):
+        return TOKEN if token else STATIC if static else EXACT
+    if given.element == Float("e4m3fn") and isinstance(element, Float):
+        blocks = given.dynamic and given.granularity == Group(_BLOCK) and _within_blocks(layer)
+        return FLOAT_TOKEN if token else FLOAT_STATIC if static else FLOAT_BLOCKS if blocks else EXACT
+    return EXACT
 
 
-def _plain_int8(given: TensorScheme) -> bool:
+def _plain(given: TensorScheme) -> bool:
     return (
-        given.element == Int(8, signed=True) and given.zero is None and given.outliers is None and given.bound is None
+        given.zero is None
+        and given.outliers is None
+        and given.bound is None
+        and [level.type for level in given.scales] == ["float"]
     )
+
+
+def _within_blocks(layer: LayerTensors) -> bool:
+    """Whether groups of the weight's columns and blocks of the input's begin together."""
+    grid = layer.weight.scheme.weight.scales[0].granularity
+    size = grid.size if isinstance(grid, Group) else grid.cols if isinstance(grid, Tile) else _BLOCK
+    return size % _BLOCK == 0 or _BLOCK % size == 0
 
 
 def _with_regular_rows(x: torch.Tensor) -> torch.Tensor:

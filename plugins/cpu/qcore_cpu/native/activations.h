@@ -103,6 +103,31 @@ inline void round_row(const float* values, const Header& h, const Batch& batch, 
   }
 }
 
+// The nearest of e4m3, ties to even; the greatest for all beyond.
+inline F16 nearest_e4m3(F16 x) {
+  const F16 value = clamp_f(x, -448, 448);
+  const I16 bits = as_int(value);
+  const F16 normal = as_float(add(bits, add(all_i(0x7ffff), srl(bits, 20) & all_i(1))) & all_i(~0xfffff));  // three bits of its mantissa
+  const F16 step = all_f(24576);  // whose last bit is the least number, 2^-9
+  return where_within(value, all_f(-0x1p-6f), all_f(0x1p-6f), sub_f(add(value, step), step), normal);
+}
+
+// A row rounded to e4m3, in place: what the numbers stand for, or, where there is room for `scales`, the numbers and a scale for each section.
+inline void round_float8(const Header& h, const Batch& batch, float* values, float* scales) {
+  const int64_t span = h.input == Input::kFloatBlocks ? kFloat8Block : h.padded;
+  for (int64_t begin = 0, s = 0; begin < h.padded; begin += span) {
+    const int64_t end = begin + span < h.padded ? begin + span : h.padded;
+    float scale = static_cast<float>(h.input_scale);
+    if (h.input != Input::kFloatStatic) {
+      scale = greatest(values, begin, end) / 448.0f;
+      if (scale == 0) scale = 1.1920929e-07f;  // as compressed-tensors has it; any number will do
+    }
+    const F16 divisor = all_f(scale), factor = all_f(scales ? 1 : scale);
+    for (int64_t k = begin; k < end; k += 16) store_f(values + k, mul(nearest_e4m3(div(load_f(values + k), divisor)), factor));
+    for (; scales && s < batch.sections && s * batch.section < end; s++) scales[s * batch.run] = scale;
+  }
+}
+
 // Columns 0 2 1 3 of each quad.
 inline void put_pairs(const int8_t* from, int64_t count, int16_t* to) {
   for (int64_t k = 0; k < count; k += 4) to[k] = from[k], to[k + 1] = from[k + 2], to[k + 2] = from[k + 1], to[k + 3] = from[k + 3];
@@ -154,11 +179,12 @@ inline void prepare(const Job& job, int64_t first, int64_t last) {
     widen(static_cast<const char*>(job.x) + m * job.stride * width_of(job.type), job.type, h, values.data());
     const int64_t first = batch.place(m, 0);
     float* const sums = batch.sums + first;
+    if (is_float8(h.input)) round_float8(h, batch, values.data(), batch.scales ? batch.scales + first : nullptr);
     if (batch.numbers != Numbers::kIntegers) {
       each_section(batch, padded, [&](int64_t s, int64_t begin, int64_t end) {
         F16 lanes = zero_f();
         for (int64_t k = begin; k < end; k += 16) lanes = add(lanes, load_f(values.data() + k));
-        sums[s * batch.run] = sum_of(lanes);
+        sums[s * batch.run] = sum_of(lanes) * (batch.scales ? batch.scales[first + s * batch.run] : 1);
       });
       if (batch.numbers == Numbers::kFloats) {
         if (batch.way == Way::kRows && in_place(h.code)) put_in_place(values.data(), padded);

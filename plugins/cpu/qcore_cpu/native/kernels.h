@@ -38,8 +38,8 @@ struct Batch {
   int8_t* codes;          // [rows / run][padded / 4][run][4]: kIntegers
   int16_t* pairs;         // [rows / run][padded / 2][run][2], of each quad columns 0 2 1 3; where 8-bit products are made of 16-bit ones
   uint8_t* tiles;         // [rows / 16][steps][16][tile_bytes]: halves or codes
-  float* scales;          // [rows / run][sections][run], of codes
-  int32_t* totals;        // the same, sums of codes
+  float* scales;          // [rows / run][sections][run], of codes, and of halves that stand for e4m3; else null
+  int32_t* totals;        // in the same places: sums of codes
   int32_t* shifts;        // the same, what the zero point of the weight's codes adds to sums of products
   float* sums;            // the same, sums of what the rows stand for
 

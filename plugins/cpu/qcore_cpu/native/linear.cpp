@@ -18,8 +18,8 @@ thread_local Scratch scratch;
 // How the rows are multiplied, without their memory.
 Batch plan(const Kernels& kernels, const Header& h, int64_t rows, Float type) {
   Batch batch{};
-  const bool integers = h.input != Input::kExact;
-  const bool halves = !integers && type == Float::kBF16 && kernels.has_halves && !(rows == 1 && is_grid(h.code));  // which has its own way
+  const bool integers = is_whole(h.input);
+  const bool halves = !integers && (type == Float::kBF16 || is_float8(h.input)) && kernels.has_halves && !(rows == 1 && is_grid(h.code));  // which has its own way
   const bool floats = !integers && !halves;
   batch.numbers = integers ? Numbers::kIntegers : halves ? Numbers::kHalves : Numbers::kFloats;
   const int64_t tiles_from = !kernels.has_tiles || floats ? INT64_MAX : integers ? kIntegerTilesFrom : kHalfTilesFrom;
@@ -31,7 +31,7 @@ Batch plan(const Kernels& kernels, const Header& h, int64_t rows, Float type) {
   const int64_t runs = (rows + most - 1) / most;
   batch.run = (rows + runs - 1) / runs;
   batch.rows = rows;
-  const int64_t longest = h.input == Input::kBlocks ? kBlock : integers ? kWholeSum : kFloatSum;
+  const int64_t longest = h.input == Input::kBlocks || h.input == Input::kFloatBlocks ? kBlock : integers ? kWholeSum : kFloatSum;
   batch.section = h.group > longest && (h.groups == 1 || h.group % longest == 0) ? longest : h.group;
   batch.sections = (h.padded + batch.section - 1) / batch.section;
   batch.tile_bytes = 64;
@@ -48,13 +48,14 @@ void take_memory(const Kernels& kernels, const Header& h, Batch& batch) {
   const bool wide = kernels.has_pairs && h.code >= Code::kInt8 && !by_grid_rows(h, batch.way);  // tables and grids give 8 bits
   const int64_t pairs = integers && wide ? cells : 0, codes = integers && !wide ? cells : 0;
   const int64_t tiles = in_tiles ? (batch.rows + 15) / 16 * tile_steps(batch, h.padded) * 16 * batch.tile_bytes : 0;
-  scratch.begin(4 * floats + 2 * halves + codes + 2 * pairs + tiles + (integers ? 12 * parts : 0) + 4 * parts, 9);
+  const bool scaled = integers || (batch.numbers == Numbers::kHalves && is_float8(h.input));
+  scratch.begin(4 * floats + 2 * halves + codes + 2 * pairs + tiles + (integers ? 12 : scaled ? 4 : 0) * parts + 4 * parts, 9);
   scratch.take(batch.values, floats);
   scratch.take(batch.halves, halves);
   scratch.take(batch.codes, codes);
   scratch.take(batch.pairs, pairs);
   scratch.take(batch.tiles, tiles);
-  scratch.take(batch.scales, integers ? parts : 0);
+  scratch.take(batch.scales, scaled ? parts : 0);
   scratch.take(batch.totals, integers ? parts : 0);
   scratch.take(batch.shifts, integers ? parts : 0);
   scratch.take(batch.sums, parts);

@@ -24,6 +24,7 @@ constexpr int64_t kMagic = 0x55504345524f4351;  // "QCORECPU"
 constexpr int64_t kVersion = 1;
 constexpr int64_t kPanel = 16;
 constexpr int64_t kChunk = 32;
+constexpr int64_t kFloat8Block = 128;  // activations of e4m3 that share a scale, where they are in blocks
 
 // What the bits of a code are. Integers of 8 bits are signed; narrower ones are unsigned, and `Header::zero` is subtracted.
 enum class Code : int64_t {
@@ -66,7 +67,12 @@ enum class Input : int64_t {
   kBlocks,      // rounded to int8 with one scale for each group of columns, or for each 128 of a longer one
   kToken,       // rounded to int8 with one scale for each row
   kStatic,      // rounded to int8 with Header::input_scale
+  kFloatToken,  // the same three, rounded to e4m3; in blocks of 128 columns
+  kFloatStatic,
+  kFloatBlocks,
 };
+constexpr bool is_whole(Input input) { return input >= Input::kBlocks && input <= Input::kStatic; }
+constexpr bool is_float8(Input input) { return input >= Input::kFloatToken; }
 
 struct Header {  // every field has 8 bytes
   int64_t magic, version;

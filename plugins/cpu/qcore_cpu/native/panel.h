@@ -133,26 +133,28 @@ enum class Ending { kScaled, kOffset, kAny };
 struct FloatEnd {
   GroupFloats scales, offsets;  // of the panel
   const float* zeros;           // the same
-  const float* sums;                      // of the rows' sections
+  const float *sums, *row_scales;  // of the rows' sections; null where they have no scales
   int64_t sections, run;
   float own;  // what codes are too great by still
 
   FloatEnd(const Strip& strip, const Batch& batch, float own = 0)
-      : scales(strip.scales), offsets(strip.offsets), zeros(strip.zeros), sums(batch.sums), sections(batch.sections), run(batch.run), own(own) {}
+      : scales(strip.scales), offsets(strip.offsets), zeros(strip.zeros), sums(batch.sums), row_scales(batch.scales), sections(batch.sections), run(batch.run), own(own) {}
 
-  QCORE_INLINE Ending ending() const { return own != 0 || zeros ? Ending::kAny : offsets.floats ? Ending::kOffset : Ending::kScaled; }
+  QCORE_INLINE Ending ending() const { return own != 0 || zeros || row_scales ? Ending::kAny : offsets.floats ? Ending::kOffset : Ending::kScaled; }
 
   // What there is to know of a section of row first + r, where a run begins with `first`.
-  struct Row { F16 sum; };
+  struct Row { F16 sum, scale; };
   template <Ending ending>
   QCORE_INLINE Row row(int64_t first, int64_t r, int64_t s) const {
-    return {ending == Ending::kScaled ? zero_f() : all_f(sums[first * sections + s * run + r])};
+    const int64_t place = first * sections + s * run + r;
+    return {ending == Ending::kScaled ? zero_f() : all_f(sums[place]), ending == Ending::kAny && row_scales ? all_f(row_scales[place]) : all_f(1)};
   }
 
   // A total with the sum of products of a section: (products + (zero - own) * sum) * scale + offset * sum.
   template <Ending ending>
   QCORE_INLINE F16 add(const Row& row, int64_t g, F16 scale, F16 products, F16 total) const {
     if constexpr (ending == Ending::kAny) {
+      if (row_scales) products = mul(products, row.scale);
       if (own != 0) products = fma(all_f(-own), row.sum, products);
       if (zeros) products = fma(load_f(zeros + 16 * g), row.sum, products);
     }

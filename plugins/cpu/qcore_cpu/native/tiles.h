@@ -128,6 +128,8 @@ struct Corner {
       if constexpr (integers) {
         value = to_float(as_int(value));
         own = mul(scale, all_f(batch.scales[place]));
+      } else if (batch.scales) {
+        value = mul(value, all_f(batch.scales[place]));
       }
       F16 sum = load_f(sums + 16 * m);
       if (plain) {

@@ -23,6 +23,8 @@ void linear_cases(const Kernels& kernels, Tally& tally) {
       if (integer && below(3) == 0) c.offset = Offset::kZeroS8;
       if (c.scale <= Scale::kBF16 && below(3) == 0) c.offset = Offset::kFloat;
       if (whole && below(2)) c.input = static_cast<Input>(1 + below(3));
+      if (!whole && below(2)) c.input = static_cast<Input>(4 + below(3)), c.ordered = false;
+      if (c.input == Input::kFloatBlocks && c.group == 96) c.group = 64;
       const Weight w = make(c);
       constexpr int64_t kRows[] = {1, 2, 3, 4, 7, 16, 17, 35};
       const int64_t rows = kRows[below(8)];

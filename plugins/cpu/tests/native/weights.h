@@ -1,5 +1,6 @@
 // Packed weights of random contents, and the numbers that they stand for.
 #pragma once
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <vector>
@@ -37,7 +38,7 @@ inline Weight make(const Case& c) {
   const int bits = bits_of(c.code);
   const bool integer = static_cast<int64_t>(c.code) <= 8, table = c.code == Code::kTable3 || c.code == Code::kTable4;
   if (integer && bits < 8) h.zero = below(1 << bits);
-  if (c.input == Input::kStatic) h.input_scale = 0.02;
+  if (c.input == Input::kStatic || c.input == Input::kFloatStatic) h.input_scale = 0.02;
   const int64_t panels = panels_of(h), cells = panels * h.groups * 16;
   int64_t place = sizeof(Header);
   auto section = [&](int64_t& at, int64_t size) { at = place, place += (size + 63) / 64 * 64; };
@@ -145,6 +146,23 @@ inline void round_like(const Header& h, std::vector<float>& row) {
   }
 }
 
+// The same of e4m3.
+inline void round_like_float8(const Header& h, std::vector<float>& row) {
+  const int64_t span = h.input == Input::kFloatBlocks ? 128 : h.padded;
+  for (int64_t begin = 0; begin < h.columns; begin += span) {
+    const int64_t end = begin + span < h.columns ? begin + span : h.columns;
+    float most = 0, scale = static_cast<float>(h.input_scale);
+    for (int64_t k = begin; k < end; k++) most = std::fmax(most, std::fabs(row[k]));
+    if (h.input != Input::kFloatStatic) scale = most / 448;
+    if (scale == 0) continue;
+    for (int64_t k = begin; k < end; k++) {
+      const double value = std::fmin(std::fmax(row[k] / scale, -448.0f), 448.0f);
+      const double step = std::ldexp(1, std::max(std::ilogb(value == 0 ? 1e-9 : value), -6) - 3);
+      row[k] = static_cast<float>(std::nearbyint(value / step) * step) * scale;
+    }
+  }
+}
+
 // The greatest error of a product of `rows` random rows.
 inline double worst(const Kernels& kernels, Float type, const Weight& w, int64_t rows) {
   const Header& h = w.header();
@@ -155,7 +173,8 @@ inline double worst(const Kernels& kernels, Float type, const Weight& w, int64_t
       const float value = (uniform() + uniform() + uniform() - 1.5f) * (k == 3 ? 8 : 1);
       given[m][k] = write_float(x.get(), type, m * h.columns + k, std::fabs(value) < 1e-3f ? 0.5f : value);
     }
-    if (h.input != Input::kExact) round_like(h, given[m]);
+    if (is_whole(h.input)) round_like(h, given[m]);
+    if (is_float8(h.input)) round_like_float8(h, given[m]);
   }
   linear(kernels, h, {x.get(), rows, h.columns, type}, out.get());
   auto error_from = [&](const std::vector<double>& dense) {
