@@ -19,7 +19,7 @@ def rows(scheme: str, **more: Any) -> list[dict[str, Any]]:
     return list(measure(question, find_device("cpu")))
 
 
-@pytest.mark.parametrize("scheme", ["W4A16-g32-sym", "W8A8-int8-dyn", "W8A16-gguf:q8_0"])
+@pytest.mark.parametrize("scheme", ["W4A16-g32-sym", "W8A8-int8-dyn", "W8A8-fp8-dyn", "W8A16-gguf:q8_0"])
 def test_a_row_for_each_batch(scheme: str) -> None:
     found = rows(scheme, peers=True)
     assert [row["m"] for row in found] == [1, 5] and all(row["n"] == 64 and row["k"] == 96 for row in found)

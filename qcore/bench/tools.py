@@ -35,7 +35,8 @@ def of_tools(layer: LayerTensors, exact: bool) -> Iterator[Contender]:
             yield _onnxruntime(layer, grid.size, exact)
         if _has("auto_round_kernel"):
             yield _auto_round_kernel(layer, grid.size, exact)
-    if inputs is not None and isinstance(grid, PerChannel) and hasattr(torch, "_int_mm"):
+    int8, elements = Int(8, signed=True), (weight.element, inputs.element if inputs is not None else None)
+    if elements == (int8, int8) and isinstance(grid, PerChannel) and hasattr(torch, "_int_mm"):
         yield _int_mm(layer)
 
 
