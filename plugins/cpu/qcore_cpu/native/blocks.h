@@ -112,7 +112,7 @@ void add_codes(const Block& block, const Batch& batch, int64_t row, float* total
     if (section.length < kChunk) multiply(std::integral_constant<int, steps_of_half>{});
     else
       for (int64_t k = begin; k < end; k += kChunk) multiply(std::integral_constant<int, 2 * steps_of_half>{});
-    end_section<panels, rows>(ends, row, section.number, section.of_group, [&](int p, int r) QCORE_INSIDE { return dot[p][r].take(); },
+    end_section<panels, rows, false>(ends, row, section.number, section.of_group, [&](int p, int r) QCORE_INSIDE { return dot[p][r].take(); },
                               [&](int p, int r) QCORE_INSIDE -> decltype(auto) {
                                 if constexpr (held) return (held_totals[p][r]);
                                 else return Cell{totals + p * apart + 16 * r};

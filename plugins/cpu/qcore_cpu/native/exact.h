@@ -129,7 +129,7 @@ void exact_rows(const Strip& strip, const Batch& batch, int64_t row, float* out)
       strip, batch,
       [&](const uint8_t* chunk, int64_t base, auto begin, auto count) QCORE_INSIDE { products.template add_chunk<begin, count>(chunk, x + base * run, run); },
       [&](int64_t s, int64_t g) QCORE_INSIDE {
-        end_section<1, rows>(&end, row, s, g, [&](int, int r) QCORE_INSIDE { return products.take(r); }, [&](int, int r) QCORE_INSIDE -> F16& { return total[r]; });
+        end_section<1, rows, true>(&end, row, s, g, [&](int, int r) QCORE_INSIDE { return products.take(r); }, [&](int, int r) QCORE_INSIDE -> F16& { return total[r]; });
       });
   unroll<rows>([&](auto r) QCORE_INSIDE { store_f(out + 16 * r, total[r]); });
 }

@@ -69,7 +69,7 @@ void half_rows(const Strip& strip, const Batch& batch, int64_t row, float* out) 
         }
       },
       [&](int64_t s, int64_t g) QCORE_INSIDE {
-        end_section<1, rows>(&end, row, s, g, [&](int, int r) QCORE_INSIDE { return products.take(r); }, [&](int, int r) QCORE_INSIDE -> F16& { return total[r]; });
+        end_section<1, rows, true>(&end, row, s, g, [&](int, int r) QCORE_INSIDE { return products.take(r); }, [&](int, int r) QCORE_INSIDE -> F16& { return total[r]; });
       });
   unroll<rows>([&](auto r) QCORE_INSIDE { store_f(out + 16 * r, total[r]); });
 }

@@ -152,14 +152,14 @@ struct SectionEnd {
   }
 
   // The sum of products is exact until it is scaled.
-  template <Ending ending>
-  QCORE_INLINE F16 add(const Row& row, int64_t g, F16 scale, I16 products, F16 total) const {
+  template <Ending ending, class Offset>
+  QCORE_INLINE F16 add(const Row& row, int64_t g, F16 scale, Offset&& offset, I16 products, F16 total) const {
     F16 sum = to_float(sub(products, row.shift));
     if constexpr (ending == Ending::kAny)
       if (zeros) sum = fma(load_f(zeros + 16 * g), row.whole, sum);
     total = fma(sum, mul(scale, row.scale), total);
     const bool more = ending == Ending::kOffset || (ending == Ending::kAny && offsets.floats);
-    return more ? fma(floats_of(offsets, g), row.sum, total) : total;
+    return more ? fma(offset(), row.sum, total) : total;
   }
 };
 
@@ -209,7 +209,7 @@ void integer_rows(const Strip& strip, const Batch& batch, int64_t row, float* ou
         });
       },
       [&](int64_t s, int64_t g) QCORE_INSIDE {
-        end_section<1, rows>(&end, row, s, g, [&](int, int r) QCORE_INSIDE { return dots.take(r); }, [&](int, int r) QCORE_INSIDE -> F16& { return total[r]; });
+        end_section<1, rows, true>(&end, row, s, g, [&](int, int r) QCORE_INSIDE { return dots.take(r); }, [&](int, int r) QCORE_INSIDE -> F16& { return total[r]; });
       });
   unroll<rows>([&](auto r) QCORE_INSIDE { store_f(out + 16 * r, total[r]); });
 }

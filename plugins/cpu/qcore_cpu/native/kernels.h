@@ -84,8 +84,9 @@ struct Stream {
 
 // Sixteen numbers for each group of a panel.
 struct GroupFloats {
-  enum Kind { kSpread, kHalves, kSigned, kUnsigned };
-  const float* floats;    // kSpread: [groups][16]; null where there are none. kSigned, kUnsigned: what codes are multiplied by, for 1 << shift groups
+  enum Kind { kSpread, kHalves, kSigned, kUnsigned, kExponents, kFloats8 };
+  // kSpread: [groups][16]; null where there are none. kSigned, kUnsigned: what codes are multiplied by, for 1 << shift groups; kFloats8: for all.
+  const float* floats;
   Kind kind;
   const uint8_t* stored;  // [groups][16], float16 or codes of a byte
   int64_t shift;

@@ -150,9 +150,9 @@ struct FloatEnd {
     return {ending == Ending::kScaled ? zero_f() : all_f(sums[place]), ending == Ending::kAny && row_scales ? all_f(row_scales[place]) : all_f(1)};
   }
 
-  // A total with the sum of products of a section: (products + (zero - own) * sum) * scale + offset * sum.
-  template <Ending ending>
-  QCORE_INLINE F16 add(const Row& row, int64_t g, F16 scale, F16 products, F16 total) const {
+  // A total with the sum of products of a section: (products + (zero - own) * sum) * scale + offset() * sum.
+  template <Ending ending, class Offset>
+  QCORE_INLINE F16 add(const Row& row, int64_t g, F16 scale, Offset&& offset, F16 products, F16 total) const {
     if constexpr (ending == Ending::kAny) {
       if (row_scales) products = mul(products, row.scale);
       if (own != 0) products = fma(all_f(-own), row.sum, products);
@@ -160,21 +160,26 @@ struct FloatEnd {
     }
     total = fma(products, scale, total);
     const bool more = ending == Ending::kOffset || (ending == Ending::kAny && offsets.floats);
-    return more ? fma(floats_of(offsets, g), row.sum, total) : total;
+    return more ? fma(offset(), row.sum, total) : total;
   }
 };
 
-// Totals of some rows by some panels, each in its place, with what a section's products(p, r) gave.
-template <int panels, int rows, class End, class Products, class Place>
+// Totals of some rows by some panels, each in its place, with what a section's products(p, r) gave. left: as of floats_of.
+template <int panels, int rows, bool left, class End, class Products, class Place>
 QCORE_INLINE void end_section(const End* ends, int64_t row, int64_t s, int64_t g, Products&& products, Place&& place) {
+  F16 scale[panels], offset[panels];
+  unroll<panels>([&](auto p) QCORE_INSIDE {
+    scale[p] = floats_of<left>(ends[p].scales, g);
+    if (left) offset[p] = ends[p].offsets.floats ? floats_of<left>(ends[p].offsets, g) : zero_f();
+  });
   auto finish = [&](auto ending) QCORE_INSIDE {
-    F16 scale[panels];
-    unroll<panels>([&](auto p) QCORE_INSIDE { scale[p] = floats_of(ends[p].scales, g); });
     unroll<rows>([&](auto r) QCORE_INSIDE {
       const typename End::Row given = ends->template row<ending>(row, r, s);
       unroll<panels>([&](auto p) QCORE_INSIDE {
         auto&& total = place(p, r);
-        total = ends[p].template add<ending>(given, g, scale[p], products(p, r), total);
+        // Where they are spread they are read again for each row, from memory: registers are few.
+        auto offset_of = [&]() QCORE_INSIDE { return left ? offset[p] : floats_of<false>(ends[p].offsets, g); };
+        total = ends[p].template add<ending>(given, g, scale[p], offset_of, products(p, r), total);
       });
     });
   };

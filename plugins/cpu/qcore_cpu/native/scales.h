@@ -8,14 +8,25 @@ namespace QCORE_ISA {
 
 QCORE_INLINE const uint8_t* section_at(const Header& h, int64_t offset) { return reinterpret_cast<const uint8_t*>(&h) + offset; }
 
-// The numbers of a group.
+// 2^(byte - 127).
+QCORE_INLINE F16 exponents(const uint8_t* bytes) {
+  const I16 exponent = widen_u8(bytes);
+  return where_zero(exponent, as_float(all_i(1 << 22)), as_float(sll(exponent, 23)));  // 2^-127 is no normal float32
+}
+
+// The numbers of a group. left: whether they may be as they are stored; else they are spread, which takes less code.
+template <bool left = false>
 QCORE_INLINE F16 floats_of(const GroupFloats& all, int64_t g) {
+  if constexpr (!left) return load_f(all.floats + 16 * g);
   const uint8_t* const stored = all.stored + 16 * g;
+  // The most frequent ones first: a jump through a table would take longer.
+  if (all.kind == GroupFloats::kHalves) return widen_f16(reinterpret_cast<const uint16_t*>(all.stored) + 16 * g);
+  if (all.kind == GroupFloats::kSpread) return load_f(all.floats + 16 * g);
   switch (all.kind) {
-    case GroupFloats::kSpread: return load_f(all.floats + 16 * g);
-    case GroupFloats::kHalves: return widen_f16(reinterpret_cast<const uint16_t*>(all.stored) + 16 * g);
     case GroupFloats::kSigned: return mul(to_float(widen_s8(reinterpret_cast<const int8_t*>(stored))), load_f(all.floats + 16 * (g >> all.shift)));
-    default: return mul(to_float(widen_u8(stored)), load_f(all.floats + 16 * (g >> all.shift)));
+    case GroupFloats::kUnsigned: return mul(to_float(widen_u8(stored)), load_f(all.floats + 16 * (g >> all.shift)));
+    case GroupFloats::kExponents: return exponents(stored);
+    default: return mul(small_float<Code::kE4M3>(widen_u8(stored)), load_f(all.floats));
   }
 }
 
@@ -61,11 +72,8 @@ inline void spread_scales(const Header& h, int64_t panel, float* out) {
     case Scale::kF16:
     case Scale::kBF16:
       return spread_floats(h, h.scale, stored, out);
-    case Scale::kE8M0:  // 2^-127 is no normal float32
-      return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
-        const I16 exponent = widen_u8(stored + 16 * g);
-        return where_zero(exponent, as_float(all_i(1 << 22)), as_float(sll(exponent, 23)));
-      });
+    case Scale::kE8M0:
+      return each_group(h, out, [&](int64_t g) QCORE_INSIDE { return exponents(stored + 16 * g); });
     case Scale::kE4M3:
       return each_group(h, out, [&](int64_t g) QCORE_INSIDE {
         return mul(small_float<Code::kE4M3>(widen_u8(stored + 16 * g)), all_f(static_cast<float>(h.tensor_scale)));
@@ -137,6 +145,11 @@ inline GroupFloats left_scales(const Header& h, int64_t panel, float* floats) {
   const int64_t cells = panel * h.groups * kPanel;
   const uint8_t* const stored = section_at(h, h.scales) + cells * bytes_of(h.scale);
   if (h.scale == Scale::kF16) return {floats, GroupFloats::kHalves, stored, 0};
+  if (h.scale == Scale::kE8M0) return {floats, GroupFloats::kExponents, stored, 0};
+  if (h.scale == Scale::kE4M3) {
+    store_f(floats, all_f(static_cast<float>(h.tensor_scale)));
+    return {floats, GroupFloats::kFloats8, stored, 0};
+  }
   spread_above(h, h.super_scales, panel, static_cast<float>(h.tensor_scale), floats);
   return {floats, GroupFloats::kSigned, stored, __builtin_ctzll(256 / h.group)};
 }
@@ -151,7 +164,8 @@ inline GroupFloats left_offsets(const Header& h, int64_t panel, float* floats) {
 
 // Whether they can be had so.
 inline bool can_be_left(const Header& h) {
-  const bool scales = h.scale == Scale::kF16 || (h.scale == Scale::kRuns && 256 % h.group == 0);
+  const bool alone = h.scale == Scale::kE8M0 || h.scale == Scale::kE4M3;
+  const bool scales = alone || h.scale == Scale::kF16 || (h.scale == Scale::kRuns && 256 % h.group == 0);
   return scales && (h.offset == Offset::kNone || (h.offset == Offset::kFloat && h.scale == Scale::kF16) || (h.offset == Offset::kRuns && h.scale == Scale::kRuns));
 }
 
