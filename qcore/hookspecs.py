@@ -57,7 +57,7 @@ def qcore_algorithms() -> Sequence[Algorithm]:  # type: ignore[empty-body]
 
 @hookspec
 def qcore_decoders() -> Sequence[Decoder]:  # type: ignore[empty-body]
-    """The ways of taking a whole model's step from token to token that this plugin brings, as rows. Since 1.1."""
+    """The ways of reading a text through a whole model that this plugin brings, as rows. Since 1.1."""
 
 
 @hookspec

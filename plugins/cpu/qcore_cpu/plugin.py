@@ -108,7 +108,7 @@ def qcore_decoders() -> Sequence[Decoder]:
         return []
     return [
         Decoder("native_decoder", "cpu", "qcore_cpu.decoder:NativeDecoder",
-                note="llama's and its kin's layers in one call a token, on the native kernels"),
+                note="llama's and its kin's layers in one call a token, or a few hundred, on the native kernels"),
     ]  # fmt: skip
 
 
