@@ -342,11 +342,9 @@ class NativeSteps:
         self.length -= count
 
     def to_cache(self) -> Any:
-        there = self.cache[..., : self.length, :].clone()
+        layers = self.cache[..., : self.length, :]  # which transformers' layers copy as they take them in
         return cache_of(
-            self.decoder.config,
-            self.decoder.roundings,
-            ((layer[0].unsqueeze(0), layer[1].unsqueeze(0)) for layer in there),
+            self.decoder.config, self.decoder.roundings, ((keys[None], values[None]) for keys, values in layers)
         )
 
     def _reserve(self, length: int) -> None:
