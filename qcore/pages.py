@@ -13,17 +13,25 @@ if TYPE_CHECKING:
 _HUGE_PAGE = 2 << 20
 
 
+def huge_pages(count: int) -> tuple[mmap.mmap, int]:
+    """Memory that goes back to the system as soon as nothing holds it, and where in it a huge page begins, with `count` bytes from there on, on
+    as many huge pages as they fill where the system gives any. Raises OSError where there is no such memory."""
+    import torch
+
+    memory = mmap.mmap(-1, count + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE, first, count // _HUGE_PAGE * _HUGE_PAGE)
+    return memory, first
+
+
 def fresh_bytes(count: int) -> torch.Tensor:
-    """uint8 [count] of unknown values. From 2 MiB on it begins at a huge page, takes as many as it fills where the system gives any, and goes
-    back to the system as soon as nothing holds it. Raises OSError and, torch's word for it, RuntimeError where there is no such memory."""
+    """uint8 [count] of unknown values, from 2 MiB on at a huge page. Raises OSError and, torch's word for it, RuntimeError where there is no such
+    memory."""
     import torch
 
     if count < _HUGE_PAGE:
         return torch.empty(count, dtype=torch.uint8)
-    memory = mmap.mmap(-1, count + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    first = -whole.data_ptr() % _HUGE_PAGE
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE, first, count // _HUGE_PAGE * _HUGE_PAGE)
-    return whole[first : first + count]
+    memory, first = huge_pages(count)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=first)

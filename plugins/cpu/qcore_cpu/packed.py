@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qcore.pages import fresh_bytes
+from qcore.pages import fresh_bytes, huge_pages
 from qcore.refusal import Refusal, Refused
 from qcore_cpu.library import register
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from mmap import mmap
 
 
 _PANEL, CHUNK, _LINE = 16, 32, 64
@@ -87,16 +88,19 @@ class _Room:
     SIZE = 16 << 20
 
     def __init__(self) -> None:
-        self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0
+        self.memory: mmap | None = None
+        self.place = self.end = 0
 
     def take(self, count: int) -> torch.Tensor:
         """uint8 [count] at a line of the cache."""
         if count > self.SIZE // 2:
             return fresh_bytes(count)
-        if self.used + count > self.memory.numel():
-            self.memory, self.used = fresh_bytes(self.SIZE), 0
-        first, self.used = self.used, -(-(self.used + count) // _LINE) * _LINE
-        return self.memory[first : first + count]
+        if self.memory is None or self.place + count > self.end:
+            self.memory, self.place = huge_pages(self.SIZE)
+            self.end = self.place + self.SIZE
+        taken = torch.frombuffer(self.memory, dtype=torch.uint8, count=count, offset=self.place)
+        self.place = -(-(self.place + count) // _LINE) * _LINE
+        return taken
 
 
 _ROOM = _Room()
