@@ -76,7 +76,6 @@ class Stepper:
         logits = steps.take(tokens)[-1]
         with decoder.exact():
             excess = max(excess, self._excess(steps, sample))
-        steps.forget(_SAMPLE)
         trial.trusted = excess <= 1
         if trial.trusted:
             self.steps = steps
@@ -91,14 +90,16 @@ class Stepper:
 
     def _excess(self, steps: TokenSteps, tokens: list[int]) -> float:
         """How far the decoder's logits are from the model's, in parts of what they may be: `_BOUNDS`, or three times as far as the model is
-        from itself where it reads the same tokens in two calls."""
+        from itself where it reads the same tokens in two calls. The steps are left as they were."""
         given, half = torch.tensor([tokens], device=self.model.device), len(tokens) // 2
+        bound = _BOUNDS.get(self.model.dtype, 0.0)
         expected = self._read(given, steps.to_cache())[0]
-        _, cache = self._read(given[:, :half], steps.to_cache())
-        noise = _distance(self._read(given[:, half:], cache)[0], expected[half:])
-        found = _distance(steps.take(tokens, len(tokens)), expected) / max(
-            _BOUNDS.get(self.model.dtype, 0.0), 3 * noise
-        )
+        error = _distance(steps.take(tokens, len(tokens)), expected)
+        steps.forget(len(tokens))
+        if not error <= bound:  # only then is the model's own noise worth the time
+            _, cache = self._read(given[:, :half], steps.to_cache())
+            bound = max(bound, 3 * _distance(self._read(given[:, half:], cache)[0], expected[half:]))
+        found = error / bound if bound else math.inf
         return found if math.isfinite(found) else math.inf
 
     def _read(self, tokens: torch.Tensor, cache: Any, **arguments: int) -> tuple[torch.Tensor, Any]:
