@@ -205,7 +205,7 @@ def test_two_hundred_kills_leave_no_gguf_file_or_a_whole_one(tmp_path: Path) -> 
                 convert(GOLDEN, "gguf", out / f"{turn}.gguf", verify=False)
             finally:
                 os._exit(0)
-        time.sleep(chance.uniform(0, 2 * length))
+        time.sleep(chance.uniform(0, 3 * length))
         os.kill(child, 9)
         os.waitpid(child, 0)
     kept = [name for name in names_in(out) if not name.startswith(".")]
