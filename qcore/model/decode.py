@@ -23,6 +23,9 @@ log = logging.getLogger("qcore")
 _BOUNDS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """How far logits may be off at least (`_distance`): a whole model's rounding in its type."""
 
+_NOISIEST = 4
+"""Times that, at most, where the model is as far from itself: logits that have nothing to do with each other are 1.4 apart."""
+
 _SAMPLE = 16
 """Tokens that a decoder reads beside the model before it is trusted."""
 
@@ -90,7 +93,7 @@ class Stepper:
 
     def _excess(self, steps: TokenSteps, tokens: list[int]) -> float:
         """How far the decoder's logits are from the model's, in parts of what they may be: `_BOUNDS`, or three times as far as the model is
-        from itself where it reads the same tokens in two calls. The steps are left as they were."""
+        from itself where it reads the same tokens in two calls, up to `_NOISIEST`. The steps are left as they were."""
         given, half = torch.tensor([tokens], device=self.model.device), len(tokens) // 2
         bound = _BOUNDS.get(self.model.dtype, 0.0)
         expected = self._read(given, steps.to_cache())[0]
@@ -98,7 +101,8 @@ class Stepper:
         steps.forget(len(tokens))
         if not error <= bound:  # only then is the model's own noise worth the time
             _, cache = self._read(given[:, :half], steps.to_cache())
-            bound = max(bound, 3 * _distance(self._read(given[:, half:], cache)[0], expected[half:]))
+            noise = _distance(self._read(given[:, half:], cache)[0], expected[half:])
+            bound = max(bound, min(3 * noise, _NOISIEST * bound))
         found = error / bound if bound else math.inf
         return found if math.isfinite(found) else math.inf
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,23 +84,25 @@ class Parts:
 
 
 class _Room:
-    """Memory that weights share: many are smaller than a huge page."""
+    """Memory that weights share: many are smaller than a huge page. Threads may take from it at once."""
 
     SIZE = 16 << 20
 
     def __init__(self) -> None:
         self.memory: mmap | None = None
         self.place = self.end = 0
+        self.lock = Lock()
 
     def take(self, count: int) -> torch.Tensor:
         """uint8 [count] at a line of the cache."""
         if count > self.SIZE // 2:
             return fresh_bytes(count)
-        if self.memory is None or self.place + count > self.end:
-            self.memory, self.place = huge_pages(self.SIZE)
-            self.end = self.place + self.SIZE
-        taken = torch.frombuffer(self.memory, dtype=torch.uint8, count=count, offset=self.place)
-        self.place = -(-(self.place + count) // _LINE) * _LINE
+        with self.lock:
+            if self.memory is None or self.place + count > self.end:
+                self.memory, self.place = huge_pages(self.SIZE)
+                self.end = self.place + self.SIZE
+            taken = torch.frombuffer(self.memory, dtype=torch.uint8, count=count, offset=self.place)
+            self.place = -(-(self.place + count) // _LINE) * _LINE
         return taken
 
 

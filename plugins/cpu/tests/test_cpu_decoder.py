@@ -198,6 +198,18 @@ def test_a_model_that_does_something_else_reads_itself(
     assert "does not give this model's logits" in caplog.text
 
 
+def test_a_noisy_model_does_not_excuse_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that have nothing to do with the model's, which is far from itself as well."""
+    found = iter((1.2, 0.6, 1.2, 0.6))
+    monkeypatch.setattr("qcore.model.decode._distance", lambda logits, expected: next(found))
+    assert read(model_of("llama", tmp_path, "bfloat16")).decoder == ""
+
+
+@pytest.mark.parametrize("scheme", ["W8A8-fp8-dyn", "W8A8-int8-dyn"])
+def test_layers_whose_inputs_are_rounded(scheme: str, tmp_path: Path) -> None:
+    assert read(model_of("llama", tmp_path, "bfloat16", quantize=scheme)).decoder == "native_decoder"
+
+
 def test_a_change_far_into_a_text_is_seen(tmp_path: Path) -> None:
     """A window that the decoder does not know of: nothing shows it in the first tokens."""
     model = model_of("mistral", tmp_path)
