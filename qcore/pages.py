@@ -1,29 +1,84 @@
-"""Memory on huge pages: touching pages of 4 KiB for the first time takes four times as long as reading a file into them, and walking
-over many of them slows kernels down by a tenth."""
+"""Memory on huge pages, where the system gives them quickly, and memory that is used again.
+
+Walking over many pages of 4 KiB slows kernels down by a twentieth, and touching each for the first time takes four times as long as reading a file
+into it. A huge page takes a sixth of that; but systems that compact memory for it first, and virtual machines whose host took idle memory back, can
+take five times as long instead.
+"""
 
 from __future__ import annotations
 
 import mmap
-from contextlib import suppress
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import RLock
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 _HUGE_PAGE = 2 << 20
+_SLOW = 1e-3
+"""Seconds: small pages for as much memory come in two thirds of that."""
+_PAUSE = 64 << 20
+"""Bytes that come on small pages behind a huge one that was slow: trying again costs a fifth of what they do."""
+_LENT = 128 << 10
+"""Bytes from which on what is lent is kept: the C library uses smaller pieces again by itself."""
+_KEPT = 16
+"""Loans after which what was not lent again goes back to the system."""
+
+
+class _Pace:
+    """Whether huge pages are asked for, and what came on small ones instead."""
+
+    def __init__(self) -> None:
+        self.pause = 0
+        self.small: list[tuple[weakref.ref[mmap.mmap], int, int]] = []
+
+    def touch(self, memory: mmap.mmap, first: int, count: int) -> None:
+        """Touches huge pages for the first time, as long as they are quick; the others are left to be touched as small ones."""
+        place, end = first, first + count
+        while place < end and self.pause <= 0:
+            began = perf_counter()
+            memory[place] = 0
+            place += _HUGE_PAGE
+            if perf_counter() - began > _SLOW:
+                self.pause = _PAUSE
+        if place < end:
+            memory.madvise(mmap.MADV_NOHUGEPAGE, place, end - place)
+            self.pause -= end - place
+            self.small.append((weakref.ref(memory), place, end - place))
+
+    def promote(self) -> None:
+        small, self.small = self.small, []
+        for reference, place, count in small:
+            if (memory := reference()) is not None:
+                with suppress(OSError):
+                    memory.madvise(mmap.MADV_HUGEPAGE, place, count)
+
+
+_PACE = _Pace()
 
 
 def huge_pages(count: int) -> tuple[mmap.mmap, int]:
     """Memory that goes back to the system as soon as nothing holds it, and where in it a huge page begins, with `count` bytes from there on, on
-    as many huge pages as they fill where the system gives any. Raises OSError where there is no such memory."""
+    as many huge pages as they fill where the system gives any quickly. Raises OSError where there is no such memory."""
     import torch
 
     memory = mmap.mmap(-1, count + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE, first, count // _HUGE_PAGE * _HUGE_PAGE)
+            whole = count // _HUGE_PAGE * _HUGE_PAGE
+            memory.madvise(mmap.MADV_HUGEPAGE, first, whole)
+            _PACE.touch(memory, first, whole)
     return memory, first
+
+
+def promote_pages() -> None:
+    """Lets the system put on huge pages, when it has time, what came on small ones because huge ones were slow."""
+    _PACE.promote()
 
 
 def fresh_bytes(count: int) -> torch.Tensor:
@@ -35,3 +90,54 @@ def fresh_bytes(count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.uint8)
     memory, first = huge_pages(count)
     return torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=first)
+
+
+class _Pool:
+    """Memory that tensors have left. Threads may lend from it at once."""
+
+    def __init__(self) -> None:
+        self.free: list[tuple[int, torch.Tensor]] = []  # and the number of the loan after which it came back
+        self.loans = self.scopes = 0
+        self.lock = RLock()  # what is collected while it is held takes it too
+
+    def lend(self, count: int) -> torch.Tensor:
+        import torch
+
+        with self.lock:
+            self.loans += 1
+            self.free = [(since, kept) for since, kept in self.free if self.loans - since < _KEPT]
+            fitting = [kept for _, kept in self.free if count <= kept.numel() <= 2 * count]
+            found = min(fitting, key=lambda kept: kept.numel(), default=None)
+            self.free = [(since, kept) for since, kept in self.free if kept is not found]
+        memory = fresh_bytes(count) if found is None else found
+        held = memory.numpy()[:count]  # which the tensor holds, and all that share its storage
+        weakref.finalize(held, self.take_back, memory).atexit = False
+        return torch.from_numpy(held)
+
+    def take_back(self, memory: torch.Tensor) -> None:
+        with self.lock:
+            if self.scopes:
+                self.free.append((self.loans, memory))
+
+
+_POOL = _Pool()
+
+
+def lent_bytes(count: int) -> torch.Tensor:
+    """uint8 [count] of unknown values; within `memory_used_again`, memory that a tensor has left where there is some of about this size.
+    Raises as `fresh_bytes` does."""
+    return _POOL.lend(count) if _POOL.scopes and count >= _LENT else fresh_bytes(count)
+
+
+@contextmanager
+def memory_used_again() -> Iterator[None]:
+    """Within it, what `lent_bytes` gave is lent again as soon as nothing holds it."""
+    with _POOL.lock:
+        _POOL.scopes += 1
+    try:
+        yield
+    finally:
+        with _POOL.lock:
+            _POOL.scopes -= 1
+            if not _POOL.scopes:
+                _POOL.free = []

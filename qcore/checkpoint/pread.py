@@ -1,4 +1,4 @@
-"""Reading byte ranges of files into fresh memory, and saying what a wrong file looks like."""
+"""Reading byte ranges of files into memory, and saying what a wrong file looks like."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcore.checkpoint.source import TensorInfo
-from qcore.pages import fresh_bytes
+from qcore.pages import lent_bytes
 from qcore.refusal import Refusal, Refused, bad_file
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def read_pieces(path: Path, descriptor: int, offset: int, count: int, piece: int
 
 
 def read_tensor_bytes(path: Path, state: FileState, offset: int, count: int) -> torch.Tensor:
-    """uint8 [count], in fresh memory; the file is closed again.
+    """uint8 [count], in memory of its own; the file is closed again.
 
     Raises Refused: truncated where the file has changed, not-enough-memory, path-not-found.
     """
@@ -95,7 +95,7 @@ def read_tensor_bytes(path: Path, state: FileState, offset: int, count: int) -> 
             raise bad_file("truncated", "the file has changed since it was opened", file=path, found=now, expected=state,
                            fix="Open the checkpoint again once nothing writes to it.")  # fmt: skip
         try:
-            buffer = fresh_bytes(count)
+            buffer = lent_bytes(count)
         except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for it
             raise Refused(
                 Refusal("not-enough-memory", "never", str(path), "a tensor is larger than the memory that is free",

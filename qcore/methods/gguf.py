@@ -12,6 +12,7 @@ from qcore.elements import Block
 from qcore.gguf.config import model_config
 from qcore.gguf.names import GgufParameter, parameter_names, row_permutation
 from qcore.method import CheckpointFiles, Method, ModulePlan
+from qcore.pages import lent_bytes
 from qcore.refusal import bad_file
 from qcore.scheme import weight_only
 
@@ -96,7 +97,10 @@ def _in_order(tensor: torch.Tensor, source: GgufParameter) -> torch.Tensor:
     """Rows in transformers' order: files of some architectures hold q and k in the order of ggml's rotary embedding."""
     if source.heads is None:
         return tensor
-    return tensor.index_select(0, row_permutation(tensor.shape[0], source.heads))
+    import torch
+
+    order = row_permutation(tensor.shape[0], source.heads)
+    return torch.index_select(tensor, 0, order, out=lent_bytes(tensor.nbytes).view(tensor.dtype).view(tensor.shape))
 
 
 METHOD = Gguf()

@@ -28,6 +28,7 @@ from qcore.model.memory import released_buffers
 from qcore.model.pack import Packer, agreed_bias
 from qcore.model.places import Places, Slot
 from qcore.model.stacks import ExpertLoader
+from qcore.pages import memory_used_again, promote_pages
 from qcore.platform import Device
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.select import exact_activations
@@ -77,8 +78,9 @@ def load_model(
         from qcore.model.kv_cache import quantize_kv_cache
 
         quantize_kv_cache(model, scheme, checkpoint.kv_scales, checkpoint.path, packer.kv_cache(scheme))
-    with released_buffers():
+    with released_buffers(), memory_used_again():
         _Loader(checkpoint, model, packer, progress).run()
+    promote_pages()
     return model
 
 
