@@ -154,52 +154,76 @@ CodeKernels integer_kernels() {
   return {each_rows([](auto rows) { return integer_rows<code, rows>; }), unpack_codes<code>, code_blocks<D, kIntegerRun>, D::width};
 }
 
-// Codes behind the block, or of the panels behind these; and their scales.
-inline void look_ahead(Block& block, int64_t panels) {
+// Of the codes and scales that come next: those of the panels behind these in the same columns where pairs of panels take turns, else the columns behind.
+inline void look_ahead(Block& block, int64_t panels, bool in_turns) {
   const Header& h = *block.strips->h;
   const int64_t chunk = kPanel * kChunk * bits_of(h.code) / 8, done = (block.first + block.columns) / kChunk;
-  for (int64_t p = 0; p < panels; p++)
-    block.ahead[p] = {block.strips[p].codes + (done * kChunk < h.padded ? done * chunk : kPanelsAtOnce * panel_bytes(h)), chunk};
+  const bool behind = in_turns || done * kChunk >= h.padded;
+  for (int64_t p = 0; p < panels; p++) {
+    const int64_t skip = behind ? kPanelsAtOnce * panel_bytes(h) : 0, place = in_turns ? block.first / kChunk : behind ? 0 : done;
+    block.ahead[p] = {block.strips[p].codes + skip + place * chunk, chunk};
+  }
   for (int64_t i = 0; i < 2; i++) {
     const Stream& next = block.strips[panels - 1].ahead[i];
     block.ahead[2 + i] = {next.at + block.first / kChunk * kPanelsAtOnce * next.bytes, kPanelsAtOnce * next.bytes};
   }
 }
 
+constexpr int64_t kRowBytes = 384 << 10;  // of rows that stay in the second cache beside what else is there
+constexpr int64_t kMostPanels = 4 * kPanelsAtOnce;
+constexpr int64_t kRunningFrom = 32, kRunningBytes = 2 * kBlockBytes;  // rows from which making ratios of scales is worth it, and what is unpacked at once then
+
 // The panels first .. last - 1.
 inline void multiply_blocks(const Job& job, const CodeKernels& kernels, int64_t first, int64_t last, Store store) {
   static thread_local Scratch memory;
   const Header& h = *job.weight;
   const Batch& batch = job.batch;
-  const int64_t line = kPanel * kernels.width, usual = kBlockBytes / kPanelsAtOnce / line;
+  const Running* const running = batch.rows >= kRunningFrom && !batch.scales ? kernels.running : nullptr;
+  const int64_t line = kPanel * kernels.width, usual = (running ? kRunningBytes : kBlockBytes) / kPanelsAtOnce / line;
   const int64_t columns = batch.section < usual ? usual / batch.section * batch.section : batch.section;
+  // Where all rows do not stay in the cache, some panels take turns at a part of their columns that does.
+  const bool in_turns = batch.rows * h.padded * kernels.width > kRowBytes;
+  const int64_t together = in_turns ? kMostPanels : kPanelsAtOnce;
   const int64_t floats = 2 * h.groups * kPanel, codes = is_grid(h.code) ? h.padded * kPanel : 0, cells = batch.rows * kPanel;
-  float *spread, *totals;
+  const int64_t ratios = running ? (h.groups + 1) * kPanel : 0;
+  float *spread, *totals, *made;
   uint8_t *expanded, *numbers;
-  memory.begin(kPanelsAtOnce * (4 * floats + codes + columns * line + 4 * cells), 4);
-  memory.take(spread, kPanelsAtOnce * floats);
-  memory.take(expanded, kPanelsAtOnce * codes);
+  memory.begin(together * (4 * floats + 4 * ratios + codes + 4 * cells) + kPanelsAtOnce * columns * line, 5);
+  memory.take(spread, together * floats);
+  memory.take(made, together * ratios);
+  memory.take(expanded, together * codes);
   memory.take(numbers, kPanelsAtOnce * columns * line);
-  memory.take(totals, kPanelsAtOnce * cells);
-  Strip strips[kPanelsAtOnce];
-  for (int64_t panel = first; panel < last; panel += kPanelsAtOnce) {
-    const int64_t panels = last - panel < kPanelsAtOnce ? last - panel : kPanelsAtOnce;
-    for (int64_t p = 0; p < panels; p++) strips[p] = open_panel(h, panel + p, spread + p * floats, expanded + p * codes);
-    std::memset(totals, 0, panels * cells * sizeof(float));
-    const BlockKernel* const multiply = kernels.blocks(panels);
-    for (int64_t column = 0; column < h.padded; column += columns) {
-      const int64_t count = h.padded - column < columns ? h.padded - column : columns;
-      for (int64_t p = 0; p < panels; p++) kernels.unpack(strips[p], column, count, numbers + p * columns * line);
-      Block block{strips, column, count, reinterpret_cast<const char*>(numbers), columns * line, {}};
-      if (!is_grid(h.code)) look_ahead(block, panels);
-      for (int64_t row = 0; row < batch.rows; row += batch.run) {
-        const int64_t rows = batch.rows - row < batch.run ? batch.rows - row : batch.run;
-        multiply[rows - 1](block, batch, row, totals + row * kPanel, cells);
-        block.ahead->bytes = 0;
-      }
+  memory.take(totals, together * cells);
+  Strip strips[kMostPanels];
+  for (int64_t panel = first; panel < last; panel += together) {
+    const int64_t here = last - panel < together ? last - panel : together;
+    bool runs = running;
+    for (int64_t p = 0; p < here; p++) {
+      strips[p] = open_panel(h, panel + p, spread + p * floats, expanded + p * codes);
+      runs = runs && running->fits(strips[p]);
     }
+    for (int64_t p = 0; runs && p < here; p++) running->open(strips[p], made + p * ratios);
+    std::memset(totals, 0, here * cells * sizeof(float));
+    for (int64_t column = 0; column < h.padded; column += columns)
+      for (int64_t pair = 0; pair < here; pair += kPanelsAtOnce) {
+        const int64_t count = h.padded - column < columns ? h.padded - column : columns;
+        const int64_t panels = here - pair < kPanelsAtOnce ? here - pair : kPanelsAtOnce;
+        const BlockKernel* const multiply = runs ? running->blocks(*strips, panels) : kernels.blocks(panels);
+        for (int64_t p = 0; p < panels; p++) {
+          kernels.unpack(strips[pair + p], column, count, numbers + p * columns * line);
+          if (runs) running->clear(strips[pair + p], column, count, numbers + p * columns * line);
+        }
+        Block block{strips + pair, column, count, reinterpret_cast<const char*>(numbers), columns * line, {}};
+        if (!is_grid(h.code)) look_ahead(block, panels, in_turns);
+        for (int64_t row = 0; row < batch.rows; row += batch.run) {
+          const int64_t rows = batch.rows - row < batch.run ? batch.rows - row : batch.run;
+          multiply[rows - 1](block, batch, row, totals + pair * cells + row * kPanel, cells);
+          block.ahead->bytes = 0;
+        }
+      }
+    for (int64_t p = 0; runs && p < here; p++) running->close(strips[p], batch.rows, totals + p * cells);
     for (int64_t row = 0; row < batch.rows; row++)
-      for (int64_t p = 0; p < panels; p++) store(job, row, panel + p, totals + p * cells + row * kPanel);
+      for (int64_t p = 0; p < here; p++) store(job, row, panel + p, totals + p * cells + row * kPanel);
   }
   memory.end();
 }

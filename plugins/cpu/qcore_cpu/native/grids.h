@@ -242,7 +242,7 @@ inline Strip open_panel(const Header& h, int64_t panel, float* floats, uint8_t* 
   };
   const auto* const table = reinterpret_cast<const float*>(section_at(h, h.table));
   Strip strip{&h, expanded, {floats, GroupFloats::kSpread, nullptr, 0}, {}, nullptr, is_table(h.code) ? table : nullptr,
-              {ahead(h.scales, bytes_of(h.scale)), ahead(h.offsets, bytes_of(h.offset, h.scale))}};
+              {ahead(h.scales, bytes_of(h.scale)), ahead(h.offsets, bytes_of(h.offset, h.scale))}, nullptr};
   if (is_grid(h.code)) {
     spread_grid(h, panel, expanded, floats);
     return strip;

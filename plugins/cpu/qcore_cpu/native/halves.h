@@ -1,13 +1,10 @@
 // Activations in bfloat16: exact products, summed in float32. Needs AVX-512 BF16.
 #pragma once
-#include "blocks.h"
+#include "running.h"
 #include "words.h"
 
 namespace qcore {
 namespace QCORE_ISA {
-
-// Each lane of a sum += the products of two pairs of bfloat16. As _mm512_dpbf16_ps; of that, GCC 12 moves sums from register to register.
-QCORE_INLINE void add_pairs(F16& sum, __m512i a, __m512i b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a), "v"(b)); }
 
 // 8-bit integers in two parts, each looked up: what their low five bits stand for, and the others less Header::zero.
 struct TwoHalves {
@@ -103,7 +100,8 @@ struct HalfDot {
 
 template <Code code>
 CodeKernels half_kernels() {
-  return {each_rows([](auto rows) { return half_rows<code, rows>; }), unpack_halves<code>, code_blocks<HalfDot, kHalfRun>, HalfDot::width};
+  static constexpr Running running{fits_running, open_running, clear_running, running_kernels, close_running};
+  return {each_rows([](auto rows) { return half_rows<code, rows>; }), unpack_halves<code>, code_blocks<HalfDot, kHalfRun>, HalfDot::width, &running};
 }
 
 }  // namespace QCORE_ISA

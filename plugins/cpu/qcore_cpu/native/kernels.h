@@ -100,6 +100,7 @@ struct Strip {
   const float* zeros;  // of each group, negated; null where there are none
   const float* table;
   Stream ahead[2];  // scales and offsets of the next panel
+  const float* ratios;  // of running sums (running.h)
 };
 
 // Some rows of a batch, the first ones of the run that begins with `row`, by a panel: out [rows][16].
@@ -121,12 +122,22 @@ struct Block {
 // those of the one before it.
 using BlockKernel = void (*)(const Block& block, const Batch& batch, int64_t row, float* totals, int64_t apart);
 
+// Of sums that run through all groups of a panel (running.h).
+struct Running {
+  bool (*fits)(const Strip& strip);
+  void (*open)(Strip& strip, float* ratios);
+  void (*clear)(const Strip& strip, int64_t first, int64_t columns, void* block);
+  const BlockKernel* (*blocks)(const Strip& strip, int64_t panels);
+  void (*close)(const Strip& strip, int64_t rows, float* totals);
+};
+
 // What there is for one code.
 struct CodeKernels {
   const RowKernel* rows;                       // of 1, 2 .. Kernels::rows_at_once rows
   Unpack unpack;
   const BlockKernel* (*blocks)(int64_t panels);  // of 1, 2 .. Batch::run rows
   int64_t width;
+  const Running* running = nullptr;
 };
 
 // One row of a panel's results, to where the job wants them.

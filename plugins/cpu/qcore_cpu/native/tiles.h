@@ -94,6 +94,12 @@ struct Corner {
     const int64_t width = tile_columns(batch), tile = 16 * batch.tile_bytes, step_bytes = 16 * batch.tile_bytes;
     const uint8_t* const a_rows = batch.tiles + row / 16 * steps * tile;
     Section section(h, batch, first * batch.section);
+    auto scale_products = [&](int64_t s, int64_t g) {
+      for (int r = 0; r < rows; r++)
+        for (int p = 0; p < panels; p++) scale(sides[p].strip, row + 16 * r, s, g, products[2 * r + p], sums + 256 * (2 * r + p));
+    };
+    // A section's products are scaled while those of the next are made: what comes behind a store waits for it.
+    int64_t g = 0;
     for (int64_t s = first; s < last; s++, section.next()) {
       const int64_t begin = s * batch.section, stop = begin + batch.section < h.padded ? begin + batch.section : h.padded;
       _tile_zero(0);
@@ -107,13 +113,14 @@ struct Corner {
         const uint8_t* const b[2] = {sides[0].codes + place, sides[panels - 1].codes + place};
         multiply_step<rows, panels>(a, b);
       }
+      if (s > first) scale_products(s - 1, g);
+      g = section.of_group;
       _tile_stored(0, products[0], 64);
       if constexpr (panels == 2) _tile_stored(1, products[1], 64);
       if constexpr (rows == 2) _tile_stored(2, products[2], 64);
       if constexpr (rows == 2 && panels == 2) _tile_stored(3, products[3], 64);
-      for (int r = 0; r < rows; r++)
-        for (int p = 0; p < panels; p++) scale(sides[p].strip, row + 16 * r, s, section.of_group, products[2 * r + p], sums + 256 * (2 * r + p));
     }
+    if (last > first) scale_products(last - 1, g);
   }
 
   // sums += products of a section, scaled.

@@ -64,10 +64,15 @@ inline Weight make(const Case& c) {
     for (int64_t k = c.columns - 1; k > 0; k--) std::swap(order[k], order[below(k + 1)]);
     std::memcpy(w.bytes.get() + h.order, order.data(), h.padded * 4);
   }
+  enum Scales { kEven, kWithZeros, kUneven, kExtreme };  // the last where a float16 need not hold them
+  const Scales scales = static_cast<Scales>(below(4));
   for (int64_t n = 0; n < c.rows; n++)
     for (int64_t g = 0; g < h.groups; g++) {
       const int64_t cell = (n / 16 * h.groups + g) * 16 + n % 16;
       double scale = 0.01 + 0.02 * uniform(), offset = 0, zero = 0;
+      if (scales == kWithZeros) scale *= static_cast<double>(below(3)) - 1;
+      if (scales == kUneven) scale = std::ldexp(scale, static_cast<int>(below(12)) - 6);
+      if (scales == kExtreme && c.scale != Scale::kF16 && c.type != Float::kF16 && below(4) == 0) scale = std::ldexp(scale, below(2) ? 40 : -40);
       uint8_t* const stored = w.bytes.get() + h.scales;
       if (c.scale == Scale::kF32) {
         const float value = static_cast<float>(scale);
