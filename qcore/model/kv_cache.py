@@ -149,6 +149,13 @@ def kv_cache_of(model: PreTrainedModel) -> TensorScheme | None:
     return None if roundings is None else roundings.scheme
 
 
+def kv_hooks_of(model: PreTrainedModel) -> list[Any]:
+    """The hooks of `quantize_kv_cache`; none where there is no such cache."""
+    base = model.base_model
+    hooks = (*base._forward_pre_hooks.values(), *base._forward_hooks.values())
+    return [hook for hook in hooks if isinstance(getattr(hook, "__self__", None), _Hook)]
+
+
 def kv_roundings_of(model: PreTrainedModel) -> KvRoundings | None:
     """How keys and values are rounded; None where they are not."""
     hooks = (getattr(hook, "__self__", None) for hook in model.base_model._forward_pre_hooks.values())

@@ -21,7 +21,9 @@ from qcore.checkpoint.architecture import model_class, unbuildable
 from qcore.checkpoint.json_file import read_json
 from qcore.checkpoint.kv_scales import chosen_scheme, spelled
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
+from qcore.discovery import registry
 from qcore.model.bounds import check_size
+from qcore.model.decoded import read_by_decoder
 from qcore.model.devices import find_device
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.model.memory import released_buffers
@@ -81,6 +83,8 @@ def load_model(
     with released_buffers(), memory_used_again():
         _Loader(checkpoint, model, packer, progress).run()
     promote_pages()
+    if registry().decoders:
+        read_by_decoder(model)
     return model
 
 

@@ -13,6 +13,7 @@ import qcore
 from qcore.elements import Float, Int
 from qcore.kernels.kv_cache import KvRounding
 from qcore.model.decode import Stepper
+from qcore.model.decoded import by_layers
 from qcore.model.kv_cache import kv_roundings_of
 from qcore_cpu.decoder import NativeDecoder, NativeSteps
 from qcore_cpu.library import status
@@ -63,7 +64,7 @@ def both(model: Any, count: int, length: int = 12) -> tuple[torch.Tensor, torch.
     prompt, some, single = torch.randint(1, 128, (length + 9 + count,), generator=random).split((length, 9, count))
     steps, cache = NativeDecoder.from_model(model).begin(), None
     got, expected = [], []
-    with torch.inference_mode():
+    with torch.inference_mode(), by_layers():
         for tokens, keep in ((prompt, 1), (some, 9), *((token.view(1), 1) for token in single)):
             got.append(steps.take(tokens.tolist(), keep))
             out = model(input_ids=tokens.unsqueeze(0), past_key_values=cache, use_cache=True)
@@ -89,7 +90,7 @@ def test_long_prompts(kind: str, tmp_path: Path) -> None:
 def test_the_last_logits_of_a_long_prompt(keep: int, tmp_path: Path) -> None:
     model = model_of("llama", tmp_path)
     tokens = torch.randint(1, 128, (300,), generator=torch.Generator().manual_seed(2))
-    with torch.inference_mode():
+    with torch.inference_mode(), by_layers():
         expected = model(input_ids=tokens.unsqueeze(0)).logits[0, -keep:]
         got = NativeDecoder.from_model(model).begin().take(tokens.tolist(), keep)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
@@ -174,7 +175,7 @@ def test_a_model_in_another_type_gets_another_decoder(tmp_path: Path) -> None:
     first = read(model).trial
     assert read(model).trial is first
     second = read(model.to(torch.bfloat16)).trial
-    assert second is not first and second is not None and second.place == ("cpu", torch.bfloat16)
+    assert second is not first and second is not None and second.trusted
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

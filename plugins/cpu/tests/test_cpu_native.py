@@ -15,7 +15,7 @@ import torch
 from qcore.accuracy import worst_error
 from qcore.scheme import Scheme
 from qcore.testing.layers import random_layer
-from qcore_cpu.kernels.native import NativeLinear, NativeLinearInt8
+from qcore_cpu.kernels.native import NativeEmbedding, NativeLinear, NativeLinearInt8
 from qcore_cpu.library import ISA_VARIABLE, Status, register, status
 
 pytestmark = pytest.mark.skipif(not status().isa, reason=f"no native kernels here: {status().fault}")
@@ -63,6 +63,21 @@ def test_every_instruction_set_of_this_processor(isa: str) -> None:
     found = json.loads(run(PROBE, **{ISA_VARIABLE: isa}))
     assert found["isa"] == isa and len(found["worst"]) == 45
     assert max(found["worst"].values()) < 0.01, found["worst"]
+
+
+@pytest.mark.parametrize("kind", [NativeLinear, NativeLinearInt8])
+def test_a_tied_layer_shares_what_its_embedding_has_packed(kind: type[NativeLinear]) -> None:
+    layer, other = (random_layer(Scheme.parse("W4A16-gguf:q4_0"), 80, 512, seed=seed) for seed in (1, 2))
+    dense = layer.weight.dequantize()
+    embedding, tied = (of.from_layer(layer, torch.float32) for of in (NativeEmbedding, kind))
+    alone, stranger = (kind.from_layer(of, torch.float32) for of in (layer, other))
+    assert tied.packed.data_ptr() == embedding.packed.data_ptr()
+    assert len({part.packed.data_ptr() for part in (tied, alone, stranger)}) == 3, "a second layer has its own"
+    x = torch.randn(3, 512)
+    assert torch.equal(tied(x), alone(x))
+    assert torch.equal(embedding(torch.tensor([0, 7, 79])), dense[[0, 7, 79]])
+    NativeEmbedding.from_layer(layer, torch.float32)
+    assert kind.from_layer(other, torch.float32)(x).equal(stranger(x)), "it is of another weight"
 
 
 def test_an_instruction_set_that_is_not_there_leaves_torchs_operators_and_it_is_said() -> None:

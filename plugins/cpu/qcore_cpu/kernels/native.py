@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from qcore_cpu.packed import (
     FLOAT_TOKEN,
     STATIC,
     TOKEN,
+    Header,
     header_of,
     lay_out,
 )
@@ -24,7 +26,7 @@ from qcore_cpu.packed_elements import element_parts
 
 if TYPE_CHECKING:
     from qcore.scheme import TensorScheme
-    from qcore.tensor import LayerTensors
+    from qcore.tensor import LayerTensors, QuantizedTensor
 
 _BLOCK = 128
 """Activations under one scale where kernels round them, at most (native/linear.cpp)."""
@@ -47,7 +49,8 @@ class NativeLinear(torch.nn.Module):
         self.rows = layer.weight.shape[0]
         self.given = given if input_kind == EXACT else None
         self.order = layer.order
-        self.register_buffer("packed", pack(layer, input_kind))
+        shared = NativeEmbedding.shared(layer.weight) if layer.input_scale is None else None
+        self.register_buffer("packed", pack(layer, input_kind) if shared is None else with_input(shared, input_kind))
         self.register_buffer("input_scale", layer.input_scale if self.given else None)
         self.register_buffer("input_zero", layer.input_zero if self.given else None)
 
@@ -91,18 +94,28 @@ class NativeLinearInt8(NativeLinear):
 
 
 class NativeEmbedding(torch.nn.Module):
-    """Rows of a packed weight; only those that are looked up become numbers."""
+    """Rows of a packed weight; only those that are looked up become numbers. A linear layer tied to it, which is made of the same weight, shares
+    what is packed: an embedding does not look at its input's kind."""
 
     packed: torch.Tensor
+    last: tuple[weakref.ref[QuantizedTensor], weakref.ref[torch.Tensor]] | None = None
+    """The weight that was packed last, and what became of it."""
 
     def __init__(self, layer: LayerTensors, dtype: torch.dtype) -> None:
         super().__init__()
         self.columns, self.dtype = layer.weight.shape[1], dtype
         self.register_buffer("packed", pack(layer, EXACT))
+        NativeEmbedding.last = weakref.ref(layer.weight), weakref.ref(self.packed)
 
     @classmethod
     def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> NativeEmbedding:
         return cls(layer, dtype)
+
+    @classmethod
+    def shared(cls, weight: QuantizedTensor) -> torch.Tensor | None:
+        """What the last embedding has packed, once, if it is of this weight."""
+        last, NativeEmbedding.last = cls.last, None
+        return last[1]() if last is not None and last[0]() is weight else None
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = torch.ops.qcore_cpu.look_up(tokens.long().contiguous(), self.packed, self.columns)
@@ -118,6 +131,13 @@ def pack(layer: LayerTensors, input_kind: int) -> torch.Tensor:
     if layer.input_scale is not None:
         parts.header.input_scale = float(layer.input_scale.to(torch.float32))
     return lay_out(parts)
+
+
+def with_input(packed: torch.Tensor, kind: int) -> torch.Tensor:
+    """The packed weight, for inputs of this kind from now on."""
+    place = Header.input.offset
+    packed[place : place + 8].view(torch.int64).fill_(kind)
+    return packed
 
 
 def _input_kind(layer: LayerTensors) -> int:
