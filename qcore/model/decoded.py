@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from contextlib import contextmanager
-from contextvars import ContextVar
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from qcore.model.trial import begin_text, is_unchanged, output_of, wants_layers
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from qcore.decoder import TokenSteps
-
-_BY_LAYERS: ContextVar[bool] = ContextVar("by_layers", default=False)
 
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "cache_position"}
 _KNOWN |= {"past_key_values", "use_cache", "logits_to_keep", "return_dict"}
@@ -35,17 +32,21 @@ class TextCache(DynamicCache):  # type: ignore[misc]
 
     _steps: TokenSteps
     _read: int
+    _of: weakref.ref[PreTrainedModel]
 
     @classmethod
-    def adopt(cls, cache: Any, steps: TokenSteps, read: int) -> TextCache:
+    def adopt(cls, cache: Any, model: PreTrainedModel, steps: TokenSteps, read: int) -> TextCache:
         cache.__class__ = cls
-        cache._steps, cache._read = steps, read
+        cache._steps, cache._read, cache._of = steps, read, weakref.ref(model)
         adopted: TextCache = cache
         return adopted
 
+    def is_of(self, model: PreTrainedModel) -> bool:
+        return self._of() is model
+
     def _leave(self) -> None:
         steps = self._steps
-        del self._steps, self._read
+        del self._steps, self._read, self._of
         self.__class__ = DynamicCache
         self.layers = steps.to_cache().layers
 
@@ -98,16 +99,6 @@ def read_by_decoder(model: PreTrainedModel) -> None:
     model.__class__ = _decoded(type(model))  # type: ignore[arg-type]
 
 
-@contextmanager
-def by_layers() -> Iterator[None]:
-    """Inside of it, models are what their layers make of them."""
-    before = _BY_LAYERS.set(True)
-    try:
-        yield
-    finally:
-        _BY_LAYERS.reset(before)
-
-
 @functools.cache
 def _decoded(base: Any) -> type[Any]:
     """The class, under its own name, with another forward."""
@@ -134,11 +125,9 @@ def _restored(base: type[PreTrainedModel]) -> Any:
 
 def _answer(model: PreTrainedModel, given: dict[str, Any]) -> Any:
     """The decoder's answer to a call of forward; None where the layers have to give it."""
-    from qcore.model.decode import begin_text, output_of
-
     tokens, cache = given.get("input_ids"), given.get("past_key_values")
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if _BY_LAYERS.get() or traced or model.training:
+    if wants_layers() or traced or model.training or torch.is_autocast_enabled(model.device.type):
         return None
     if type(tokens) is not torch.Tensor or tokens.dim() != 2 or tokens.shape[0] != 1 or not tokens.shape[1]:
         return None
@@ -151,6 +140,10 @@ def _answer(model: PreTrainedModel, given: dict[str, Any]) -> Any:
         return None
     keep, taken = min(keep, count) if keep else count, tokens[0].tolist()
     if isinstance(cache, TextCache):
+        if not cache.is_of(model) or (
+            count > 1 and not is_unchanged(model)
+        ):  # looking takes as long as a small model's step
+            return None
         logits = cache.take(taken, keep)
     else:
         if cache is not None and not _is_fresh(cache):
@@ -163,7 +156,7 @@ def _answer(model: PreTrainedModel, given: dict[str, Any]) -> Any:
         if cache is None and (config.use_cache if kept is None else kept):
             cache = DynamicCache(config=config)
         if cache is not None:
-            cache = TextCache.adopt(cache, steps, count)
+            cache = TextCache.adopt(cache, model, steps, count)
     return output_of(model)(logits=logits.to(model.dtype)[None], past_key_values=cache)
 
 
@@ -173,7 +166,8 @@ def _plain(given: dict[str, Any], config: Any) -> bool:
     if any(value is not None and value is not False for value in others):
         return False
     tuples = given.get("return_dict") is False or config.return_dict is False
-    return not (tuples or config.output_hidden_states or config.output_attentions)
+    named = ("output_hidden_states", "output_attentions", "output_router_logits")
+    return not (tuples or any(getattr(config, name, False) for name in named))
 
 
 def _in_order(given: dict[str, Any], past: int, count: int) -> bool:

@@ -2,7 +2,7 @@
 
 What a model is made of is read off its modules, not its name: norms around attention and MLP, norms of queries and keys, biases,
 sliding windows, rotary tables. A part that is not known refuses; whatever is overlooked shows in the first step's logits, which
-qcore.model.decode compares.
+qcore.model.trial compares.
 """
 
 from __future__ import annotations

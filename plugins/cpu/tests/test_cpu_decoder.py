@@ -13,8 +13,8 @@ import qcore
 from qcore.elements import Float, Int
 from qcore.kernels.kv_cache import KvRounding
 from qcore.model.decode import Stepper
-from qcore.model.decoded import by_layers
 from qcore.model.kv_cache import kv_roundings_of
+from qcore.model.trial import by_layers
 from qcore_cpu.decoder import NativeDecoder, NativeSteps
 from qcore_cpu.library import status
 
@@ -202,7 +202,7 @@ def test_a_model_that_does_something_else_reads_itself(
 def test_a_noisy_model_does_not_excuse_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits that have nothing to do with the model's, which is far from itself as well."""
     found = iter((1.2, 0.6, 1.2, 0.6))
-    monkeypatch.setattr("qcore.model.decode._distance", lambda logits, expected: next(found))
+    monkeypatch.setattr("qcore.model.trial._distance", lambda logits, expected: next(found))
     assert read(model_of("llama", tmp_path, "bfloat16")).decoder == ""
 
 

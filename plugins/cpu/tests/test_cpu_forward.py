@@ -12,7 +12,8 @@ import pytest
 import torch
 from test_cpu_decoder import model_of
 
-from qcore.model.decoded import TextCache, by_layers
+from qcore.model.decoded import TextCache
+from qcore.model.trial import by_layers
 from qcore_cpu.library import status
 
 pytestmark = pytest.mark.skipif(not status().isa, reason=f"no native kernels here: {status().fault}")
@@ -134,7 +135,11 @@ def _forwarded(model: Any) -> None:
     layer.forward = lambda x: 3 * forward(x)
 
 
-@pytest.mark.parametrize("change", [_hooked, _scaled, _replaced, _adapted, _forwarded])
+def _numbered(model: Any) -> None:
+    model.model.norm.variance_epsilon = 3.0
+
+
+@pytest.mark.parametrize("change", [_hooked, _scaled, _replaced, _adapted, _forwarded, _numbered])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_model_that_was_changed(change: Callable[[Any], None], when: str, tmp_path: Path) -> None:
     with torch.inference_mode(False), torch.no_grad():
@@ -174,6 +179,30 @@ def test_texts_under_way_at_once(model: Any) -> None:
     other = model(TOKENS[:, 12:], past_key_values=second).logits
     same(one, layers_of(model, input_ids=TOKENS).logits[:, 8:])
     same(other, layers_of(model, input_ids=TOKENS[:, 8:]).logits[:, 4:])
+
+
+def test_a_text_goes_on_with_another_or_a_changed_model(model: Any, tmp_path: Path) -> None:
+    other = model_of("llama", tmp_path / "other")
+    caches = [model(TOKENS[:, :8]).past_key_values for _ in range(2)]
+    expected = layers_of(model, input_ids=TOKENS).logits[:, 8:]
+    same(other(TOKENS[:, 8:], past_key_values=caches[0]).logits, expected)  # it has the same weights
+    _hooked(model)
+    past = layers_of(other, input_ids=TOKENS[:, :8]).past_key_values
+    expected = layers_of(model, input_ids=TOKENS[:, 8:], past_key_values=past).logits
+    same(model(TOKENS[:, 8:], past_key_values=caches[1]).logits, expected)
+    assert not any(isinstance(cache, TextCache) for cache in caches)
+
+
+def test_autocast_is_the_layers(model: Any) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not isinstance(model(TOKENS).past_key_values, TextCache)
+
+
+def test_a_token_that_there_is_not(model: Any) -> None:
+    for wrong in (128, 1 << 40, -1):
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.tensor([[3, wrong]]))
+    assert isinstance(model(TOKENS).past_key_values, TextCache)
 
 
 def test_copies_of_the_model(model: Any) -> None:
