@@ -74,8 +74,9 @@ class TextCache(DynamicCache):  # type: ignore[misc]
 
     def take(self, tokens: list[int], keep: int) -> torch.Tensor:
         """As TokenSteps.take."""
+        logits = self._steps.take(tokens, keep)
         self._read += len(tokens)
-        return self._steps.take(tokens, keep)
+        return logits
 
     @property
     def is_compileable(self) -> bool:
@@ -136,13 +137,14 @@ def _answer(model: PreTrainedModel, given: dict[str, Any]) -> Any:
     config, count = model.config, tokens.shape[1]
     past = cache.get_seq_length() if isinstance(cache, TextCache) else 0
     keep = given.get("logits_to_keep", 0)
-    if not isinstance(keep, int) or not _plain(given, config) or not _in_order(given, past, count):
+    if not isinstance(keep, int) or keep < 0 or not _plain(given, config) or not _in_order(given, past, count):
         return None
     keep, taken = min(keep, count) if keep else count, tokens[0].tolist()
+    if min(taken) < 0 or max(taken) >= model.get_input_embeddings().num_embeddings:
+        return None  # the layers say so
     if isinstance(cache, TextCache):
-        if not cache.is_of(model) or (
-            count > 1 and not is_unchanged(model)
-        ):  # looking takes as long as a small model's step
+        looked_at = count > 1  # a small model's step takes as long as looking
+        if not cache.is_of(model) or (looked_at and not is_unchanged(model)):
             return None
         logits = cache.take(taken, keep)
     else:
@@ -177,7 +179,9 @@ def _in_order(given: dict[str, Any], past: int, count: int) -> bool:
         return False
     places = torch.arange(past, past + count, device=given["input_ids"].device)
     wanted = ((given.get("position_ids"), places[None]), (given.get("cache_position"), places))
-    return all(one is None or (one.shape == expected.shape and torch.equal(one, expected)) for one, expected in wanted)
+    return all(
+        one is None or (one.shape == expected.shape and bool((one == expected).all())) for one, expected in wanted
+    )
 
 
 def _is_fresh(cache: Any) -> bool:
