@@ -7,7 +7,11 @@ take five times as long instead.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
+import os
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +27,9 @@ _SLOW = 1e-3
 """Seconds: small pages for as much memory come in two thirds of that."""
 _PAUSE = 64 << 20
 """Bytes that come on small pages behind a huge one that was slow: trying again costs a fifth of what they do."""
+_MADV_COLLAPSE = 25
+_OF_ONE = (errno.EAGAIN, errno.EBUSY, errno.ENOMEM)
+"""Faults of one page that others need not have."""
 _LENT = 128 << 10
 """Bytes from which on what is lent is kept: the C library uses smaller pieces again by itself."""
 _KEPT = 16
@@ -50,12 +57,29 @@ class _Pace:
             self.pause -= end - place
             self.small.append((weakref.ref(memory), place, end - place))
 
-    def promote(self) -> None:
+    def taken(self) -> list[tuple[weakref.ref[mmap.mmap], int, int]]:
+        """What came on small pages since this was asked, huge ones being wanted there from now on."""
         small, self.small = self.small, []
         for reference, place, count in small:
             if (memory := reference()) is not None:
-                with suppress(OSError):
-                    memory.madvise(mmap.MADV_HUGEPAGE, place, count)
+                memory.madvise(mmap.MADV_HUGEPAGE, place, count)
+        return small
+
+
+def _collapse(small: list[tuple[weakref.ref[mmap.mmap], int, int]]) -> None:
+    """Puts small pages on huge ones, one after the other, where the system does that (Linux 6.1); others wait for the system to do it by itself."""
+    madvise = ctypes.CDLL(None, use_errno=True).madvise  # which lets Python's other threads go on, unlike mmap's
+    with suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread alone
+    for reference, place, count in small:
+        for at in range(place, place + count, _HUGE_PAGE):
+            if (memory := reference()) is None:
+                break
+            page = ctypes.byref((ctypes.c_char * _HUGE_PAGE).from_buffer(memory, at))
+            failed = madvise(page, ctypes.c_size_t(_HUGE_PAGE), _MADV_COLLAPSE)
+            del memory, page
+            if failed and ctypes.get_errno() not in _OF_ONE:
+                return
 
 
 _PACE = _Pace()
@@ -76,9 +100,13 @@ def huge_pages(count: int) -> tuple[mmap.mmap, int]:
     return memory, first
 
 
-def promote_pages() -> None:
-    """Lets the system put on huge pages, when it has time, what came on small ones because huge ones were slow."""
-    _PACE.promote()
+def promote_pages(*, wait: bool = False) -> None:
+    """Puts on huge pages, meanwhile and with the least priority, what came on small ones because huge ones were slow. wait: until it is done."""
+    if small := _PACE.taken():
+        thread = threading.Thread(target=_collapse, args=(small,), name="qcore-pages", daemon=True)
+        thread.start()
+        if wait:
+            thread.join()
 
 
 def fresh_bytes(count: int) -> torch.Tensor:
@@ -106,7 +134,9 @@ class _Pool:
         with self.lock:
             self.loans += 1
             self.free = [(since, kept) for since, kept in self.free if self.loans - since < _KEPT]
-            fitting = [kept for _, kept in self.free if count <= kept.numel() <= 2 * count]
+            fitting = [
+                kept for _, kept in self.free if count <= kept.numel() <= count + count // 4
+            ]  # it may be kept for good
             found = min(fitting, key=lambda kept: kept.numel(), default=None)
             self.free = [(since, kept) for since, kept in self.free if kept is not found]
         memory = fresh_bytes(count) if found is None else found

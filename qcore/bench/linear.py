@@ -13,6 +13,7 @@ from qcore.bench.contenders import Contender, Product, dense, of_registry
 from qcore.bench.tools import of_tools
 from qcore.discovery import registry
 from qcore.kernels.activations import quantize_input
+from qcore.pages import promote_pages
 from qcore.refusal import Refusal, Refused
 from qcore.testing.layers import random_layer
 
@@ -52,6 +53,7 @@ def measure(question: Question, device: Device) -> Iterator[dict[str, Any]]:
             if question.peers:
                 others = [dense(layer, torch.float32), *own[1:], *of_tools(layer, question.exact)]
             runs = [_Run(contender, question.cold) for contender in (own[0], dense(layer, torch.bfloat16), *others)]
+            promote_pages(wait=True)
             for run in runs:  # pages that lay untouched while the others were made come slowly in some virtual machines
                 run.turn(torch.zeros(1, columns), len(run.copies))
             for batch in question.batches:
