@@ -1,8 +1,8 @@
-"""Memory on huge pages, where the system gives them quickly, and memory that is used again.
+"""Memory on huge pages, where the system gives them quickly.
 
-Walking over many pages of 4 KiB slows kernels down by a twentieth, and touching each for the first time takes four times as long as reading a file
-into it. A huge page takes a sixth of that; but systems that compact memory for it first, and virtual machines whose host took idle memory back, can
-take five times as long instead.
+Walking over many pages of 4 KiB slows kernels down by a tenth to a third, and touching each for the first time takes four times as long as reading a
+file into it. A huge page takes a sixth of that; but systems that compact memory for it first, and virtual machines whose host took idle memory back,
+can take five times as long instead.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from threading import RLock
+from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -30,10 +28,6 @@ _PAUSE = 64 << 20
 _MADV_COLLAPSE = 25
 _OF_ONE = (errno.EAGAIN, errno.EBUSY, errno.ENOMEM)
 """Faults of one page that others need not have."""
-_LENT = 128 << 10
-"""Bytes from which on what is lent is kept: the C library uses smaller pieces again by itself."""
-_KEPT = 16
-"""Loans after which what was not lent again goes back to the system."""
 
 
 class _Pace:
@@ -118,56 +112,3 @@ def fresh_bytes(count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.uint8)
     memory, first = huge_pages(count)
     return torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=first)
-
-
-class _Pool:
-    """Memory that tensors have left. Threads may lend from it at once."""
-
-    def __init__(self) -> None:
-        self.free: list[tuple[int, torch.Tensor]] = []  # and the number of the loan after which it came back
-        self.loans = self.scopes = 0
-        self.lock = RLock()  # what is collected while it is held takes it too
-
-    def lend(self, count: int) -> torch.Tensor:
-        import torch
-
-        with self.lock:
-            self.loans += 1
-            self.free = [(since, kept) for since, kept in self.free if self.loans - since < _KEPT]
-            fitting = [
-                kept for _, kept in self.free if count <= kept.numel() <= count + count // 4
-            ]  # it may be kept for good
-            found = min(fitting, key=lambda kept: kept.numel(), default=None)
-            self.free = [(since, kept) for since, kept in self.free if kept is not found]
-        memory = fresh_bytes(count) if found is None else found
-        held = memory.numpy()[:count]  # which the tensor holds, and all that share its storage
-        weakref.finalize(held, self.take_back, memory).atexit = False
-        return torch.from_numpy(held)
-
-    def take_back(self, memory: torch.Tensor) -> None:
-        with self.lock:
-            if self.scopes:
-                self.free.append((self.loans, memory))
-
-
-_POOL = _Pool()
-
-
-def lent_bytes(count: int) -> torch.Tensor:
-    """uint8 [count] of unknown values; within `memory_used_again`, memory that a tensor has left where there is some of about this size.
-    Raises as `fresh_bytes` does."""
-    return _POOL.lend(count) if _POOL.scopes and count >= _LENT else fresh_bytes(count)
-
-
-@contextmanager
-def memory_used_again() -> Iterator[None]:
-    """Within it, what `lent_bytes` gave is lent again as soon as nothing holds it."""
-    with _POOL.lock:
-        _POOL.scopes += 1
-    try:
-        yield
-    finally:
-        with _POOL.lock:
-            _POOL.scopes -= 1
-            if not _POOL.scopes:
-                _POOL.free = []

@@ -33,3 +33,12 @@ def test_scales_inside_of_blocks() -> None:
     assert all_finite(words[:, 4:5].view(torch.float16))
     words[49, 4] = 0x7C00
     assert not all_finite(words[:, 4:5].view(torch.float16))
+
+
+@pytest.mark.parametrize("shape", [(200_000,), (100, 2000), (1, 200_000), (100_000, 2)])
+def test_the_last_of_very_many(shape: tuple[int, ...]) -> None:
+    """More than are looked at at once."""
+    values = torch.zeros(shape, dtype=torch.float16)
+    assert all_finite(values)
+    values.view(-1)[-1] = float("nan")
+    assert not all_finite(values)

@@ -1,14 +1,15 @@
-"""Memory on huge pages, and memory that is used again."""
+"""Memory on huge pages."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from qcore import pages
-from qcore.pages import fresh_bytes, lent_bytes, memory_used_again
+from qcore.pages import fresh_bytes
 
 HUGE = 2 << 20
 
@@ -49,36 +50,24 @@ def test_huge_pages_that_come_slowly_are_left_alone_for_a_while(monkeypatch: pyt
     assert not pace.small
 
 
-def test_lent_memory_is_used_again_and_goes_back_to_the_system() -> None:
-    with memory_used_again():
-        first = lent_bytes(HUGE)
-        place, part = first.data_ptr(), first[5:9].view(2, 2)
-        part.fill_(3)
-        del first
-        other = lent_bytes(HUGE)
-        assert other.data_ptr() != place, "a view still holds the first"
-        other.fill_(4)
-        assert int(part.sum()) == 12
-        del part
-        assert lent_bytes(HUGE // 4).data_ptr() != place, "it is far too large for that"
-        again = lent_bytes(HUGE - 4096)
-        assert again.data_ptr() == place and again.numel() == HUGE - 4096
-        del again
-        for _ in range(pages._KEPT):
-            lent_bytes(HUGE // 8)
-        assert all(kept.data_ptr() != place for _, kept in pages._POOL.free), "nobody wanted it"
-    assert not pages._POOL.free
-    del other
-    assert not pages._POOL.free, "nothing is kept behind the end"
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages")
+@pytest.mark.parametrize(("fault", "asked"), [(0, 7), (errno.EAGAIN, 7), (errno.EINVAL, 1)])
+def test_small_pages_are_put_on_huge_ones_one_by_one(fault: int, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that are held, and no other; a fault of one page leaves the others their turn, and a system that does not know it is left alone."""
+    calls = []
 
+    def madvise(page: object, count: ctypes.c_size_t, advice: int) -> int:
+        calls.append((ctypes.cast(page, ctypes.c_void_p).value, count.value, advice))  # type: ignore[arg-type]
+        ctypes.set_errno(fault)
+        return -1 if fault else 0
 
-def test_no_memory_is_lent_twice_at_once() -> None:
-    def use(value: int) -> bool:
-        right = True
-        for _ in range(200):
-            memory = lent_bytes(pages._LENT + 1000 * value).fill_(value)
-            right &= bool((memory == value).all())
-        return right
-
-    with memory_used_again(), ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(use, range(4)))
+    monkeypatch.setattr(pages, "_PACE", pages._Pace())
+    monkeypatch.setattr(pages, "_SLOW", -1.0)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *given, **how: type("Library", (), {"madvise": staticmethod(madvise)}))
+    first, gone, second = (fresh_bytes(4 * HUGE) for _ in range(3))
+    del gone
+    pages.promote_pages(wait=True)
+    wanted = [first.data_ptr() + HUGE * page for page in (1, 2, 3)] + [
+        second.data_ptr() + HUGE * page for page in range(4)
+    ]
+    assert calls == [(place, HUGE, pages._MADV_COLLAPSE) for place in wanted[:asked]]

@@ -9,7 +9,7 @@ named as transformers names them, with what else their configs hold: in the shap
 
 and a mixture of 64 experts, 8 of them chosen
 
-    --type qwen3_moe --hidden 1024 --layers 12 --heads 16 --kv-heads 4 --inner 2048 --set num_experts=64 --set num_experts_per_tok=8
+    --type qwen3_moe --hidden 1024 --layers 12 --heads 16 --kv-heads 4 --inner 2048 --set num_experts=64 --set num_experts_per_tok=8 --set norm_topk_prob=true
 
 Then, for instance, `qcore quantize OUT --scheme Q4_K_M --out model.gguf` and `qcore bench model model.gguf --peers`.
 """

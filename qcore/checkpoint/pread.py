@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcore.checkpoint.source import TensorInfo
-from qcore.pages import lent_bytes
+from qcore.pool import lent_bytes
 from qcore.refusal import Refusal, Refused, bad_file
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from qcore.elements import Block
 from qcore.gguf.config import model_config
 from qcore.gguf.names import GgufParameter, parameter_names, row_permutation
 from qcore.method import CheckpointFiles, Method, ModulePlan
-from qcore.pages import lent_bytes
+from qcore.pool import lent_bytes
 from qcore.refusal import bad_file
 from qcore.scheme import weight_only
 

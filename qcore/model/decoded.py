@@ -26,6 +26,10 @@ _KNOWN |= {"past_key_values", "use_cache", "logits_to_keep", "return_dict"}
 """Arguments that a decoder's answer takes into account; of others only those that ask for nothing are allowed."""
 
 
+_ZERO_CROPS_NOTHING = "tokens_to_remove" in inspect.signature(DynamicCache.crop).parameters
+"""Else the argument of `crop` is the length that is left."""
+
+
 class TextCache(DynamicCache):  # type: ignore[misc]
     """The cache of a text that a decoder reads. It is made of an empty DynamicCache, in place, because callers go on with the object that they gave;
     and it is one again, with keys and values, once its layers are asked for."""
@@ -44,6 +48,12 @@ class TextCache(DynamicCache):  # type: ignore[misc]
     def is_of(self, model: PreTrainedModel) -> bool:
         return self._of() is model
 
+    @property
+    def _before(self) -> list[Any]:
+        """The layers that the empty cache had, which tell what there is but not what is in it."""
+        layers: list[Any] = vars(self)["layers"]
+        return layers
+
     def _leave(self) -> None:
         steps = self._steps
         del self._steps, self._read, self._of
@@ -60,17 +70,20 @@ class TextCache(DynamicCache):  # type: ignore[misc]
         self._leave()
         self.layers = layers
 
+    def __len__(self) -> int:
+        return len(self._before)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._read
 
-    def crop(self, max_length: int) -> None:
-        keep = max_length if max_length >= 0 else self._read + max_length
-        if 0 < keep < self._read:
-            self._steps.forget(self._read - keep)
-            self._read = keep
-        elif keep <= 0:
+    def crop(self, tokens: int) -> None:
+        """Below zero, of all versions of transformers', so many tokens less; what else there is depends on the version."""
+        if 0 < -tokens < self._read:
+            self._steps.forget(-tokens)
+            self._read += tokens
+        elif tokens or not _ZERO_CROPS_NOTHING:
             self._leave()
-            self.crop(max_length)
+            self.crop(tokens)
 
     def take(self, tokens: list[int], keep: int) -> torch.Tensor:
         """As TokenSteps.take."""
@@ -88,7 +101,7 @@ class TextCache(DynamicCache):  # type: ignore[misc]
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [layer.is_sliding for layer in vars(self)["layers"]]  # what the empty cache had
+        return [layer.is_sliding for layer in self._before]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         self._leave()  # a copy is an ordinary cache
@@ -103,14 +116,15 @@ def read_by_decoder(model: PreTrainedModel) -> None:
 @functools.cache
 def _decoded(base: Any) -> type[Any]:
     """The class, under its own name, with another forward."""
-    signature = inspect.signature(base.forward)
-    names = list(signature.parameters)[1:]
+    parameters = list(inspect.signature(base.forward).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(base.forward)
     def forward(self: PreTrainedModel, *args: Any, **given: Any) -> Any:
-        given = dict(zip(names, args, strict=False)) | given
-        answer = _answer(self, given)
-        return base.forward(self, **given) if answer is None else answer
+        placed = dict(zip(names, args, strict=False))
+        wrong = len(placed) < len(args) or placed.keys() & given.keys()  # which the layers' forward says
+        answer = None if wrong else _answer(self, placed | given)
+        return base.forward(self, *args, **given) if answer is None else answer
 
     def reduce(self: PreTrainedModel, protocol: Any) -> Any:
         return _restored, (base,), vars(self)

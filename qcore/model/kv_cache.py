@@ -158,8 +158,7 @@ def kv_hooks_of(model: PreTrainedModel) -> list[Any]:
 
 def kv_roundings_of(model: PreTrainedModel) -> KvRoundings | None:
     """How keys and values are rounded; None where they are not."""
-    hooks = (getattr(hook, "__self__", None) for hook in model.base_model._forward_pre_hooks.values())
-    return next((hook.roundings for hook in hooks if isinstance(hook, _Hook)), None)
+    return next((hook.__self__.roundings for hook in kv_hooks_of(model)), None)
 
 
 class _Hook:

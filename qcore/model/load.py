@@ -30,8 +30,9 @@ from qcore.model.memory import released_buffers
 from qcore.model.pack import Packer, agreed_bias
 from qcore.model.places import Places, Slot
 from qcore.model.stacks import ExpertLoader
-from qcore.pages import memory_used_again, promote_pages
+from qcore.pages import promote_pages
 from qcore.platform import Device
+from qcore.pool import memory_used_again
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.select import exact_activations
 from qcore.tensor import LayerTensors

@@ -15,7 +15,7 @@ from qcore.kernels.activations import quantize_input
 from qcore.refusal import Refusal
 from qcore.tensor import LayerTensors
 
-_ROWS = 128
+_ROWS = 256
 """Output channels compared at either end of a weight."""
 _TOLERANCE = 4.0
 """Times the bound: real weights are not as even as those that the bounds were found with."""

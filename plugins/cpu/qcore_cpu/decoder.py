@@ -31,7 +31,7 @@ from qcore_cpu.decoder_modules import (
 )
 from qcore_cpu.kernels.native import NativeLinear
 from qcore_cpu.library import register
-from qcore_cpu.packed import Header
+from qcore_cpu.packed import input_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -302,8 +302,7 @@ class NativeDecoder:
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        place = Header.input.offset
-        inputs = [packed[place : place + 8] for packed in self.weights]
+        inputs = [input_of(packed) for packed in self.weights]
         before = [field.clone() for field in inputs]
         try:
             for field in inputs:

@@ -114,6 +114,12 @@ def header_of(packed: torch.Tensor) -> Header:
     return Header.from_buffer_copy(packed[: ctypes.sizeof(Header)].numpy().tobytes())
 
 
+def input_of(packed: torch.Tensor) -> torch.Tensor:
+    """int64 [1]: Header.input of what `lay_out` made, in its place."""
+    place = Header.input.offset
+    return packed[place : place + 8].view(torch.int64)
+
+
 def lay_out(parts: Parts) -> torch.Tensor:
     """The header and its sections in one block of bytes, each section at a line of the cache. Raises Refused
     (contents-unsupported) where a block's scale is no number."""

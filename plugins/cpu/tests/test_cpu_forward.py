@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_cpu_decoder import model_of
+from transformers import DynamicCache
 
 from qcore.model.decoded import TextCache
 from qcore.model.trial import by_layers
@@ -53,15 +54,23 @@ def test_generate_gives_the_same(kind: str, how: dict[str, Any], tmp_path: Path)
     for context in (by_layers(), torch.inference_mode()):
         torch.manual_seed(5)
         with context:
-            answers.append(model.generate(TOKENS, max_new_tokens=24, min_new_tokens=24, **how))
-    assert torch.equal(*answers) and answers[0].shape == (1, 48)
+            answers.append(
+                model.generate(TOKENS, max_new_tokens=24, min_new_tokens=24, return_dict_in_generate=True, **how)
+            )
+    expected, got = answers
+    assert torch.equal(got.sequences, expected.sequences) and got.sequences.shape == (1, 48)
+    assert type(expected.past_key_values) is DynamicCache
+    windows = kind in (
+        "gemma3_text",
+        "phi3",
+    )  # whose layers are asked to keep more than their windows, for tokens that are taken back
+    expected_by_layers = "num_beams" in how or (windows and "prompt_lookup_num_tokens" in how)
+    assert isinstance(got.past_key_values, TextCache) != expected_by_layers
 
 
 @pytest.mark.parametrize("kv_cache", ["none", "fp8_e4m3"])
 def test_a_text_in_several_calls(kv_cache: str, tmp_path: Path) -> None:
     """The cache that the caller gave is the one that is read into; the layers go on with it as well."""
-    from transformers import DynamicCache
-
     model = model_of("llama", tmp_path, kv_cache=kv_cache)
     bound = 1e-4 if kv_cache == "none" else 1e-2
     mine, theirs = DynamicCache(config=model.config), DynamicCache(config=model.config)
@@ -162,8 +171,10 @@ def test_gradients_go_through_the_layers(tmp_path: Path) -> None:
 
 def test_a_text_that_is_cut_and_copied(model: Any) -> None:
     cache = model(TOKENS).past_key_values
-    cache.crop(20)
-    cache.crop(-4)
+    cache.crop(-5)
+    cache.crop(0)
+    cache.crop(-3)
+    assert len(cache) == len(model.model.layers)
     assert isinstance(cache, TextCache) and cache.get_seq_length() == 16
     expected = layers_of(model, input_ids=TOKENS).logits[:, 16:]
     copied = copy.deepcopy(cache)
@@ -221,6 +232,18 @@ def test_copies_of_the_model(model: Any) -> None:
     assert not copies[0](TOKENS).logits.any() and torch.equal(model(TOKENS).logits, expected)
 
 
-def test_compiling_takes_the_layers(model: Any) -> None:
-    compiled = torch.compile(model, backend="eager")
-    same(compiled(TOKENS, use_cache=False).logits, layers_of(model, input_ids=TOKENS).logits)
+def test_compiling_takes_the_layers(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = layers_of(model, input_ids=TOKENS).logits
+    begun = []
+    monkeypatch.setattr("qcore.model.decoded.begin_text", lambda *given: begun.append(given))
+    same(torch.compile(model, backend="eager")(TOKENS, use_cache=False).logits, expected)
+    assert not begun
+    model(TOKENS)
+    assert len(begun) == 1
+
+
+def test_a_call_that_is_wrong_is_said_to_be(model: Any) -> None:
+    with pytest.raises(TypeError, match="input_ids"):
+        model(TOKENS, input_ids=TOKENS)
+    with pytest.raises(TypeError, match="positional"):
+        model(*[TOKENS] * 20)

@@ -17,8 +17,8 @@ from qcore_cpu.packed import (
     FLOAT_TOKEN,
     STATIC,
     TOKEN,
-    Header,
     header_of,
+    input_of,
     lay_out,
 )
 from qcore_cpu.packed_blocks import block_parts_of
@@ -50,7 +50,9 @@ class NativeLinear(torch.nn.Module):
         self.given = given if input_kind == EXACT else None
         self.order = layer.order
         shared = NativeEmbedding.shared(layer.weight) if layer.input_scale is None else None
-        self.register_buffer("packed", pack(layer, input_kind) if shared is None else with_input(shared, input_kind))
+        if shared is not None:
+            input_of(shared).fill_(input_kind)
+        self.register_buffer("packed", pack(layer, input_kind) if shared is None else shared)
         self.register_buffer("input_scale", layer.input_scale if self.given else None)
         self.register_buffer("input_zero", layer.input_zero if self.given else None)
 
@@ -131,13 +133,6 @@ def pack(layer: LayerTensors, input_kind: int) -> torch.Tensor:
     if layer.input_scale is not None:
         parts.header.input_scale = float(layer.input_scale.to(torch.float32))
     return lay_out(parts)
-
-
-def with_input(packed: torch.Tensor, kind: int) -> torch.Tensor:
-    """The packed weight, for inputs of this kind from now on."""
-    place = Header.input.offset
-    packed[place : place + 8].view(torch.int64).fill_(kind)
-    return packed
 
 
 def _input_kind(layer: LayerTensors) -> int:
