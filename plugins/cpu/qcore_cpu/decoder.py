@@ -51,7 +51,7 @@ _KEPT = {"int8": 1, "e4m3fn": 2, "e5m2": 3}
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1}
 _FIRST_CAPACITY = 256
-"""Tokens that there is room for at first; it doubles."""
+"""Tokens that there is room for at first; it grows by as many, or by a quarter where that is more."""
 _AT_ONCE = 256
 """Tokens of a prompt that go through all layers together; native/linear.h allows 512."""
 
@@ -350,7 +350,7 @@ class NativeSteps:
         before = self.cache
         if length <= before.shape[3]:
             return
-        capacity = max(2 * before.shape[3], -(-length // _FIRST_CAPACITY) * _FIRST_CAPACITY)
+        capacity = -(-max(length, before.shape[3] * 5 // 4) // _FIRST_CAPACITY) * _FIRST_CAPACITY
         self.cache, self.rope = self._room(capacity), self.decoder.tables(capacity)
         self.cache[..., : self.length, :] = before[..., : self.length, :]
 

@@ -14,6 +14,10 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("qcore")
 
@@ -91,12 +95,24 @@ def register() -> ctypes.CDLL:
     if not library.qcore_has_threads():
         log.warning("qcore_cpu: torch's OpenMP runtime was not found; the native kernels run on one thread")
 
-    @torch.library.register_fake("qcore_cpu::linear")  # type: ignore[untyped-decorator]
-    def _linear(x: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
+    _register_meta()
+    return library
+
+
+@cache
+def _register_meta() -> torch.library.Library:
+    """What the operators give for tensors without memory. The operators are withdrawn with the object. (register_fake would look for the module
+    that it is called from among the sources of all that are imported, which takes 20 ms.)"""
+    import torch
+
+    meta = torch.library.Library("qcore_cpu", "IMPL", "Meta")
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
         return x.new_empty(*x.shape[:-1], rows)
 
-    @torch.library.register_fake("qcore_cpu::look_up")  # type: ignore[untyped-decorator]
-    def _look_up(tokens: torch.Tensor, weight: torch.Tensor, columns: int) -> torch.Tensor:
+    def look_up(tokens: torch.Tensor, weight: torch.Tensor, columns: int) -> torch.Tensor:
         return tokens.new_empty(*tokens.shape, columns, dtype=torch.float32)
 
-    return library
+    meta.impl("linear", linear)
+    meta.impl("look_up", look_up)
+    return meta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -201,9 +202,26 @@ def test_a_model_that_does_something_else_reads_itself(
 
 def test_a_noisy_model_does_not_excuse_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits that have nothing to do with the model's, which is far from itself as well."""
-    found = iter((1.2, 0.6, 1.2, 0.6))
+    found = itertools.cycle((1.2, 0.6))
     monkeypatch.setattr("qcore.model.trial._distance", lambda logits, expected: next(found))
     assert read(model_of("llama", tmp_path, "bfloat16")).decoder == ""
+
+
+def test_a_text_that_no_two_computations_agree_on_is_left_to_other_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that give something else wherever one token is read."""
+    model = model_of("llama", tmp_path)
+    forward = type(model.model).forward
+
+    def odd(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        out = forward(self, input_ids, **kwargs)
+        if 5 in input_ids:
+            out.last_hidden_state = out.last_hidden_state.roll(1, -1)
+        return out
+
+    monkeypatch.setattr(type(model.model), "forward", odd)
+    assert read(model, range(1, 9)).decoder == "native_decoder"
 
 
 @pytest.mark.parametrize("scheme", ["W8A8-fp8-dyn", "W8A8-int8-dyn"])
