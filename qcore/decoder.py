@@ -45,8 +45,8 @@ class TokenDecoder(Protocol):
         """Raises Refused (unknown-variant) where the model has parts that it does not know."""
         ...
 
-    def begin(self) -> TokenSteps:
-        """A text of which nothing has been read yet; several may be under way at once."""
+    def begin(self, texts: int = 1) -> TokenSteps:
+        """Texts of which nothing has been read yet; other ones may be under way."""
         ...
 
     def exact(self) -> AbstractContextManager[None]:
@@ -56,17 +56,22 @@ class TokenDecoder(Protocol):
 
 
 class TokenSteps(Protocol):
-    """One text's keys and values, and the way to its next tokens."""
+    """Keys and values of texts, and the way to their next tokens."""
 
-    def take(self, tokens: list[int], keep: int = 1) -> torch.Tensor:
-        """The logits [keep, vocabulary] of what follows the last of them, in float32; the tokens, at least one, become part of the
+    def take(self, tokens: list[int], keep: int = 1, text: int = 0) -> torch.Tensor:
+        """The logits [keep, vocabulary] of what follows the last of a text's tokens, in float32; the tokens, at least one, become part of its
         context."""
         ...
 
-    def forget(self, count: int) -> None:
-        """The last tokens are no part of the context any more."""
+    def take_each(self, tokens: list[int]) -> torch.Tensor:
+        """The logits [texts, vocabulary] of what follows the next token of each text, in float32."""
         ...
 
-    def to_cache(self) -> Any:
-        """What has been read, as a cache of transformers' with which the model can go on."""
+    def forget(self, count: int) -> None:
+        """The last tokens of each text are no part of its context any more."""
+        ...
+
+    def to_cache(self, length: int = 0) -> Any:
+        """What has been read, as a cache of transformers' with which the model can go on. In front, texts are padded to the longest of them, and
+        to `length`."""
         ...

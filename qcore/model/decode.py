@@ -33,10 +33,10 @@ class Stepper:
     def prompt(self, tokens: list[int]) -> torch.Tensor:
         """The logits [vocabulary] behind the first tokens, float32 on the CPU."""
         self.trial = trial_of(self.model)
-        begun = self.trial.begin(self.model, tokens, 1)
+        begun = self.trial.begin(self.model, [tokens], 1)
         if begun is None:
             return self._by_model(tokens)
-        self.steps, logits = begun
+        self.steps, (logits,) = begun
         return logits[-1]
 
     def step(self, token: int) -> torch.Tensor:

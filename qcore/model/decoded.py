@@ -1,111 +1,26 @@
 """A model whose own forward, and so transformers' `generate`, is taken by a plugin's decoder wherever the decoder gives the same.
 
-A text is begun with an empty cache, or none, and goes on with the cache that came out. Whatever a decoder does not do is left to the layers: several
-texts at once, masks with gaps, positions of one's own, hidden states and attentions, gradients, hooks, adapters. A text may change over in the
-middle: its cache becomes an ordinary one as soon as anybody looks into it.
+Texts are begun with an empty cache, or none, and go on with the cache that came out. Whatever a decoder does not do is left to the layers: masks with
+gaps, positions of one's own, hidden states and attentions, gradients, hooks, adapters. Texts may change over in the middle: their cache becomes
+an ordinary one as soon as anybody looks into it.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from qcore.model.trial import begin_text, is_unchanged, output_of, wants_layers
-
-if TYPE_CHECKING:
-    from qcore.decoder import TokenSteps
+from qcore.model.text_cache import TextCache
+from qcore.model.trial import begin_texts, is_unchanged, output_of, wants_layers
 
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "cache_position"}
 _KNOWN |= {"past_key_values", "use_cache", "logits_to_keep", "return_dict"}
 """Arguments that a decoder's answer takes into account; of others only those that ask for nothing are allowed."""
-
-
-_ZERO_CROPS_NOTHING = "tokens_to_remove" in inspect.signature(DynamicCache.crop).parameters
-"""Else the argument of `crop` is the length that is left."""
-
-
-class TextCache(DynamicCache):  # type: ignore[misc]
-    """The cache of a text that a decoder reads. It is made of an empty DynamicCache, in place, because callers go on with the object that they gave;
-    and it is one again, with keys and values, once its layers are asked for."""
-
-    _steps: TokenSteps
-    _read: int
-    _of: weakref.ref[PreTrainedModel]
-
-    @classmethod
-    def adopt(cls, cache: Any, model: PreTrainedModel, steps: TokenSteps, read: int) -> TextCache:
-        cache.__class__ = cls
-        cache._steps, cache._read, cache._of = steps, read, weakref.ref(model)
-        adopted: TextCache = cache
-        return adopted
-
-    def is_of(self, model: PreTrainedModel) -> bool:
-        return self._of() is model
-
-    @property
-    def _before(self) -> list[Any]:
-        """The layers that the empty cache had, which tell what there is but not what is in it."""
-        layers: list[Any] = vars(self)["layers"]
-        return layers
-
-    def _leave(self) -> None:
-        steps = self._steps
-        del self._steps, self._read, self._of
-        self.__class__ = DynamicCache
-        self.layers = steps.to_cache().layers
-
-    @property
-    def layers(self) -> Any:
-        self._leave()
-        return self.layers
-
-    @layers.setter
-    def layers(self, layers: Any) -> None:
-        self._leave()
-        self.layers = layers
-
-    def __len__(self) -> int:
-        return len(self._before)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._read
-
-    def crop(self, tokens: int) -> None:
-        """Below zero, of all versions of transformers', so many tokens less; what else there is depends on the version."""
-        if 0 < -tokens < self._read:
-            self._steps.forget(-tokens)
-            self._read += tokens
-        elif tokens or not _ZERO_CROPS_NOTHING:
-            self._leave()
-            self.crop(tokens)
-
-    def take(self, tokens: list[int], keep: int) -> torch.Tensor:
-        """As TokenSteps.take."""
-        logits = self._steps.take(tokens, keep)
-        self._read += len(tokens)
-        return logits
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_initialized(self) -> bool:
-        return True
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [layer.is_sliding for layer in self._before]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        self._leave()  # a copy is an ordinary cache
-        return self.__reduce_ex__(protocol)
 
 
 def read_by_decoder(model: PreTrainedModel) -> None:
@@ -144,27 +59,26 @@ def _answer(model: PreTrainedModel, given: dict[str, Any]) -> Any:
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if wants_layers() or traced or model.training or torch.is_autocast_enabled(model.device.type):
         return None
-    if type(tokens) is not torch.Tensor or tokens.dim() != 2 or tokens.shape[0] != 1 or not tokens.shape[1]:
-        return None
-    if tokens.device != model.device:
+    if type(tokens) is not torch.Tensor or tokens.dim() != 2 or not tokens.numel() or tokens.device != model.device:
         return None
     config, count = model.config, tokens.shape[1]
     past = cache.get_seq_length() if isinstance(cache, TextCache) else 0
     keep = given.get("logits_to_keep", 0)
-    if not isinstance(keep, int) or keep < 0 or not _plain(given, config) or not _in_order(given, past, count):
+    if not isinstance(keep, int) or keep < 0 or not _plain(given, config):
         return None
-    keep, taken = min(keep, count) if keep else count, tokens[0].tolist()
-    if min(taken) < 0 or max(taken) >= model.get_input_embeddings().num_embeddings:
-        return None  # the layers say so
+    padding, keep = _padding(given, past), min(keep, count) if keep else count
+    if padding is None or int(tokens.min()) < 0 or int(tokens.max()) >= model.get_input_embeddings().num_embeddings:
+        return None  # of a token that there is not, the layers say so
+    texts: list[list[int]] = tokens.tolist()
     if isinstance(cache, TextCache):
         looked_at = count > 1  # a small model's step takes as long as looking
-        if not cache.is_of(model) or (looked_at and not is_unchanged(model)):
+        if not cache.goes_on(model, padding) or (looked_at and not is_unchanged(model)):
             return None
-        logits = cache.take(taken, keep)
+        logits = cache.take(texts, keep)
     else:
         if cache is not None and not _is_fresh(cache):
             return None
-        begun = begin_text(model, taken, keep)
+        begun = begin_texts(model, [text[first:] for text, first in zip(texts, padding, strict=True)], keep)
         if begun is None:
             return None
         steps, logits = begun
@@ -172,8 +86,15 @@ def _answer(model: PreTrainedModel, given: dict[str, Any]) -> Any:
         if cache is None and (config.use_cache if kept is None else kept):
             cache = DynamicCache(config=config)
         if cache is not None:
-            cache = TextCache.adopt(cache, model, steps, count)
-    return output_of(model)(logits=logits.to(model.dtype)[None], past_key_values=cache)
+            cache = TextCache.adopt(cache, model, steps, count, padding)
+    return output_of(model)(logits=_stacked(logits, keep).to(model.dtype), past_key_values=cache)
+
+
+def _stacked(logits: list[torch.Tensor], keep: int) -> torch.Tensor:
+    """[texts, keep, vocabulary]; zeros where a text has no token."""
+    if len(logits) == 1 and len(logits[0]) == keep:
+        return logits[0][None]
+    return torch.stack([torch.nn.functional.pad(rows, (0, 0, keep - len(rows), 0)) for rows in logits])
 
 
 def _plain(given: dict[str, Any], config: Any) -> bool:
@@ -186,16 +107,32 @@ def _plain(given: dict[str, Any], config: Any) -> bool:
     return not (tuples or any(getattr(config, name, False) for name in named))
 
 
-def _in_order(given: dict[str, Any], past: int, count: int) -> bool:
-    """Whether the tokens are those that follow the ones before, all of which are looked at."""
-    mask = given.get("attention_mask")
-    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.shape == (1, past + count) and mask.all()):
-        return False
+def _padding(given: dict[str, Any], past: int) -> list[int] | None:
+    """How many tokens in front of each text only fill it up; None unless the others follow those before, all of which are looked at."""
+    mask, (texts, count) = given.get("attention_mask"), given["input_ids"].shape
+    padding = torch.zeros(texts, dtype=torch.int64)
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.shape != (texts, past + count):
+            return None
+        if not mask.all():
+            seen = mask != 0
+            if not seen[:, -1].all() or not (seen[:, 1:] >= seen[:, :-1]).all():
+                return None
+            padding = (~seen).sum(1)
+            if given.get("position_ids") is None:
+                return None  # the layers count the padding, too
     places = torch.arange(past, past + count, device=given["input_ids"].device)
-    wanted = ((given.get("position_ids"), places[None]), (given.get("cache_position"), places))
-    return all(
-        one is None or (one.shape == expected.shape and bool((one == expected).all())) for one, expected in wanted
-    )
+    positions, own = given.get("position_ids"), places[None] - padding[:, None]
+    if positions is not None:
+        if positions.shape != own.shape and (positions.shape != places[None].shape or padding.any()):
+            return None
+        if not ((positions == own) | (own < 0)).all():
+            return None
+    wanted = given.get("cache_position")
+    if wanted is not None and not torch.equal(wanted, places):
+        return None
+    found: list[int] = padding.tolist()
+    return found
 
 
 def _is_fresh(cache: Any) -> bool:

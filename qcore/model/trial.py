@@ -51,18 +51,22 @@ class Trial:
         """Which keeps others from being taken for them."""
         self.output: Any = None
 
-    def begin(self, model: PreTrainedModel, tokens: list[int], keep: int) -> tuple[TokenSteps, torch.Tensor] | None:
-        """A text and the logits [keep, vocabulary] behind its first tokens; None where there is no decoder that can be trusted."""
+    def begin(
+        self, model: PreTrainedModel, texts: list[list[int]], keep: int
+    ) -> tuple[TokenSteps, list[torch.Tensor]] | None:
+        """Texts, and of each the logits [at most keep, vocabulary] behind its first tokens; None where there is no decoder that can be trusted."""
         if self.decoder is None:
             return None
         if not self.trusted:
-            return self._tried(model, self.decoder, tokens, keep)
-        steps = self.decoder.begin()
-        return steps, steps.take(tokens, keep)
+            tried = self._tried(model, self.decoder, texts[0], keep)
+            if tried is None or len(texts) == 1:
+                return tried
+        steps = self.decoder.begin(len(texts))
+        return steps, [steps.take(tokens, min(keep, len(tokens)), text) for text, tokens in enumerate(texts)]
 
     def _tried(
         self, model: PreTrainedModel, decoder: TokenDecoder, tokens: list[int], keep: int
-    ) -> tuple[TokenSteps, torch.Tensor] | None:
+    ) -> tuple[TokenSteps, list[torch.Tensor]] | None:
         """The decoder's first text of all. What it makes of some tokens is held against the model's answers, at the beginning of a text and
         once more behind these tokens, for which the model gets the decoder's keys and values: a part that matters only far into a
         text shows there. Some texts no two narrow computations agree on (in SmolLM2's bfloat16 layers, the tokens that training never met come out
@@ -72,13 +76,13 @@ class Trial:
         with decoder.exact():
             excess = self._least_excess(model, decoder.begin(), samples)
         steps = decoder.begin()
-        logits = steps.take(tokens, keep)
+        logits = steps.take(tokens, min(keep, len(tokens)))
         with decoder.exact():
             excess = max(excess, self._least_excess(model, steps, samples))
         self.state = state_of(model)  # looking at it has changed nothing but counts of changes
         if excess <= 1:
             self.trusted = True
-            return steps, logits
+            return steps, [logits]
         self.decoder = None
         log.warning(
             "decoder %s does not give this model's logits (%.3g times the error allowed) and is not used",
@@ -113,9 +117,11 @@ class Trial:
         return found if math.isfinite(found) else math.inf
 
 
-def begin_text(model: PreTrainedModel, tokens: list[int], keep: int = 1) -> tuple[TokenSteps, torch.Tensor] | None:
+def begin_texts(
+    model: PreTrainedModel, texts: list[list[int]], keep: int
+) -> tuple[TokenSteps, list[torch.Tensor]] | None:
     """As Trial.begin, of the model's decoder."""
-    return trial_of(model).begin(model, tokens, keep)
+    return trial_of(model).begin(model, texts, keep)
 
 
 def is_unchanged(model: PreTrainedModel) -> bool:

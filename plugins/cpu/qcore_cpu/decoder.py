@@ -297,8 +297,8 @@ class NativeDecoder:
         self.rope = torch.stack(tables).contiguous() if tables else torch.zeros(1, 2, capacity, 2)
         return self.rope
 
-    def begin(self) -> NativeSteps:
-        return NativeSteps(self)
+    def begin(self, texts: int = 1) -> NativeSteps:
+        return NativeSteps(self, texts=texts)
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -314,47 +314,66 @@ class NativeDecoder:
 
 
 class NativeSteps:
-    """One text: keys and values [layers, 2, kv_heads, capacity, row] in the model's type or in bytes, of which `length` are there."""
+    """Texts under way: keys and values [texts, layers, 2, kv_heads, capacity, row] in the model's type or in bytes, of which `lengths` are there."""
 
-    def __init__(self, decoder: NativeDecoder, capacity: int = _FIRST_CAPACITY) -> None:
-        self.decoder, self.length = decoder, 0
+    def __init__(self, decoder: NativeDecoder, capacity: int = _FIRST_CAPACITY, texts: int = 1) -> None:
+        self.decoder, self.lengths = decoder, [0] * texts
         self.cache = self._room(capacity)
         self.rope = decoder.tables(capacity)
 
-    def take(self, tokens: list[int], keep: int = 1) -> torch.Tensor:
-        decoder = self.decoder
-        wanted = []
-        self._reserve(self.length + len(tokens))
+    def take(self, tokens: list[int], keep: int = 1, text: int = 0) -> torch.Tensor:
+        wanted, cache = [], slice(text, text + 1)
+        self._reserve(self.lengths[text] + len(tokens))
         for first in range(0, len(tokens), _AT_ONCE):
             part = tokens[first : first + _AT_ONCE]
-            hidden = decoder.embed(torch.tensor(part)).to(torch.float32).contiguous()
             count = max(1, len(part) - max(0, len(tokens) - keep - first))
-            torch.ops.qcore_cpu.decode(
-                hidden, decoder.plan, self.cache, self.rope, self.cache.shape[3], self.length, count
-            )
-            self.length += len(part)
-            wanted.append(hidden[-count:])
-        logits: torch.Tensor = decoder.head(torch.cat(wanted)[-keep:].to(decoder.dtype)).float()
-        return torch.tanh(logits / decoder.softcap) * decoder.softcap if decoder.softcap else logits
+            wanted.append(self._decode(part, self.cache[cache], self.lengths[cache], count))
+            self.lengths[text] += len(part)
+        return self._logits(torch.cat(wanted)[-keep:])
+
+    def take_each(self, tokens: list[int]) -> torch.Tensor:
+        self._reserve(max(self.lengths) + 1)
+        found = []
+        for first in range(0, len(tokens), _AT_ONCE):
+            part = slice(first, first + _AT_ONCE)
+            found.append(self._decode(tokens[part], self.cache[part], self.lengths[part], len(tokens[part])))
+        self.lengths = [length + 1 for length in self.lengths]
+        return self._logits(torch.cat(found))
 
     def forget(self, count: int) -> None:
-        self.length -= count
+        self.lengths = [length - count for length in self.lengths]
 
-    def to_cache(self) -> Any:
-        layers = self.cache[..., : self.length, :]  # which transformers' layers copy as they take them in
-        return cache_of(
-            self.decoder.config, self.decoder.roundings, ((keys[None], values[None]) for keys, values in layers)
-        )
+    def to_cache(self, length: int = 0) -> Any:
+        longest = max(length, *self.lengths)
+        states = self.cache[..., :longest, :].transpose(0, 2)  # [2, layers, texts, kv_heads, longest, row]
+        if min(self.lengths) < longest:
+            states = torch.zeros_like(states)
+            for text, own in enumerate(self.lengths):
+                states[:, :, text, :, longest - own :] = self.cache[text, ..., :own, :].transpose(0, 1)
+        return cache_of(self.decoder.config, self.decoder.roundings, zip(*states, strict=True))
+
+    def _decode(self, tokens: list[int], cache: torch.Tensor, lengths: list[int], count: int) -> torch.Tensor:
+        """float32 [count, hidden]: the last ones, behind the last norm."""
+        hidden: torch.Tensor = self.decoder.embed(torch.tensor(tokens)).to(torch.float32).contiguous()
+        capacity, positions = self.cache.shape[4], torch.tensor(lengths)
+        torch.ops.qcore_cpu.decode(hidden, self.decoder.plan, cache, self.rope, positions, capacity, count)
+        return hidden[-count:]
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        decoder = self.decoder
+        logits: torch.Tensor = decoder.head(hidden.to(decoder.dtype)).float()
+        return torch.tanh(logits / decoder.softcap) * decoder.softcap if decoder.softcap else logits
 
     def _reserve(self, length: int) -> None:
         before = self.cache
-        if length <= before.shape[3]:
+        if length <= before.shape[4]:
             return
-        capacity = -(-max(length, before.shape[3] * 5 // 4) // _FIRST_CAPACITY) * _FIRST_CAPACITY
+        capacity = -(-max(length, before.shape[4] * 5 // 4) // _FIRST_CAPACITY) * _FIRST_CAPACITY
         self.cache, self.rope = self._room(capacity), self.decoder.tables(capacity)
-        self.cache[..., : self.length, :] = before[..., : self.length, :]
+        kept = max(self.lengths)
+        self.cache[..., :kept, :] = before[..., :kept, :]
 
     def _room(self, capacity: int) -> torch.Tensor:
         decoder = self.decoder
-        dtype = torch.uint8 if decoder.kv_kind else decoder.dtype
-        return torch.zeros(decoder.layers, 2, decoder.kv_heads, capacity, decoder.row, dtype=dtype)
+        shape = (len(self.lengths), decoder.layers, 2, decoder.kv_heads, capacity, decoder.row)
+        return torch.zeros(shape, dtype=torch.uint8 if decoder.kv_kind else decoder.dtype)

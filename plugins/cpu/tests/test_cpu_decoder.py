@@ -131,6 +131,27 @@ def test_narrow_types(dtype: str, bound: float, tmp_path: Path) -> None:
     assert float((got - expected).norm() / expected.norm()) < bound
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_several_texts_are_what_each_is_alone(kind: str, tmp_path: Path) -> None:
+    """Of unlike lengths, one of which outgrows the room that they share: the next token of each, together."""
+    model = model_of(kind, tmp_path)
+    decoder, random = NativeDecoder.from_model(model), torch.Generator().manual_seed(2)
+    texts = [torch.randint(1, 128, (length,), generator=random).tolist() for length in (3, 300, 17, 1, 250)]
+    following = torch.randint(1, 128, (12, len(texts)), generator=random).tolist()
+    with torch.inference_mode():
+        together, alone = decoder.begin(len(texts)), [decoder.begin() for _ in texts]
+        for number, (text, steps) in enumerate(zip(texts, alone, strict=True)):
+            assert torch.equal(together.take(text, 1, number), steps.take(text))
+        for tokens in following:
+            expected = torch.cat([steps.take([token]) for token, steps in zip(tokens, alone, strict=True)])
+            torch.testing.assert_close(together.take_each(tokens), expected, rtol=1e-4, atol=1e-4)
+        together.forget(5)
+        out = model(input_ids=torch.tensor([[7]] * 5), past_key_values=together.to_cache(), use_cache=True,
+                    attention_mask=torch.cat([torch.arange(307)[None] >= 307 - torch.tensor([[10], [307], [24], [8], [257]]), torch.ones(5, 1)], 1),
+                    position_ids=torch.tensor([[10], [307], [24], [8], [257]]))  # fmt: skip
+        torch.testing.assert_close(together.take_each([7] * 5), out.logits[:, -1].float(), rtol=1e-3, atol=1e-3)
+
+
 def test_a_context_that_outgrows_its_room(tmp_path: Path) -> None:
     got, expected = both(model_of("qwen3", tmp_path), 40, length=240)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
@@ -319,7 +340,7 @@ def test_rows_of_a_quantized_cache_are_the_references(element: Any, form: str, t
             cache, expected, before = out.past_key_values, out.logits[0, -1], sum(different)
             for layer in range(3):
                 for which, rows in enumerate((cache.layers[layer].keys[0], cache.layers[layer].values[0])):
-                    ours = steps.cache[layer, which, :, : rows.shape[1]]
+                    ours = steps.cache[0, layer, which, :, : rows.shape[1]]
                     assert ours.shape == rows.shape
                     new = slice(-len(tokens), None)
                     different.append(float((ours[:, new, :16] != rows[:, new, :16]).float().mean()))
@@ -343,22 +364,25 @@ def test_wrong_parts_are_refused_by_the_operator(tmp_path: Path) -> None:
     decoder = NativeDecoder.from_model(model_of("llama", tmp_path))
     steps = NativeSteps(decoder, 600)
     call = torch.ops.qcore_cpu.decode
-    right = {"hidden": 64, "capacity": 600, "position": 0, "wanted": 1}
+    right: dict[str, Any] = {"hidden": 64, "capacity": 600, "positions": [0], "wanted": 1}
     for wrong in (
-        {"hidden": 63}, {"hidden": 0}, {"hidden": 64 * 513}, {"capacity": 599}, {"position": 600}, {"position": -1}, {"wanted": 0}, {"wanted": 2},
-        {"hidden": 128, "position": 599},
+        {"hidden": 63}, {"hidden": 0}, {"hidden": 64 * 513}, {"capacity": 599}, {"positions": [600]}, {"positions": [-1]}, {"wanted": 0},
+        {"wanted": 2}, {"hidden": 128, "positions": [599]}, {"positions": []}, {"hidden": 128, "positions": [0, 0], "wanted": 2},
     ):  # fmt: skip
         given = right | wrong
+        hidden, positions = torch.zeros(given["hidden"]), torch.tensor(given["positions"], dtype=torch.int64)
         with pytest.raises(RuntimeError, match="do not go together"):
-            call(
-                torch.zeros(given["hidden"]),
-                decoder.plan,
-                steps.cache,
-                steps.rope,
-                given["capacity"],
-                given["position"],
-                given["wanted"],
-            )
+            call(hidden, decoder.plan, steps.cache, steps.rope, positions, given["capacity"], given["wanted"])
+    two = NativeSteps(decoder, 600, texts=2)
+    for hidden, positions, wanted in (
+        (128, [0, 600], 2),
+        (128, [-1, 0], 2),
+        (128, [0, 0], 1),
+        (64, [0, 0], 1),
+        (192, [0, 0], 3),
+    ):
+        with pytest.raises(RuntimeError, match="do not go together"):
+            call(torch.zeros(hidden), decoder.plan, two.cache, two.rope, torch.tensor(positions), 600, wanted)
 
 
 def test_rows_are_looked_up_in_packed_weights() -> None:

@@ -13,13 +13,14 @@ import torch
 from test_cpu_decoder import model_of
 from transformers import DynamicCache
 
-from qcore.model.decoded import TextCache
+from qcore.model.text_cache import TextCache
 from qcore.model.trial import by_layers
 from qcore_cpu.library import status
 
 pytestmark = pytest.mark.skipif(not status().isa, reason=f"no native kernels here: {status().fault}")
 
 TOKENS = torch.randint(1, 128, (1, 24), generator=torch.Generator().manual_seed(3))
+MASK = torch.tensor([[1] * 12, [0] * 5 + [1] * 7])
 
 
 @pytest.fixture
@@ -68,6 +69,57 @@ def test_generate_gives_the_same(kind: str, how: dict[str, Any], tmp_path: Path)
     assert isinstance(got.past_key_values, TextCache) != expected_by_layers
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "mixtral", "phi3", "smollm3"])
+@pytest.mark.parametrize("how", [{}, {"do_sample": True, "top_k": 20}, {"num_beams": 2}])
+def test_generate_gives_the_same_for_several_texts(kind: str, how: dict[str, Any], tmp_path: Path) -> None:
+    model = model_of(kind, tmp_path)
+    given = {"attention_mask": MASK, "max_new_tokens": 24, "min_new_tokens": 24, "return_dict_in_generate": True}
+    answers = []
+    for context in (by_layers(), torch.inference_mode()):
+        torch.manual_seed(5)
+        with context:
+            answers.append(model.generate(TOKENS.view(2, 12), **given, **how))
+    expected, got = answers
+    assert torch.equal(got.sequences, expected.sequences) and got.sequences.shape == (2, 36)
+    assert isinstance(got.past_key_values, TextCache) == ("num_beams" not in how)
+
+
+@pytest.mark.parametrize("kv_cache", ["none", "fp8_e4m3", "int8"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_several_texts_in_several_calls(padded: bool, kv_cache: str, tmp_path: Path) -> None:
+    """A prompt, a token of each, some of each, and on with the layers; what stands where a text has no token is nobody's business."""
+    model, tokens = model_of("llama", tmp_path, kv_cache=kv_cache), TOKENS.view(2, 12)
+    mask = MASK if padded else torch.ones(2, 12)
+    bound = 1e-4 if kv_cache == "none" else 1e-2
+    mine, theirs = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0).long()
+
+    def given(first: int, last: int) -> dict[str, Any]:
+        return {
+            "input_ids": tokens[:, first:last],
+            "attention_mask": mask[:, :last],
+            "position_ids": positions[:, first:last],
+        }
+
+    def same_where_seen(got: torch.Tensor, expected: torch.Tensor, seen: torch.Tensor) -> None:
+        assert got.shape == expected.shape
+        assert float((got - expected)[seen].norm() / expected[seen].norm()) < bound
+
+    for first, last, keep in ((0, 8, 0), (8, 9, 1), (9, 11, 2)):
+        got = model(**given(first, last), logits_to_keep=keep, past_key_values=mine)
+        expected = layers_of(model, **given(first, last), logits_to_keep=keep, past_key_values=theirs).logits
+        assert got.past_key_values is mine and isinstance(mine, TextCache) and mine.get_seq_length() == last
+        seen = mask[:, first:last].bool()[:, -keep:]
+        same_where_seen(got.logits, expected, seen)
+        assert not got.logits[~seen].any()
+    mine.crop(-1)
+    theirs.crop(-1)
+    assert isinstance(mine, TextCache)
+    got = layers_of(model, **given(10, 12), past_key_values=mine).logits
+    same_where_seen(got, layers_of(model, **given(10, 12), past_key_values=theirs).logits, mask[:, 10:12].bool())
+    assert type(mine) is DynamicCache and mine.get_seq_length() == 12
+
+
 @pytest.mark.parametrize("kv_cache", ["none", "fp8_e4m3"])
 def test_a_text_in_several_calls(kv_cache: str, tmp_path: Path) -> None:
     """The cache that the caller gave is the one that is read into; the layers go on with it as well."""
@@ -97,7 +149,13 @@ def test_the_answer_is_of_the_models_kind(model: Any, tmp_path: Path) -> None:
 
 
 GIVEN: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "two texts": lambda model: {"input_ids": TOKENS.view(2, 12)},
+    "padding behind": lambda model: {"input_ids": TOKENS.view(2, 12), "attention_mask": MASK.flip(1)},
+    "padding without positions": lambda model: {"input_ids": TOKENS.view(2, 12), "attention_mask": MASK},
+    "positions of a padded text": lambda model: {
+        "input_ids": TOKENS.view(2, 12),
+        "attention_mask": MASK,
+        "position_ids": torch.arange(12)[None],
+    },
     "a mask with a gap": lambda model: {"input_ids": TOKENS, "attention_mask": (TOKENS > 30).long()},
     "positions of its own": lambda model: {"input_ids": TOKENS, "position_ids": torch.arange(5, 29)[None]},
     "embeddings": lambda model: {"inputs_embeds": model.get_input_embeddings()(TOKENS)},
@@ -235,7 +293,7 @@ def test_copies_of_the_model(model: Any) -> None:
 def test_compiling_takes_the_layers(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = layers_of(model, input_ids=TOKENS).logits
     begun = []
-    monkeypatch.setattr("qcore.model.decoded.begin_text", lambda *given: begun.append(given))
+    monkeypatch.setattr("qcore.model.decoded.begin_texts", lambda *given: begun.append(given))
     same(torch.compile(model, backend="eager")(TOKENS, use_cache=False).logits, expected)
     assert not begun
     model(TOKENS)

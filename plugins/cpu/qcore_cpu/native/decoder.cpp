@@ -37,9 +37,10 @@ struct Memory {
   std::vector<Product> products;
   std::vector<Chosen> chosen;
   std::vector<Layered> layered;
+  std::vector<Attention> texts;
 };
 
-constexpr int64_t kRowsKept = 16;  // whose memory is kept from one call to the next
+constexpr int64_t kRowsKept = 16;  // of a text, whose memory is kept from one call to the next
 
 float* room(std::vector<float>& memory, int64_t count) {
   if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
@@ -111,7 +112,7 @@ class Step {
   // memory_.attended = what the last `wanted` tokens find; keys and values of all are put into the cache.
   void attend(const Layer& layer, const Tokens& tokens, int64_t number, const void* x, int64_t wanted) {
     const int64_t rows = tokens.rows, query_size = stack_.heads * stack_.head_dim, key_size = stack_.kv_heads * stack_.head_dim;
-    const int64_t heads_bytes = stack_.kv_heads * tokens.capacity * stack_.row_bytes;
+    const int64_t heads_bytes = stack_.kv_heads * tokens.capacity * stack_.row_bytes, text_bytes = 2 * stack_.layers * heads_bytes;
     char* const keys = static_cast<char*>(tokens.cache) + 2 * number * heads_bytes;
     char* const values = keys + heads_bytes;
     float* const memory = room(memory_.looking, rows * (query_size + 2 * key_size));
@@ -123,20 +124,21 @@ class Step {
     multiply(x, rows, {{layer.query, layer.query_bias, query.first}, {layer.key, layer.key_bias, key.first}, {layer.value, layer.value_bias, value.first}}, apart ? 3 : 1);
     const int64_t table = tokens.capacity * stack_.rope_dim;
     each_row(rows, [&](int64_t row) {
-      const int64_t position = tokens.position + row;
+      const int64_t position = tokens.position(row), text = tokens.text(row) * text_bytes;
       const float* const cosines = layer.rope < 0 ? nullptr : tokens.rope + 2 * layer.rope * table + position * stack_.rope_dim;
       const float* const sines = cosines ? cosines + table : nullptr;
       if (row >= rows - wanted) rotate(query.row(row), stack_.heads, layer.query_norm, cosines, sines);
       rotate(key.row(row), stack_.kv_heads, layer.key_norm, cosines, sines);
       for (int64_t head = 0; head < stack_.kv_heads; head++) {
-        const int64_t place = (head * tokens.capacity + position) * stack_.row_bytes, inside = head * stack_.head_dim;
+        const int64_t place = text + (head * tokens.capacity + position) * stack_.row_bytes, inside = head * stack_.head_dim;
         keep(key.row(row) + inside, layer.key_side, head, keys + place);
         keep(value.row(row) + inside, layer.value_side, head, values + place);
       }
     });
-    Attention a{query.row(rows - wanted), query.stride, wanted, tokens.position + rows - wanted, layer.window, keys, values, layer.key_side, layer.value_side,
+    Attention a{query.row(rows - wanted), query.stride, wanted, tokens.position(rows - wanted), layer.window, keys, values, layer.key_side, layer.value_side,
                 stack_.kept, stack_.row_bytes, tokens.capacity, stack_.heads, stack_.kv_heads, stack_.head_dim, stack_.type,
                 static_cast<float>(stack_.scale), static_cast<float>(stack_.softcap), nullptr, room(memory_.attended, wanted * query_size)};
+    if (tokens.texts > 1) return attend_each(a, tokens, text_bytes);
     if (wanted > 1) return parallel(a.kv_heads * a.row_blocks(), 1, [&](int64_t first, int64_t last) { kernels_.attend_rows(a, first, last); });
     a.parts = room(memory_.parts, a.heads * a.spans() * a.part());
     parallel(a.kv_heads * a.spans(), 1, [&](int64_t first, int64_t last) { kernels_.attend(a, first, last); });
@@ -222,6 +224,30 @@ class Step {
   Memory& memory_;
 
  private:
+  // One query of each of several texts. a: of all their rows; keys and values of the first text.
+  void attend_each(const Attention& a, const Tokens& tokens, int64_t text_bytes) {
+    memory_.texts.assign(tokens.texts, a);
+    const int64_t out_bytes = a.heads * a.head_dim * width_of(a.type);
+    int64_t parts = 0;
+    for (int64_t text = 0; text < tokens.texts; text++) {
+      Attention& one = memory_.texts[text];
+      one.queries += text * a.stride, one.rows = 1, one.position = tokens.position(text);
+      one.keys = static_cast<const char*>(a.keys) + text * text_bytes, one.values = static_cast<const char*>(a.values) + text * text_bytes;
+      one.out = static_cast<char*>(a.out) + text * out_bytes;
+      parts += one.heads * one.spans() * one.part();
+    }
+    float* part = room(memory_.parts, parts);
+    for (Attention& one : memory_.texts) one.parts = part, part += one.heads * one.spans() * one.part();
+    parallel(tokens.texts * a.kv_heads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) {
+        const Attention& one = memory_.texts[i / a.kv_heads];
+        const int64_t head = i % a.kv_heads;
+        kernels_.attend(one, head * one.spans(), (head + 1) * one.spans());
+        kernels_.join(one, head * one.share(), (head + 1) * one.share());
+      }
+    });
+  }
+
   // A row of memory_.mixed += a row of memory_.wide, times its weight.
   void add_answer(int64_t answer, float weight, int64_t row) {
     kernels_.add(memory_.wide.data() + answer * stack_.hidden, weight, stack_.hidden, memory_.mixed.data() + row * stack_.hidden);
@@ -284,7 +310,7 @@ void take(const Kernels& kernels, const Stack& stack, const Tokens& tokens) {
     step.add(hidden, wanted, layer.output_norm);
   }
   each_row(tokens.wanted, [&](int64_t row) { step.normalize(hidden + row * stack.hidden, stack.final_norm, stack.hidden, Float::kF32, hidden + row * stack.hidden); });
-  if (tokens.rows > kRowsKept) memory = {};
+  if (tokens.texts == 1 && tokens.rows > kRowsKept) memory = {};
 }
 
 }  // namespace
