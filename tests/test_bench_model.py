@@ -23,6 +23,18 @@ def test_a_row_for_each_contender() -> None:
     assert min(row[key] for key in model.MEDIANS) > 0 and row["peak_rss_mib"] >= row["baseline_rss_mib"]
 
 
+def test_several_texts_at_once() -> None:
+    done = command(
+        "bench", "model", GGUF, "--prompt-tokens", 5, "--new-tokens", 3, "--texts", 3, "--rounds", 1, "--json"
+    )
+    answer = json.loads(done.stdout)
+    (row,) = answer["rows"]
+    assert answer["texts"] == 3 and row["by"] in ("native_decoder", "the model")
+    assert min(row[key] for key in model.MEDIANS) > 0
+    tokens = Task("model", 1, 5, 3, "auto", "exact", 3).tokens(128)
+    assert len({tuple(text) for text in tokens}) == 3 and {len(text) for text in tokens} == {8}
+
+
 def test_peers_take_turns_and_one_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def turn(name: str, task: Task) -> dict[str, object]:
         asked.append(name)
@@ -42,6 +54,7 @@ def test_peers_take_turns_and_one_that_fails_says_why(monkeypatch: pytest.Monkey
     [
         (("--new-tokens", 1), 2),
         (("--rounds", 0), 2),
+        (("--texts", 0), 2),
         (("--activations", "int3"), 2),
         (("--dtype", "int8"), 2),
     ],

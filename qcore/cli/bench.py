@@ -49,6 +49,7 @@ def model(
     path: options.Path,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens that are taken at once.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens that are taken one by one.")] = 64,
+    texts: Annotated[int, typer.Option(help="Texts that are read at once, each with as many tokens.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads; default torch's.")] = None,
     peers: Annotated[
         bool, typer.Option("--peers", help="Beside llama.cpp and transformers, where they are installed.")
@@ -71,6 +72,7 @@ def model(
     for name, value, least in (
         ("--prompt-tokens", prompt_tokens, 1),
         ("--new-tokens", new_tokens, 2),
+        ("--texts", texts, 1),
         ("--threads", threads or 1, 1),
         ("--rounds", rounds, 1),
     ):
@@ -80,10 +82,11 @@ def model(
         import torch
 
         threads = torch.get_num_threads()
-    task = Task(path, threads, prompt_tokens, new_tokens, dtype, activations)
+    task = Task(path, threads, prompt_tokens, new_tokens, dtype, activations, texts)
     rows = measure(task, peers, rounds, note)
     if json:
-        print_json({"threads": threads, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rows": rows})
+        asked = {"threads": threads, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "texts": texts}
+        print_json(asked | {"rows": rows})
         return
     headings = ("", "load s", "peak MiB", "prefill tok/s", "decode tok/s", "by")
     keys = ("name", "load_s", "peak_rss_mib", "prefill_tokens_per_s", "decode_tokens_per_s", "by")
