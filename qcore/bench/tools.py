@@ -14,6 +14,7 @@ import torch
 
 from qcore.bench import ggml
 from qcore.bench.contenders import Contender, Product
+from qcore.bench.vllm_cpu import of_vllm
 from qcore.blocks.types import BLOCK_TYPES
 from qcore.elements import Block, Codebook, Group, Int, PerChannel
 
@@ -35,6 +36,7 @@ def of_tools(layer: LayerTensors, exact: bool) -> Iterator[Contender]:
             yield _onnxruntime(layer, grid.size, exact)
         if _has("auto_round_kernel"):
             yield _auto_round_kernel(layer, grid.size, exact)
+    yield from of_vllm(layer, exact)
     int8, elements = Int(8, signed=True), (weight.element, inputs.element if inputs is not None else None)
     if elements == (int8, int8) and isinstance(grid, PerChannel) and hasattr(torch, "_int_mm"):
         yield _int_mm(layer)
