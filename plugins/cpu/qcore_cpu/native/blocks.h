@@ -1,5 +1,7 @@
 // Many rows: columns of a panel are unpacked into the cache once, and used by every row.
 #pragma once
+#include <algorithm>
+
 #include "exact.h"
 #include "grids.h"
 #include "scratch.h"
@@ -13,15 +15,16 @@ constexpr int64_t kBlockBytes = 16 << 10;  // that are unpacked at once: half of
 // Panels and rows that share what is loaded: as many as there are registers for.
 #ifdef __AVX512F__
 constexpr int kPanelsAtOnce = 2;
-constexpr int kFloatRun = 12, kHalfRun = 12, kIntegerRun = 6;
+constexpr int kFloatRun = 12, kHalfRun = 12, kIntegerRun = 8, kPackedRun = 8;
+static_assert(kPackedRun <= kIntegerRun && kPackedRun <= kHalfRun, "a panel that is left over is unpacked");
 constexpr int kHeld = 24;  // sums and totals that are in registers together
 constexpr int block_parts(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 #else
 constexpr int kPanelsAtOnce = 1;
 #ifdef __AVXVNNI__
-constexpr int kFloatRun = 6, kHalfRun = 0, kIntegerRun = 6;
+constexpr int kFloatRun = 6, kHalfRun = 0, kIntegerRun = 6, kPackedRun = 0;
 #else
-constexpr int kFloatRun = 6, kHalfRun = 0, kIntegerRun = 4;
+constexpr int kFloatRun = 6, kHalfRun = 0, kIntegerRun = 4, kPackedRun = 0;
 #endif
 constexpr int kHeld = 0;
 constexpr int block_parts(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
@@ -30,10 +33,11 @@ constexpr int block_parts(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; 
 // What comes next from memory comes while rows are multiplied.
 struct Ahead {
   Stream all[4];
-  QCORE_INLINE explicit Ahead(const Block& block) { unroll<4>([&](auto i) QCORE_INSIDE { all[i] = block.ahead[i]; }); }
+  int64_t share, shares;
+  QCORE_INLINE explicit Ahead(const Block& block) : share(block.share), shares(block.shares) { unroll<4>([&](auto i) QCORE_INSIDE { all[i] = block.ahead[i]; }); }
   QCORE_INLINE void fetch_chunk() {
     if (!all[0].bytes) return;
-    unroll<4>([&](auto i) QCORE_INSIDE { fetch(all[i]); });
+    unroll<4>([&](auto i) QCORE_INSIDE { fetch(all[i], share, shares); });
   }
 };
 
@@ -86,6 +90,7 @@ void add_codes(const Block& block, const Batch& batch, int64_t row, float* total
   const int64_t run = batch.run, stop = block.first + block.columns;
   const char *x = numbers_of(batch) + (row * h.padded + block.first * run) * D::width, *numbers = block.numbers;
   const typename D::End ends[2] = {{block.strips[0], batch}, {block.strips[panels - 1], batch}};
+  const typename D::Reader reader(*block.strips);
   Section section(h, batch, block.first);
   Ahead ahead(block);
   constexpr bool held = 2 * panels * rows <= kHeld;
@@ -98,7 +103,7 @@ void add_codes(const Block& block, const Batch& batch, int64_t row, float* total
       if (steps == 2 * steps_of_half) ahead.fetch_chunk();
       unroll<steps>([&](auto step) QCORE_INSIDE {
         I16 codes[panels];
-        unroll<panels>([&](auto p) QCORE_INSIDE { codes[p] = load_i(numbers + p * block.bytes + 64 * step); });
+        unroll<panels>([&](auto p) QCORE_INSIDE { codes[p] = reader.template load<step>(numbers + p * block.bytes); });
         unroll<rows>([&](auto r) QCORE_INSIDE {
           const Word given = spread_word(x + 4 * r);
           unroll<panels>([&](auto p) QCORE_INSIDE { dot[p][r].add_step(codes[p], given); });
@@ -107,11 +112,14 @@ void add_codes(const Block& block, const Batch& batch, int64_t row, float* total
         if constexpr (step % D::fitting == D::fitting - 1 || step == steps - 1)
           unroll<panels * rows>([&](auto i) QCORE_INSIDE { dot[i / rows][i % rows].end_run(); });
       });
-      numbers += 64 * steps;
+      numbers += D::step_bytes * steps;
     };
-    if (section.length < kChunk) multiply(std::integral_constant<int, steps_of_half>{});
-    else
+    auto multiply_chunks = [&]() QCORE_INSIDE {
       for (int64_t k = begin; k < end; k += kChunk) multiply(std::integral_constant<int, 2 * steps_of_half>{});
+    };
+    if constexpr (D::in_place) multiply_chunks();
+    else if (section.length < kChunk) multiply(std::integral_constant<int, steps_of_half>{});
+    else multiply_chunks();
     end_section<panels, rows, false>(ends, row, section.number, section.of_group, [&](int p, int r) QCORE_INSIDE { return dot[p][r].take(); },
                               [&](int p, int r) QCORE_INSIDE -> decltype(auto) {
                                 if constexpr (held) return (held_totals[p][r]);
@@ -144,6 +152,11 @@ const BlockKernel* code_blocks(int64_t panels) {
   return each_of<most, BlockKernel>([](auto rows) { return add_codes<D, kPanelsAtOnce, rows>; });
 }
 
+template <class D>
+const BlockKernel* packed_blocks() {
+  return each_of<kPackedRun, BlockKernel>([](auto rows) { return add_codes<D, kPanelsAtOnce, rows>; });
+}
+
 template <Code code>
 CodeKernels exact_kernels() {
   return {each_rows([](auto rows) { return exact_rows<code, rows>; }), unpack_floats<code>, float_blocks, 4};
@@ -151,7 +164,9 @@ CodeKernels exact_kernels() {
 template <Code code>
 CodeKernels integer_kernels() {
   using D = DotOf<code>;
-  return {each_rows([](auto rows) { return integer_rows<code, rows>; }), unpack_codes<code>, code_blocks<D, kIntegerRun>, D::width};
+  CodeKernels made{each_rows([](auto rows) { return integer_rows<code, rows>; }), unpack_codes<code>, code_blocks<D, kIntegerRun>, D::width};
+  if constexpr (kPackedRun > 0 && is_taken_packed(Numbers::kIntegers, code)) made.packed = packed_blocks<PackedCodes<code>>();
+  return made;
 }
 
 // Of the codes and scales that come next: those of the panels behind these in the same columns where pairs of panels take turns, else the columns behind.
@@ -171,6 +186,7 @@ inline void look_ahead(Block& block, int64_t panels, bool in_turns) {
 
 constexpr int64_t kRowBytes = 384 << 10;  // of rows that stay in the second cache beside what else is there
 constexpr int64_t kMostPanels = 4 * kPanelsAtOnce;
+constexpr int64_t kMostShares = 8;  // runs of rows that fetch what comes next: all at once would wait for each other
 constexpr int64_t kRunningFrom = 32, kRunningBytes = 2 * kBlockBytes;  // rows from which making ratios of scales is worth it, and what is unpacked at once then
 
 // The panels first .. last - 1.
@@ -208,17 +224,20 @@ inline void multiply_blocks(const Job& job, const CodeKernels& kernels, int64_t 
       for (int64_t pair = 0; pair < here; pair += kPanelsAtOnce) {
         const int64_t count = h.padded - column < columns ? h.padded - column : columns;
         const int64_t panels = here - pair < kPanelsAtOnce ? here - pair : kPanelsAtOnce;
-        const BlockKernel* const multiply = runs ? running->blocks(*strips, panels) : kernels.blocks(panels);
-        for (int64_t p = 0; p < panels; p++) {
+        const bool in_place = batch.in_place && kernels.packed && panels == kPanelsAtOnce;
+        const BlockKernel* const multiply = in_place ? kernels.packed : runs ? running->blocks(*strips, panels) : kernels.blocks(panels);
+        for (int64_t p = 0; p < panels && !in_place; p++) {
           kernels.unpack(strips[pair + p], column, count, numbers + p * columns * line);
           if (runs) running->clear(strips[pair + p], column, count, numbers + p * columns * line);
         }
-        Block block{strips + pair, column, count, reinterpret_cast<const char*>(numbers), columns * line, {}};
+        const uint8_t* const given = in_place ? strips[pair].codes + column * kPanel * bits_of(h.code) / 8 : numbers;
+        const int64_t apart = in_place ? panel_bytes(h) : columns * line, shares = (batch.rows + batch.run - 1) / batch.run;
+        Block block{strips + pair, column, count, reinterpret_cast<const char*>(given), apart, {}, std::min(shares, kMostShares), 0};
         if (!is_grid(h.code)) look_ahead(block, panels, in_turns);
         for (int64_t row = 0; row < batch.rows; row += batch.run) {
           const int64_t rows = batch.rows - row < batch.run ? batch.rows - row : batch.run;
           multiply[rows - 1](block, batch, row, totals + pair * cells + row * kPanel, cells);
-          block.ahead->bytes = 0;
+          if (++block.share == block.shares) block.ahead->bytes = 0;
         }
       }
     for (int64_t p = 0; runs && p < here; p++) running->close(strips[p], batch.rows, totals + p * cells);

@@ -85,7 +85,7 @@ void unpack_halves(const Strip& strip, int64_t first, int64_t columns, void* out
 }
 
 // As Dot, of pairs of bfloat16.
-struct HalfDot {
+struct HalfDot : Unpacked {
   using End = FloatEnd;
   static constexpr int width = 2, fitting = 8;
   F16 sum = zero_f();
@@ -98,10 +98,29 @@ struct HalfDot {
   }
 };
 
+// The same of codes as they are packed.
+template <Code code>
+struct PackedHalves : HalfDot {
+  static constexpr bool in_place = true;
+  static constexpr int64_t step_bytes = 4 * bits_of(code);
+  struct Reader {
+    Words<code> words;
+    explicit Reader(const Strip& strip) : words(*strip.h, strip.table) {}
+    template <int step>
+    QCORE_INLINE I16 load(const char* codes) const {
+      I16 found;
+      each_pair<code, step, 1>(reinterpret_cast<const uint8_t*>(codes), [&](__m512i lanes, auto) QCORE_INSIDE { found.v = words(lanes); });
+      return found;
+    }
+  };
+};
+
 template <Code code>
 CodeKernels half_kernels() {
   static constexpr Running running{fits_running, open_running, clear_running, running_kernels, close_running};
-  return {each_rows([](auto rows) { return half_rows<code, rows>; }), unpack_halves<code>, code_blocks<HalfDot, kHalfRun>, HalfDot::width, &running};
+  CodeKernels made{each_rows([](auto rows) { return half_rows<code, rows>; }), unpack_halves<code>, code_blocks<HalfDot, kHalfRun>, HalfDot::width, &running};
+  if constexpr (is_taken_packed(Numbers::kHalves, code)) made.packed = packed_blocks<PackedHalves<code>>();
+  return made;
 }
 
 }  // namespace QCORE_ISA

@@ -16,7 +16,18 @@ QCORE_INLINE void keep_order(I16& sum) {
 
 struct SectionEnd;
 
-struct WholeSum {
+// Numbers of a block, 64 bytes for each step.
+struct Unpacked {
+  static constexpr bool in_place = false;
+  static constexpr int64_t step_bytes = 64;
+  struct Reader {
+    QCORE_INLINE explicit Reader(const Strip&) {}
+    template <int step>
+    QCORE_INLINE I16 load(const char* numbers) const { return load_i(numbers + 64 * step); }
+  };
+};
+
+struct WholeSum : Unpacked {
   using End = SectionEnd;
   I16 sum = zero_i();
   QCORE_INLINE I16 take() {
@@ -96,6 +107,18 @@ constexpr int dot_bits(int bits) { return bits < 4 ? 4 : bits; }
 // Narrow codes share what is the same for them.
 template <Code code>
 using DotOf = Dot<dot_bits(is_table(code) ? 8 : bits_of(code))>;
+
+// The same of codes as they are packed.
+template <Code code>
+struct PackedCodes : DotOf<code> {
+  static constexpr bool in_place = true;
+  static constexpr int64_t step_bytes = 8 * bits_of(code);
+  struct Reader {
+    QCORE_INLINE explicit Reader(const Strip&) {}
+    template <int step>
+    QCORE_INLINE I16 load(const char* codes) const { return DotOf<code>::ready(quad<bits_of(code), step>(reinterpret_cast<const uint8_t*>(codes))); }
+  };
+};
 
 // A table's whole numbers by the codes of a quad: int8 in each byte.
 struct Bytes {

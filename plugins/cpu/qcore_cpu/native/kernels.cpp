@@ -124,7 +124,7 @@ const Kernels* QCORE_JOIN(kernels_, QCORE_ISA)() {
 #else
   constexpr bool halves = false;
 #endif
-  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), tiles, halves, Dot<8>::width == 2, kRowsAtOnce, kFloatRun, kHalfRun, kIntegerRun, prepare, multiply, look_up,
+  static const Kernels kernels{QCORE_TEXT(QCORE_ISA), tiles, halves, Dot<8>::width == 2, kRowsAtOnce, kFloatRun, kHalfRun, kIntegerRun, kPackedRun, prepare, multiply, look_up,
                                normalize, add_scaled, rotate, activate, score, attend, join, attend_rows, narrow_values, keep_row, widen_values};
   return &kernels;
 }

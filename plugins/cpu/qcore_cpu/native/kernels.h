@@ -33,6 +33,7 @@ struct Batch {
   int64_t section;        // columns of a section: of a group of the weight, or of a part of one
   int64_t sections;
   int64_t tile_bytes;     // of a row of a tile: 64, or fewer where sections are shorter
+  bool in_place;          // of kBlocks: codes become numbers in registers, for they are used by few rows
   float* values;          // [rows / run][padded][run]: kFloats
   uint16_t* halves;       // [rows / run][padded / 2][run][2], bfloat16, of each quad columns 0 2 1 3: kHalves
   int8_t* codes;          // [rows / run][padded / 4][run][4]: kIntegers
@@ -116,6 +117,7 @@ struct Block {
   const char* numbers;
   int64_t bytes;    // from a panel's numbers to the next one's
   Stream ahead[4];  // codes, scales and offsets
+  int64_t shares, share;  // of what is ahead rows fetch one line in so many, beginning with this one
 };
 
 // totals [..][16] += some rows of a batch, the first ones of the run that begins with `row`, by a block. A panel's totals begin `apart` behind
@@ -131,6 +133,12 @@ struct Running {
   void (*close)(const Strip& strip, int64_t rows, float* totals);
 };
 
+// Codes that blocks of rows may take as they are packed.
+constexpr bool is_taken_packed(Numbers numbers, Code code) {
+  if (numbers == Numbers::kHalves) return code == Code::kInt4 || code == Code::kTable4;
+  return numbers == Numbers::kIntegers && (code == Code::kInt4 || code == Code::kInt5 || code == Code::kInt6 || code == Code::kInt8);
+}
+
 // What there is for one code.
 struct CodeKernels {
   const RowKernel* rows;                       // of 1, 2 .. Kernels::rows_at_once rows
@@ -138,6 +146,7 @@ struct CodeKernels {
   const BlockKernel* (*blocks)(int64_t panels);  // of 1, 2 .. Batch::run rows
   int64_t width;
   const Running* running = nullptr;
+  const BlockKernel* packed = nullptr;  // of two panels, 1, 2 .. Kernels::packed_run rows, where Batch::in_place
 };
 
 // One row of a panel's results, to where the job wants them.
@@ -153,7 +162,7 @@ struct Kernels {
   bool has_halves;        // kHalves
   bool has_pairs;         // integer products of 8-bit codes read Batch::pairs
   int64_t rows_at_once;            // Batch::run of rows, at most
-  int64_t float_run, half_run, integer_run;  // of blocks
+  int64_t float_run, half_run, integer_run, packed_run;  // of blocks, the last where they are in place; 0: they never are
   void (*prepare)(const Job& job, int64_t first_row, int64_t last_row);
   void (*multiply)(const Job& job, int64_t first_panel, int64_t last_panel);
   // A row of the weight as float32 [columns].

@@ -9,7 +9,8 @@ namespace {
 constexpr int64_t kBlock = 128;    // rounded activations that share a scale, at most
 constexpr int64_t kFloatSum = 256;   // products that are summed before they go to a sum of such sums: long sums lose digits
 constexpr int64_t kWholeSum = 512;  // the same of whole numbers, which are exact: for the sake of the caches
-constexpr int64_t kFewRows = 8;   // that are quicker without unpacking, where some are multiplied at once
+constexpr int64_t kFewRows = 4;   // that are quicker by themselves than as blocks, where some are multiplied at once
+constexpr int64_t kIntegersInPlace = 64, kHalvesInPlace = 31;  // rows up to which codes are not unpacked
 constexpr int64_t kIntegerTilesFrom = 9, kHalfTilesFrom = 3;  // rows from which tiles are worth it
 constexpr int64_t kWorthWaking = 320 << 10;
 
@@ -28,12 +29,14 @@ Batch plan(const Kernels& kernels, const Header& h, int64_t rows, Float type) {
   if (is_grid(h.code)) few = 1;
   batch.way = rows <= few ? Way::kRows : rows >= tiles_from ? Way::kTiles : Way::kBlocks;
   const int64_t most = batch.way == Way::kTiles ? 1 : batch.way == Way::kRows ? kernels.rows_at_once : floats ? kernels.float_run : halves ? kernels.half_run : kernels.integer_run;
-  const int64_t runs = (rows + most - 1) / most;
-  batch.run = (rows + runs - 1) / runs;
-  batch.rows = rows;
   const int64_t longest = h.input == Input::kBlocks || h.input == Input::kFloatBlocks ? kBlock : integers ? kWholeSum : kFloatSum;
   batch.section = h.group > longest && (h.groups == 1 || h.group % longest == 0) ? longest : h.group;
   batch.sections = (h.padded + batch.section - 1) / batch.section;
+  batch.in_place = batch.way == Way::kBlocks && rows <= (integers ? kIntegersInPlace : kHalvesInPlace) && batch.section >= kChunk &&
+                   kernels.packed_run && is_taken_packed(batch.numbers, h.code);
+  const int64_t run = batch.in_place ? kernels.packed_run : most, runs = (rows + run - 1) / run;
+  batch.run = (rows + runs - 1) / runs;
+  batch.rows = rows;
   batch.tile_bytes = 64;
   if (batch.numbers == Numbers::kHalves && batch.section % 32) batch.tile_bytes = 32;
   if (batch.numbers == Numbers::kIntegers && batch.sections > 1 && batch.section % 64) batch.tile_bytes = batch.section % 32 ? 16 : 32;

@@ -39,13 +39,13 @@ QCORE_INLINE void prefetch(const uint8_t* chunk) {
   for (int line = 0; line < bits; line++) _mm_prefetch(reinterpret_cast<const char*>(chunk) + kFetchAhead + 64 * line, _MM_HINT_T0);
 }
 
-// A chunk's bytes of a stream: its first line alone, or all of them.
+// A chunk's bytes of a stream: its first line alone, or one line in `shares` from the line `share` on.
 QCORE_INLINE void fetch_line(Stream& stream) {
   _mm_prefetch(reinterpret_cast<const char*>(stream.at), _MM_HINT_T0);
   stream.at += stream.bytes;
 }
-QCORE_INLINE void fetch(Stream& stream) {
-  for (int64_t at = 0; at < stream.bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(stream.at) + at, _MM_HINT_T0);
+QCORE_INLINE void fetch(Stream& stream, int64_t share, int64_t shares) {
+  for (int64_t at = 64 * share; at < stream.bytes; at += 64 * shares) _mm_prefetch(reinterpret_cast<const char*>(stream.at) + at, _MM_HINT_T0);
   stream.at += stream.bytes;
 }
 
