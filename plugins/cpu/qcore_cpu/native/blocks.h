@@ -114,12 +114,10 @@ void add_codes(const Block& block, const Batch& batch, int64_t row, float* total
       });
       numbers += D::step_bytes * steps;
     };
-    auto multiply_chunks = [&]() QCORE_INSIDE {
+    if constexpr (!D::in_place)
+      if (section.length < kChunk) multiply(std::integral_constant<int, steps_of_half>{});
+    if (D::in_place || section.length >= kChunk)
       for (int64_t k = begin; k < end; k += kChunk) multiply(std::integral_constant<int, 2 * steps_of_half>{});
-    };
-    if constexpr (D::in_place) multiply_chunks();
-    else if (section.length < kChunk) multiply(std::integral_constant<int, steps_of_half>{});
-    else multiply_chunks();
     end_section<panels, rows, false>(ends, row, section.number, section.of_group, [&](int p, int r) QCORE_INSIDE { return dot[p][r].take(); },
                               [&](int p, int r) QCORE_INSIDE -> decltype(auto) {
                                 if constexpr (held) return (held_totals[p][r]);
