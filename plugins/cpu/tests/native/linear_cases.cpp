@@ -26,8 +26,8 @@ void linear_cases(const Kernels& kernels, Tally& tally) {
       if (!whole && below(2)) c.input = static_cast<Input>(4 + below(3)), c.ordered = false;
       if (c.input == Input::kFloatBlocks && c.group == 96) c.group = 64;
       const Weight w = make(c);
-      constexpr int64_t kRows[] = {1, 2, 3, 4, 7, 16, 17, 35, 97};
-      const int64_t rows = kRows[below(9)];
+      constexpr int64_t kRows[] = {1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 24, 35, 64, 97};
+      const int64_t rows = kRows[below(14)];
       const double error = worst(kernels, c.type, w, rows);
       if (!tally.count(c.type, error))
         std::printf("%s: code %d, [%d, %d], group %d, scale %d, offset %d, input %d, type %d, %sordered, %d rows: error %.3g\n", kernels.name,
