@@ -7,6 +7,7 @@ Those of its kernels that round activations of int4 weights, and those for fp8, 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qcore.bench.contenders import Contender, Product
+from qcore.bits import pack, unpack
 from qcore.elements import Float, Group, Int, PerChannel, Tile
 
 if TYPE_CHECKING:
     from qcore.tensor import LayerTensors
+
+log = logging.getLogger("qcore")
 
 _PER_WORD = 8
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -35,7 +39,7 @@ def of_vllm(layer: LayerTensors, exact: bool) -> Iterator[Contender]:
         return
     int8, amx = Int(8, signed=True), torch.cpu._is_amx_tile_supported()
     if isinstance(element, Int) and element.bits == 4 and isinstance(grid, Group) and inputs is None:
-        yield _wna16(layer, grid.size, amx) if exact or not amx else _w4a8(layer, grid.size)
+        yield _wna16(layer, amx) if exact or not amx else _w4a8(layer)
     if inputs is not None and (element, inputs.element) == (int8, int8) and isinstance(grid, PerChannel):
         yield _packed_w8a8(layer) if amx else _onednn_w8a8(layer)
     if amx and element == Float("e4m3fn") and grid == Tile(_BLOCK, _BLOCK):
@@ -47,31 +51,32 @@ def _operators() -> Any:
     """torch.ops._C with vLLM's operators; None where they are not there."""
     if importlib.util.find_spec("vllm") is None:
         return None
-    from vllm.platforms import current_platform
+    try:
+        from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+        if not current_platform.is_cpu():
+            return None
+        current_platform.import_kernels()
+    except Exception as fault:  # its imports fail beside packages that were built for another torch
+        log.warning("vllm is left out: %s: %s", type(fault).__name__, fault)
         return None
-    current_platform.import_kernels()
     return torch.ops._C
 
 
-def _codes(layer: LayerTensors, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 [K, N], unsigned, and bfloat16 scales [groups, N]."""
-    scales = layer.weight.scales[0].float()
-    codes = (layer.weight.dequantize() / scales.repeat_interleave(group, 1)).round().to(torch.int32)
-    return (codes + 8).t().contiguous(), scales.t().contiguous().bfloat16()
+def _codes(layer: LayerTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [K, N], and bfloat16 scales [groups, N]."""
+    codes = unpack(layer.weight.codes, 4, layer.weight.shape[1])
+    return codes.t().contiguous(), layer.weight.scales[0].t().contiguous().bfloat16()
 
 
 def _words(codes: torch.Tensor) -> torch.Tensor:
     """int32 [rows, columns / 8]: a code of each column in 4 bits, the first in the lowest."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    words = codes.view(len(codes), -1, _PER_WORD).to(torch.int64) << shifts
-    return words.sum(-1).to(torch.int32)
+    return pack(codes, 4).view(torch.int32)
 
 
-def _wna16(layer: LayerTensors, group: int, amx: bool) -> Contender:
+def _wna16(layer: LayerTensors, amx: bool) -> Contender:
     operators, (rows, columns) = _operators(), layer.weight.shape
-    codes, scales = _codes(layer, group)
+    codes, scales = _codes(layer)
     words = _words(codes).view(columns, -1, 16 // _PER_WORD).permute(1, 0, 2).reshape(-1, columns * 16 // _PER_WORD)
     isa = "amx" if amx else "vec"
 
@@ -88,13 +93,13 @@ def _wna16(layer: LayerTensors, group: int, amx: bool) -> Contender:
     return Contender(f"vllm wna16 {isa}", make, words.nbytes + scales.nbytes, torch.bfloat16)
 
 
-def _w4a8(layer: LayerTensors, group: int) -> Contender:
+def _w4a8(layer: LayerTensors) -> Contender:
     from vllm import _custom_ops
 
     operators = _operators()
-    codes, scales = _codes(layer, group)
+    codes, scales = _codes(layer)
     ordered = codes.view(len(codes), -1, _PER_WORD)[:, :, _AWQ_ORDER].reshape(codes.shape)
-    zeros = _words(torch.full(scales.shape, 8, dtype=torch.int32))
+    zeros = _words(torch.full(scales.shape, 8))
     packed = _custom_ops.convert_weight_packed_scale_zp(_words(ordered), zeros, scales, _custom_ops.CPUQuantAlgo.AWQ)
 
     def make() -> Product:
