@@ -85,22 +85,30 @@ inline float greatest(const float* values, int64_t begin, int64_t end) {
   return max_of(most);
 }
 
-// int8 codes and their scales, `run` apart: the greatest magnitude of a run / steps, runs being sections or the whole row; or one that is given.
-inline void round_row(const float* values, const Header& h, const Batch& batch, int8_t* codes, float* scales) {
-  const bool blocks = h.input == Input::kBlocks;
-  const float steps = blocks ? 127.0f : 127.5f;  // of compressed-tensors, where the scheme rounds inputs
-  const int64_t span = blocks ? batch.section : h.padded;
+// Calls f(begin, end, scale) for the runs of a row that have a scale each: their greatest magnitude / steps, or one that is given; and leaves it to the
+// sections in them, `run` apart, unless `scales` is null.
+template <class F>
+inline void each_scaled(const float* values, const Header& h, const Batch& batch, int64_t span, float steps, bool given, float* scales, F&& f) {
   for (int64_t begin = 0, s = 0; begin < h.padded; begin += span) {
     const int64_t end = begin + span < h.padded ? begin + span : h.padded;
     float scale = static_cast<float>(h.input_scale);
-    if (h.input != Input::kStatic) {
+    if (!given) {
       scale = greatest(values, begin, end) / steps;
       if (scale == 0) scale = 1.1920929e-07f;  // as compressed-tensors has it; any number will do
     }
+    f(begin, end, scale);
+    for (; scales && s < batch.sections && s * batch.section < end; s++) scales[s * batch.run] = scale;
+  }
+}
+
+// int8 codes and their scales, of sections or of the whole row.
+inline void round_row(const float* values, const Header& h, const Batch& batch, int8_t* codes, float* scales) {
+  const bool blocks = h.input == Input::kBlocks;
+  const float steps = blocks ? 127.0f : 127.5f;  // of compressed-tensors, where the scheme rounds inputs
+  each_scaled(values, h, batch, blocks ? batch.section : h.padded, steps, h.input == Input::kStatic, scales, [&](int64_t begin, int64_t end, float scale) {
     const F16 divisor = all_f(scale);
     for (int64_t k = begin; k < end; k += 16) narrow_s8(codes + k, round_f(clamp_f(div(load_f(values + k), divisor), -128, 127)));
-    for (; s < batch.sections && s * batch.section < end; s++) scales[s * batch.run] = scale;
-  }
+  });
 }
 
 // The nearest of e4m3, ties to even; the greatest for all beyond.
@@ -115,17 +123,10 @@ inline F16 nearest_e4m3(F16 x) {
 // A row rounded to e4m3, in place: what the numbers stand for, or, where there is room for `scales`, the numbers and a scale for each section.
 inline void round_float8(const Header& h, const Batch& batch, float* values, float* scales) {
   const int64_t span = h.input == Input::kFloatBlocks ? kFloat8Block : h.padded;
-  for (int64_t begin = 0, s = 0; begin < h.padded; begin += span) {
-    const int64_t end = begin + span < h.padded ? begin + span : h.padded;
-    float scale = static_cast<float>(h.input_scale);
-    if (h.input != Input::kFloatStatic) {
-      scale = greatest(values, begin, end) / 448.0f;
-      if (scale == 0) scale = 1.1920929e-07f;  // as compressed-tensors has it; any number will do
-    }
+  each_scaled(values, h, batch, span, 448, h.input == Input::kFloatStatic, scales, [&](int64_t begin, int64_t end, float scale) {
     const F16 divisor = all_f(scale), factor = all_f(scales ? 1 : scale);
     for (int64_t k = begin; k < end; k += 16) store_f(values + k, mul(nearest_e4m3(div(load_f(values + k), divisor)), factor));
-    for (; scales && s < batch.sections && s * batch.section < end; s++) scales[s * batch.run] = scale;
-  }
+  });
 }
 
 // Columns 0 2 1 3 of each quad.
@@ -177,14 +178,14 @@ inline void prepare(const Job& job, int64_t first, int64_t last) {
   };
   for (int64_t m = first; m < last; m++) {
     widen(static_cast<const char*>(job.x) + m * job.stride * width_of(job.type), job.type, h, values.data());
-    const int64_t first = batch.place(m, 0);
-    float* const sums = batch.sums + first;
-    if (is_float8(h.input)) round_float8(h, batch, values.data(), batch.scales ? batch.scales + first : nullptr);
+    const int64_t start = batch.place(m, 0);
+    float* const sums = batch.sums + start;
+    if (is_float8(h.input)) round_float8(h, batch, values.data(), batch.scales ? batch.scales + start : nullptr);
     if (batch.numbers != Numbers::kIntegers) {
       each_section(batch, padded, [&](int64_t s, int64_t begin, int64_t end) {
         F16 lanes = zero_f();
         for (int64_t k = begin; k < end; k += 16) lanes = add(lanes, load_f(values.data() + k));
-        sums[s * batch.run] = sum_of(lanes) * (batch.scales ? batch.scales[first + s * batch.run] : 1);
+        sums[s * batch.run] = sum_of(lanes) * (batch.scales ? batch.scales[start + s * batch.run] : 1);
       });
       if (batch.numbers == Numbers::kFloats) {
         if (batch.way == Way::kRows && in_place(h.code)) put_in_place(values.data(), padded);
@@ -197,14 +198,14 @@ inline void prepare(const Job& job, int64_t first, int64_t last) {
       continue;
     }
     codes.resize(padded);
-    float* const scales = batch.scales + first;
+    float* const scales = batch.scales + start;
     round_row(values.data(), h, batch, codes.data(), scales);
     each_section(batch, padded, [&](int64_t s, int64_t begin, int64_t end) {
       int32_t total = 0;
       for (int64_t k = begin; k < end; k++) total += codes[k];
       const int64_t place = s * batch.run;
-      batch.totals[first + place] = total;
-      batch.shifts[first + place] = total * zero_of(h);
+      batch.totals[start + place] = total;
+      batch.shifts[start + place] = total * zero_of(h);
       sums[place] = static_cast<float>(total) * scales[place];
     });
     if (batch.pairs) {

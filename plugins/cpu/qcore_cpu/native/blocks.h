@@ -1,4 +1,4 @@
-// Many rows: columns of a panel are unpacked into the cache once, and used by every row.
+// Many rows: codes of a panel are taken as they are packed, or where rows are more, are unpacked into the cache once and used by every row.
 #pragma once
 #include <algorithm>
 
@@ -99,11 +99,11 @@ void add_codes(const Block& block, const Batch& batch, int64_t row, float* total
   for (int64_t begin = block.first, end; begin < stop; begin = end, section.next()) {
     end = begin + section.length < stop ? begin + section.length : stop;
     D dot[panels][rows];
-    auto multiply = [&](auto steps) QCORE_INSIDE {
-      if (steps == 2 * steps_of_half) ahead.fetch_chunk();
+    auto multiply = [&](auto from, auto steps) QCORE_INSIDE {
+      if (from + steps == 2 * steps_of_half) ahead.fetch_chunk();
       unroll<steps>([&](auto step) QCORE_INSIDE {
         I16 codes[panels];
-        unroll<panels>([&](auto p) QCORE_INSIDE { codes[p] = reader.template load<step>(numbers + p * block.bytes); });
+        unroll<panels>([&](auto p) QCORE_INSIDE { codes[p] = reader.template load<from + step>(numbers + p * block.bytes); });
         unroll<rows>([&](auto r) QCORE_INSIDE {
           const Word given = spread_word(x + 4 * r);
           unroll<panels>([&](auto p) QCORE_INSIDE { dot[p][r].add_step(codes[p], given); });
@@ -112,12 +112,20 @@ void add_codes(const Block& block, const Batch& batch, int64_t row, float* total
         if constexpr (step % D::fitting == D::fitting - 1 || step == steps - 1)
           unroll<panels * rows>([&](auto i) QCORE_INSIDE { dot[i / rows][i % rows].end_run(); });
       });
-      numbers += D::step_bytes * steps;
+      if constexpr (!D::in_place) numbers += D::step_bytes * steps;
+      else if constexpr (from + steps == 2 * steps_of_half) numbers += D::step_bytes * 2 * steps_of_half;
     };
-    if constexpr (!D::in_place)
-      if (section.length < kChunk) multiply(std::integral_constant<int, steps_of_half>{});
-    if (D::in_place || section.length >= kChunk)
-      for (int64_t k = begin; k < end; k += kChunk) multiply(std::integral_constant<int, 2 * steps_of_half>{});
+    constexpr std::integral_constant<int, 0> start;
+    constexpr std::integral_constant<int, steps_of_half> half;
+    constexpr std::integral_constant<int, 2 * steps_of_half> whole;
+    if constexpr (!D::in_place) {
+      if (section.length < kChunk) multiply(start, half);
+    } else if constexpr (D::short_sections) {
+      if (section.length < kChunk && begin % kChunk == 0) multiply(start, half);
+      else if (section.length < kChunk) multiply(half, half);
+    }
+    if ((D::in_place && !D::short_sections) || section.length >= kChunk)
+      for (int64_t k = begin; k < end; k += kChunk) multiply(start, whole);
     end_section<panels, rows, false>(ends, row, section.number, section.of_group, [&](int p, int r) QCORE_INSIDE { return dot[p][r].take(); },
                               [&](int p, int r) QCORE_INSIDE -> decltype(auto) {
                                 if constexpr (held) return (held_totals[p][r]);
@@ -187,60 +195,88 @@ constexpr int64_t kMostPanels = 4 * kPanelsAtOnce;
 constexpr int64_t kMostShares = 8;  // runs of rows that fetch what comes next: all at once would wait for each other
 constexpr int64_t kRunningFrom = 32, kRunningBytes = 2 * kBlockBytes;  // rows from which making ratios of scales is worth it, and what is unpacked at once then
 
+// What the panels that are multiplied together have in common, and their memory.
+struct BlockPlan {
+  const Job& job;
+  const CodeKernels& kernels;
+  const Running* running;  // null: totals are of sections
+  int64_t columns;         // of a block
+  bool in_turns;           // whether more panels than a pair are together: where all rows do not stay in the cache, they take turns at columns that do
+  Strip strips[kMostPanels];
+  float *spread, *ratios, *totals;
+  uint8_t *expanded, *numbers;
+
+  BlockPlan(const Job& job, const CodeKernels& kernels) : job(job), kernels(kernels) {
+    const Header& h = *job.weight;
+    const Batch& batch = job.batch;
+    running = batch.rows >= kRunningFrom && !batch.scales ? kernels.running : nullptr;
+    const int64_t usual = (running ? kRunningBytes : kBlockBytes) / kPanelsAtOnce / line();
+    columns = batch.section < usual ? usual / batch.section * batch.section : batch.section;
+    in_turns = batch.rows * h.padded * kernels.width > kRowBytes;
+  }
+  int64_t line() const { return kPanel * kernels.width; }  // bytes of an unpacked column
+  int64_t together() const { return in_turns ? kMostPanels : kPanelsAtOnce; }
+  int64_t cells() const { return job.batch.rows * kPanel; }
+  int64_t floats() const { return 2 * job.weight->groups * kPanel; }
+  int64_t codes() const { return is_grid(job.weight->code) ? job.weight->padded * kPanel : 0; }
+  int64_t ratio_cells() const { return running ? (job.weight->groups + 1) * kPanel : 0; }
+
+  void take(Scratch& memory) {
+    memory.begin(together() * (4 * floats() + 4 * ratio_cells() + codes() + 4 * cells()) + kPanelsAtOnce * columns * line(), 5);
+    memory.take(spread, together() * floats());
+    memory.take(ratios, together() * ratio_cells());
+    memory.take(expanded, together() * codes());
+    memory.take(numbers, kPanelsAtOnce * columns * line());
+    memory.take(totals, together() * cells());
+  }
+};
+
+// The panels pair, pair + 1 of those that are together, by all rows, in some columns. runs: whether totals are sums that run.
+inline void multiply_pair(const BlockPlan& plan, int64_t pair, int64_t panels, int64_t column, bool runs) {
+  const Header& h = *plan.job.weight;
+  const Batch& batch = plan.job.batch;
+  const CodeKernels& kernels = plan.kernels;
+  const int64_t count = h.padded - column < plan.columns ? h.padded - column : plan.columns, apart = plan.columns * plan.line();
+  const bool in_place = batch.in_place && kernels.packed && panels == kPanelsAtOnce;
+  const BlockKernel* const multiply = in_place ? kernels.packed : runs ? plan.running->blocks(*plan.strips, panels) : kernels.blocks(panels);
+  const Strip* const strips = plan.strips + pair;
+  for (int64_t p = 0; p < panels && !in_place; p++) {
+    kernels.unpack(strips[p], column, count, plan.numbers + p * apart);
+    if (runs) plan.running->clear(strips[p], column, count, plan.numbers + p * apart);
+  }
+  const uint8_t* const given = in_place ? strips->codes + column * kPanel * bits_of(h.code) / 8 : plan.numbers;
+  const int64_t shares = (batch.rows + batch.run - 1) / batch.run;
+  Block block{strips, column, count, reinterpret_cast<const char*>(given), in_place ? panel_bytes(h) : apart, {}, std::min(shares, kMostShares), 0};
+  if (!is_grid(h.code)) look_ahead(block, panels, plan.in_turns);
+  for (int64_t row = 0; row < batch.rows; row += batch.run) {
+    const int64_t rows = batch.rows - row < batch.run ? batch.rows - row : batch.run;
+    multiply[rows - 1](block, batch, row, plan.totals + pair * plan.cells() + row * kPanel, plan.cells());
+    if (++block.share == block.shares) block.ahead->bytes = 0;
+  }
+}
+
 // The panels first .. last - 1.
 inline void multiply_blocks(const Job& job, const CodeKernels& kernels, int64_t first, int64_t last, Store store) {
   static thread_local Scratch memory;
   const Header& h = *job.weight;
-  const Batch& batch = job.batch;
-  const Running* const running = batch.rows >= kRunningFrom && !batch.scales ? kernels.running : nullptr;
-  const int64_t line = kPanel * kernels.width, usual = (running ? kRunningBytes : kBlockBytes) / kPanelsAtOnce / line;
-  const int64_t columns = batch.section < usual ? usual / batch.section * batch.section : batch.section;
-  // Where all rows do not stay in the cache, some panels take turns at a part of their columns that does.
-  const bool in_turns = batch.rows * h.padded * kernels.width > kRowBytes;
-  const int64_t together = in_turns ? kMostPanels : kPanelsAtOnce;
-  const int64_t floats = 2 * h.groups * kPanel, codes = is_grid(h.code) ? h.padded * kPanel : 0, cells = batch.rows * kPanel;
-  const int64_t ratios = running ? (h.groups + 1) * kPanel : 0;
-  float *spread, *totals, *made;
-  uint8_t *expanded, *numbers;
-  memory.begin(together * (4 * floats + 4 * ratios + codes + 4 * cells) + kPanelsAtOnce * columns * line, 5);
-  memory.take(spread, together * floats);
-  memory.take(made, together * ratios);
-  memory.take(expanded, together * codes);
-  memory.take(numbers, kPanelsAtOnce * columns * line);
-  memory.take(totals, together * cells);
-  Strip strips[kMostPanels];
-  for (int64_t panel = first; panel < last; panel += together) {
-    const int64_t here = last - panel < together ? last - panel : together;
+  BlockPlan plan(job, kernels);
+  plan.take(memory);
+  const Running* const running = plan.running;
+  for (int64_t panel = first; panel < last; panel += plan.together()) {
+    const int64_t here = std::min(last - panel, plan.together());
     bool runs = running;
     for (int64_t p = 0; p < here; p++) {
-      strips[p] = open_panel(h, panel + p, spread + p * floats, expanded + p * codes);
-      runs = runs && running->fits(strips[p]);
+      plan.strips[p] = open_panel(h, panel + p, plan.spread + p * plan.floats(), plan.expanded + p * plan.codes());
+      runs = runs && running->fits(plan.strips[p]);
     }
-    for (int64_t p = 0; runs && p < here; p++) running->open(strips[p], made + p * ratios);
-    std::memset(totals, 0, here * cells * sizeof(float));
-    for (int64_t column = 0; column < h.padded; column += columns)
-      for (int64_t pair = 0; pair < here; pair += kPanelsAtOnce) {
-        const int64_t count = h.padded - column < columns ? h.padded - column : columns;
-        const int64_t panels = here - pair < kPanelsAtOnce ? here - pair : kPanelsAtOnce;
-        const bool in_place = batch.in_place && kernels.packed && panels == kPanelsAtOnce;
-        const BlockKernel* const multiply = in_place ? kernels.packed : runs ? running->blocks(*strips, panels) : kernels.blocks(panels);
-        for (int64_t p = 0; p < panels && !in_place; p++) {
-          kernels.unpack(strips[pair + p], column, count, numbers + p * columns * line);
-          if (runs) running->clear(strips[pair + p], column, count, numbers + p * columns * line);
-        }
-        const uint8_t* const given = in_place ? strips[pair].codes + column * kPanel * bits_of(h.code) / 8 : numbers;
-        const int64_t apart = in_place ? panel_bytes(h) : columns * line, shares = (batch.rows + batch.run - 1) / batch.run;
-        Block block{strips + pair, column, count, reinterpret_cast<const char*>(given), apart, {}, std::min(shares, kMostShares), 0};
-        if (!is_grid(h.code)) look_ahead(block, panels, in_turns);
-        for (int64_t row = 0; row < batch.rows; row += batch.run) {
-          const int64_t rows = batch.rows - row < batch.run ? batch.rows - row : batch.run;
-          multiply[rows - 1](block, batch, row, totals + pair * cells + row * kPanel, cells);
-          if (++block.share == block.shares) block.ahead->bytes = 0;
-        }
-      }
-    for (int64_t p = 0; runs && p < here; p++) running->close(strips[p], batch.rows, totals + p * cells);
-    for (int64_t row = 0; row < batch.rows; row++)
-      for (int64_t p = 0; p < here; p++) store(job, row, panel + p, totals + p * cells + row * kPanel);
+    for (int64_t p = 0; runs && p < here; p++) running->open(plan.strips[p], plan.ratios + p * plan.ratio_cells());
+    std::memset(plan.totals, 0, here * plan.cells() * sizeof(float));
+    for (int64_t column = 0; column < h.padded; column += plan.columns)
+      for (int64_t pair = 0; pair < here; pair += kPanelsAtOnce)
+        multiply_pair(plan, pair, here - pair < kPanelsAtOnce ? here - pair : kPanelsAtOnce, column, runs);
+    for (int64_t p = 0; runs && p < here; p++) running->close(plan.strips[p], job.batch.rows, plan.totals + p * plan.cells());
+    for (int64_t row = 0; row < job.batch.rows; row++)
+      for (int64_t p = 0; p < here; p++) store(job, row, panel + p, plan.totals + p * plan.cells() + row * kPanel);
   }
   memory.end();
 }

@@ -101,7 +101,7 @@ struct HalfDot : Unpacked {
 // The same of codes as they are packed.
 template <Code code>
 struct PackedHalves : HalfDot {
-  static constexpr bool in_place = true;
+  static constexpr bool in_place = true, short_sections = in_short_sections(Numbers::kHalves, code);
   static constexpr int64_t step_bytes = 4 * bits_of(code);
   struct Reader {
     Words<code> words;

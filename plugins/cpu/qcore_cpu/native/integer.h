@@ -18,7 +18,7 @@ struct SectionEnd;
 
 // Numbers of a block, 64 bytes for each step.
 struct Unpacked {
-  static constexpr bool in_place = false;
+  static constexpr bool in_place = false, short_sections = true;
   static constexpr int64_t step_bytes = 64;
   struct Reader {
     QCORE_INLINE explicit Reader(const Strip&) {}
@@ -111,7 +111,7 @@ using DotOf = Dot<dot_bits(is_table(code) ? 8 : bits_of(code))>;
 // The same of codes as they are packed.
 template <Code code>
 struct PackedCodes : DotOf<code> {
-  static constexpr bool in_place = true;
+  static constexpr bool in_place = true, short_sections = in_short_sections(Numbers::kIntegers, code);
   static constexpr int64_t step_bytes = 8 * bits_of(code);
   struct Reader {
     QCORE_INLINE explicit Reader(const Strip&) {}

@@ -20,8 +20,8 @@ enum class Numbers : int64_t {
 // How.
 enum class Way : int64_t {
   kRows,    // some at once: codes become numbers in registers
-  kBlocks,  // rows by blocks of a panel that are unpacked into the cache
-  kTiles,   // the same, by tiles of 16 x 16
+  kBlocks,  // rows by blocks of a panel, which are unpacked into the cache unless Batch::in_place
+  kTiles,   // rows by unpacked blocks, in tiles of 16 x 16
 };
 
 // Rows of activations, made ready once a call and read by every thread. `padded` is the weight's.
@@ -138,6 +138,9 @@ constexpr bool is_taken_packed(Numbers numbers, Code code) {
   if (numbers == Numbers::kHalves) return code == Code::kInt4 || code == Code::kTable4;
   return numbers == Numbers::kIntegers && (code == Code::kInt4 || code == Code::kInt5 || code == Code::kInt6 || code == Code::kInt8);
 }
+
+// Whether they do where a section is half a chunk, too: 6-bit codes are of groups of 16.
+constexpr bool in_short_sections(Numbers numbers, Code code) { return numbers == Numbers::kIntegers && code == Code::kInt6; }
 
 // What there is for one code.
 struct CodeKernels {

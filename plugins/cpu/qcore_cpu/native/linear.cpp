@@ -32,8 +32,8 @@ Batch plan(const Kernels& kernels, const Header& h, int64_t rows, Float type) {
   const int64_t longest = h.input == Input::kBlocks || h.input == Input::kFloatBlocks ? kBlock : integers ? kWholeSum : kFloatSum;
   batch.section = h.group > longest && (h.groups == 1 || h.group % longest == 0) ? longest : h.group;
   batch.sections = (h.padded + batch.section - 1) / batch.section;
-  batch.in_place = batch.way == Way::kBlocks && rows <= (integers ? kIntegersInPlace : kHalvesInPlace) && batch.section >= kChunk &&
-                   kernels.packed_run && is_taken_packed(batch.numbers, h.code);
+  batch.in_place = batch.way == Way::kBlocks && rows <= (integers ? kIntegersInPlace : kHalvesInPlace) && kernels.packed_run &&
+                   is_taken_packed(batch.numbers, h.code) && (batch.section >= kChunk || in_short_sections(batch.numbers, h.code));
   const int64_t run = batch.in_place ? kernels.packed_run : most, runs = (rows + run - 1) / run;
   batch.run = (rows + runs - 1) / runs;
   batch.rows = rows;
