@@ -58,13 +58,9 @@ class TokenDecoder(Protocol):
 class TokenSteps(Protocol):
     """Keys and values of texts, and the way to their next tokens."""
 
-    def take(self, tokens: list[int], keep: int = 1, text: int = 0) -> torch.Tensor:
-        """The logits [keep, vocabulary] of what follows the last of a text's tokens, in float32; the tokens, at least one, become part of its
-        context."""
-        ...
-
-    def take_each(self, tokens: list[int]) -> torch.Tensor:
-        """The logits [texts, vocabulary] of what follows the next token of each text, in float32."""
+    def take(self, texts: list[list[int]], keep: int = 1) -> list[torch.Tensor]:
+        """Of each text the logits [at most keep, vocabulary] of what follows the last of its next tokens, in float32; the tokens, at least one of each
+        text, become part of its context."""
         ...
 
     def forget(self, count: int) -> None:

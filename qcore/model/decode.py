@@ -41,7 +41,7 @@ class Stepper:
 
     def step(self, token: int) -> torch.Tensor:
         """The same behind one more."""
-        return self._by_model([token]) if self.steps is None else self.steps.take([token])[-1]
+        return self._by_model([token]) if self.steps is None else self.steps.take([[token]])[0][-1]
 
     def _by_model(self, tokens: list[int]) -> torch.Tensor:
         out = read_by_layers(self.model, torch.tensor([tokens], device=self.model.device), self.cache, **self.arguments)

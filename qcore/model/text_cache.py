@@ -80,12 +80,8 @@ class TextCache(DynamicCache):  # type: ignore[misc]
 
     def take(self, texts: list[list[int]], keep: int) -> list[torch.Tensor]:
         """Of each text the logits [keep, vocabulary] behind its next tokens, as many as of the others."""
-        count = len(texts[0])
-        if len(texts) > 1 and count == 1:
-            logits = list(self._steps.take_each([token for (token,) in texts]).split(1))
-        else:
-            logits = [self._steps.take(tokens, keep, text) for text, tokens in enumerate(texts)]
-        self._read += count
+        logits = self._steps.take(texts, keep)
+        self._read += len(texts[0])
         return logits
 
     @property

@@ -62,7 +62,7 @@ class Trial:
             if tried is None or len(texts) == 1:
                 return tried
         steps = self.decoder.begin(len(texts))
-        return steps, [steps.take(tokens, min(keep, len(tokens)), text) for text, tokens in enumerate(texts)]
+        return steps, steps.take(texts, keep)
 
     def _tried(
         self, model: PreTrainedModel, decoder: TokenDecoder, tokens: list[int], keep: int
@@ -76,13 +76,13 @@ class Trial:
         with decoder.exact():
             excess = self._least_excess(model, decoder.begin(), samples)
         steps = decoder.begin()
-        logits = steps.take(tokens, min(keep, len(tokens)))
+        logits = steps.take([tokens], keep)
         with decoder.exact():
             excess = max(excess, self._least_excess(model, steps, samples))
         self.state = state_of(model)  # looking at it has changed nothing but counts of changes
         if excess <= 1:
             self.trusted = True
-            return steps, [logits]
+            return steps, logits
         self.decoder = None
         log.warning(
             "decoder %s does not give this model's logits (%.3g times the error allowed) and is not used",
@@ -107,7 +107,7 @@ class Trial:
         bound = _BOUNDS.get(model.dtype, 0.0)
         out = read_by_layers(model, given, steps.to_cache())
         self.output, expected = type(out), logits_of(out)
-        error = _distance(steps.take(tokens, len(tokens)), expected)
+        error = _distance(steps.take([tokens], len(tokens))[0], expected)
         steps.forget(len(tokens))
         if not error <= bound:  # only then is the model's own noise worth the time
             cache = read_by_layers(model, given[:, :half], steps.to_cache()).past_key_values

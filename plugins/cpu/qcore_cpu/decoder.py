@@ -53,7 +53,7 @@ _ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh"
 _FIRST_CAPACITY = 256
 """Tokens that there is room for at first; it grows by as many, or by a quarter where that is more."""
 _AT_ONCE = 256
-"""Tokens of a prompt that go through all layers together; native/linear.h allows 512."""
+"""Tokens that go through all layers together; native/linear.h allows 512."""
 
 
 class _Layer(ctypes.Structure):
@@ -321,24 +321,18 @@ class NativeSteps:
         self.cache = self._room(capacity)
         self.rope = decoder.tables(capacity)
 
-    def take(self, tokens: list[int], keep: int = 1, text: int = 0) -> torch.Tensor:
-        wanted, cache = [], slice(text, text + 1)
-        self._reserve(self.lengths[text] + len(tokens))
-        for first in range(0, len(tokens), _AT_ONCE):
-            part = tokens[first : first + _AT_ONCE]
-            count = max(1, len(part) - max(0, len(tokens) - keep - first))
-            wanted.append(self._decode(part, self.cache[cache], self.lengths[cache], count))
-            self.lengths[text] += len(part)
-        return self._logits(torch.cat(wanted)[-keep:])
-
-    def take_each(self, tokens: list[int]) -> torch.Tensor:
-        self._reserve(max(self.lengths) + 1)
-        found = []
-        for first in range(0, len(tokens), _AT_ONCE):
-            part = slice(first, first + _AT_ONCE)
-            found.append(self._decode(tokens[part], self.cache[part], self.lengths[part], len(tokens[part])))
-        self.lengths = [length + 1 for length in self.lengths]
-        return self._logits(torch.cat(found))
+    def take(self, texts: list[list[int]], keep: int = 1) -> list[torch.Tensor]:
+        self._reserve(max(length + len(tokens) for length, tokens in zip(self.lengths, texts, strict=True)))
+        found: list[list[torch.Tensor]] = [[] for _ in texts]
+        for parts in _parts([len(tokens) for tokens in texts]):
+            wanted = [max(1, last - max(first, len(texts[text]) - keep)) for text, first, last in parts]
+            tokens = [token for text, first, last in parts for token in texts[text][first:last]]
+            hidden = self._decode(tokens, parts, wanted)
+            for (text, first, last), rows in zip(parts, hidden.split(wanted), strict=True):
+                self.lengths[text] += last - first
+                found[text].append(rows)
+        rows = [torch.cat(each)[-keep:] for each in found]
+        return list(self._logits(torch.cat(rows)).split([len(each) for each in rows]))
 
     def forget(self, count: int) -> None:
         self.lengths = [length - count for length in self.lengths]
@@ -352,12 +346,17 @@ class NativeSteps:
                 states[:, :, text, :, longest - own :] = self.cache[text, ..., :own, :].transpose(0, 1)
         return cache_of(self.decoder.config, self.decoder.roundings, zip(*states, strict=True))
 
-    def _decode(self, tokens: list[int], cache: torch.Tensor, lengths: list[int], count: int) -> torch.Tensor:
-        """float32 [count, hidden]: the last ones, behind the last norm."""
+    def _decode(self, tokens: list[int], parts: list[tuple[int, int, int]], wanted: list[int]) -> torch.Tensor:
+        """float32 [sum of wanted, hidden]: of each part the last ones, behind the last norm."""
         hidden: torch.Tensor = self.decoder.embed(torch.tensor(tokens)).to(torch.float32).contiguous()
-        capacity, positions = self.cache.shape[4], torch.tensor(lengths)
-        torch.ops.qcore_cpu.decode(hidden, self.decoder.plan, cache, self.rope, positions, capacity, count)
-        return hidden[-count:]
+        places = [
+            (self.lengths[text], last - first, count) for (text, first, last), count in zip(parts, wanted, strict=True)
+        ]
+        cache = self.cache[parts[0][0] : parts[-1][0] + 1]
+        torch.ops.qcore_cpu.decode(
+            hidden, self.decoder.plan, cache, self.rope, torch.tensor(places), self.cache.shape[4]
+        )
+        return hidden[-sum(wanted) :]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         decoder = self.decoder
@@ -376,4 +375,22 @@ class NativeSteps:
     def _room(self, capacity: int) -> torch.Tensor:
         decoder = self.decoder
         shape = (len(self.lengths), decoder.layers, 2, decoder.kv_heads, capacity, decoder.row)
-        return torch.zeros(shape, dtype=torch.uint8 if decoder.kv_kind else decoder.dtype)
+        dtype = torch.uint8 if decoder.kv_kind else decoder.dtype
+        return torch.empty(shape, dtype=dtype)  # nothing is read that was not written
+
+
+def _parts(counts: list[int]) -> Iterator[list[tuple[int, int, int]]]:
+    """What goes through the layers together of texts of so many tokens, _AT_ONCE tokens at most: (text, first token, the one behind the last)."""
+    parts: list[tuple[int, int, int]] = []
+    room = _AT_ONCE
+    for text, count in enumerate(counts):
+        first = 0
+        while first < count:
+            last = min(count, first + room)
+            parts.append((text, first, last))
+            first, room = last, room - (last - first)
+            if not room:
+                yield parts
+                parts, room = [], _AT_ONCE
+    if parts:
+        yield parts

@@ -67,7 +67,7 @@ def both(model: Any, count: int, length: int = 12) -> tuple[torch.Tensor, torch.
     got, expected = [], []
     with torch.inference_mode(), by_layers():
         for tokens, keep in ((prompt, 1), (some, 9), *((token.view(1), 1) for token in single)):
-            got.append(steps.take(tokens.tolist(), keep))
+            got += steps.take([tokens.tolist()], keep)
             out = model(input_ids=tokens.unsqueeze(0), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             expected.append(out.logits[0, -keep:].float())
@@ -93,7 +93,7 @@ def test_the_last_logits_of_a_long_prompt(keep: int, tmp_path: Path) -> None:
     tokens = torch.randint(1, 128, (300,), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode(), by_layers():
         expected = model(input_ids=tokens.unsqueeze(0)).logits[0, -keep:]
-        got = NativeDecoder.from_model(model).begin().take(tokens.tolist(), keep)
+        (got,) = NativeDecoder.from_model(model).begin().take([tokens.tolist()], keep)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -104,11 +104,11 @@ def test_the_model_goes_on_with_what_the_decoder_read(kind: str, kv_cache: str, 
     steps = NativeDecoder.from_model(model).begin()
     following = torch.arange(50, 55).unsqueeze(0)
     with torch.inference_mode():
-        steps.take(list(range(1, 25)))
-        steps.take([7, 8, 9])
+        steps.take([list(range(1, 25))])
+        steps.take([[7, 8, 9]])
         steps.forget(3)
         expected = model(input_ids=following, past_key_values=steps.to_cache(), use_cache=True).logits[0]
-        got = steps.take(following[0].tolist(), 5)
+        (got,) = steps.take(following.tolist(), 5)
     assert float((got - expected).norm() / expected.norm()) < (1e-5 if kv_cache == "none" else 1e-3)
 
 
@@ -133,23 +133,29 @@ def test_narrow_types(dtype: str, bound: float, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_several_texts_are_what_each_is_alone(kind: str, tmp_path: Path) -> None:
-    """Of unlike lengths, one of which outgrows the room that they share: the next token of each, together."""
+    """Of unlike lengths, one of which outgrows the room that they share: their first tokens, the next one of each, and some more, together."""
     model = model_of(kind, tmp_path)
     decoder, random = NativeDecoder.from_model(model), torch.Generator().manual_seed(2)
-    texts = [torch.randint(1, 128, (length,), generator=random).tolist() for length in (3, 300, 17, 1, 250)]
-    following = torch.randint(1, 128, (12, len(texts)), generator=random).tolist()
+
+    def some(*lengths: int) -> list[list[int]]:
+        return [torch.randint(1, 128, (length,), generator=random).tolist() for length in lengths]
+
+    calls = [(some(3, 300, 17, 1, 250), keep) for keep in (1, 9)]
+    calls += [(some(1, 1, 1, 1, 1), 1)] * 4 + [(some(2, 1, 20, 1, 3), 2), (some(7, 7, 7, 7, 7), 7)]
     with torch.inference_mode():
-        together, alone = decoder.begin(len(texts)), [decoder.begin() for _ in texts]
-        for number, (text, steps) in enumerate(zip(texts, alone, strict=True)):
-            assert torch.equal(together.take(text, 1, number), steps.take(text))
-        for tokens in following:
-            expected = torch.cat([steps.take([token]) for token, steps in zip(tokens, alone, strict=True)])
-            torch.testing.assert_close(together.take_each(tokens), expected, rtol=1e-4, atol=1e-4)
+        together, alone = decoder.begin(5), [decoder.begin() for _ in range(5)]
+        for texts, keep in calls:
+            expected = [logits for text, steps in zip(texts, alone, strict=True) for logits in steps.take([text], keep)]
+            got = together.take(texts, keep)
+            assert [len(logits) for logits in got] == [min(keep, len(text)) for text in texts]
+            torch.testing.assert_close(torch.cat(got), torch.cat(expected), rtol=1e-4, atol=1e-4)
         together.forget(5)
+        lengths, longest = torch.tensor(together.lengths)[:, None], max(together.lengths)
+        seen = torch.cat([torch.arange(longest)[None] >= longest - lengths, torch.ones(5, 1, dtype=torch.bool)], 1)
         out = model(input_ids=torch.tensor([[7]] * 5), past_key_values=together.to_cache(), use_cache=True,
-                    attention_mask=torch.cat([torch.arange(307)[None] >= 307 - torch.tensor([[10], [307], [24], [8], [257]]), torch.ones(5, 1)], 1),
-                    position_ids=torch.tensor([[10], [307], [24], [8], [257]]))  # fmt: skip
-        torch.testing.assert_close(together.take_each([7] * 5), out.logits[:, -1].float(), rtol=1e-3, atol=1e-3)
+                    attention_mask=seen.long(), position_ids=lengths)  # fmt: skip
+        got = torch.cat(together.take([[7]] * 5))
+        torch.testing.assert_close(got, out.logits[:, -1].float(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_context_that_outgrows_its_room(tmp_path: Path) -> None:
@@ -335,7 +341,7 @@ def test_rows_of_a_quantized_cache_are_the_references(element: Any, form: str, t
     steps, cache = NativeDecoder.from_model(model).begin(), None
     with torch.inference_mode():
         for tokens in calls:
-            got = steps.take(tokens)[-1]
+            got = steps.take([tokens])[0][-1]
             out = model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True)
             cache, expected, before = out.past_key_values, out.logits[0, -1], sum(different)
             for layer in range(3):
@@ -364,25 +370,27 @@ def test_wrong_parts_are_refused_by_the_operator(tmp_path: Path) -> None:
     decoder = NativeDecoder.from_model(model_of("llama", tmp_path))
     steps = NativeSteps(decoder, 600)
     call = torch.ops.qcore_cpu.decode
-    right: dict[str, Any] = {"hidden": 64, "capacity": 600, "positions": [0], "wanted": 1}
+    right: dict[str, Any] = {"hidden": 64, "capacity": 600, "texts": [[0, 1, 1]]}
     for wrong in (
-        {"hidden": 63}, {"hidden": 0}, {"hidden": 64 * 513}, {"capacity": 599}, {"positions": [600]}, {"positions": [-1]}, {"wanted": 0},
-        {"wanted": 2}, {"hidden": 128, "positions": [599]}, {"positions": []}, {"hidden": 128, "positions": [0, 0], "wanted": 2},
+        {"hidden": 63}, {"hidden": 0}, {"hidden": 64 * 513, "texts": [[0, 513, 1]]}, {"capacity": 599}, {"texts": [[600, 1, 1]]},
+        {"texts": [[-1, 1, 1]]}, {"texts": [[0, 1, 0]]}, {"texts": [[0, 1, 2]]}, {"hidden": 128, "texts": [[599, 2, 1]]}, {"texts": []},
+        {"texts": [[0, 1]]}, {"hidden": 128, "texts": [[0, 1, 1], [0, 1, 1]]},
     ):  # fmt: skip
         given = right | wrong
-        hidden, positions = torch.zeros(given["hidden"]), torch.tensor(given["positions"], dtype=torch.int64)
+        hidden, texts = torch.zeros(given["hidden"]), torch.tensor(given["texts"], dtype=torch.int64)
         with pytest.raises(RuntimeError, match="do not go together"):
-            call(hidden, decoder.plan, steps.cache, steps.rope, positions, given["capacity"], given["wanted"])
+            call(hidden, decoder.plan, steps.cache, steps.rope, texts, given["capacity"])
     two = NativeSteps(decoder, 600, texts=2)
-    for hidden, positions, wanted in (
-        (128, [0, 600], 2),
-        (128, [-1, 0], 2),
-        (128, [0, 0], 1),
-        (64, [0, 0], 1),
-        (192, [0, 0], 3),
+    for hidden_count, *parts in (
+        (128, [0, 1, 1], [600, 1, 1]),
+        (128, [-1, 1, 1], [0, 1, 1]),
+        (128, [0, 2, 1], [0, 0, 0]),
+        (64, [0, 1, 1], [0, 1, 1]),
+        (192, [0, 1, 1], [0, 1, 1]),
+        (64 * 513, [0, 512, 1], [0, 1, 1]),
     ):
         with pytest.raises(RuntimeError, match="do not go together"):
-            call(torch.zeros(hidden), decoder.plan, two.cache, two.rope, torch.tensor(positions), 600, wanted)
+            call(torch.zeros(hidden_count), decoder.plan, two.cache, two.rope, torch.tensor(parts), 600)
 
 
 def test_rows_are_looked_up_in_packed_weights() -> None:

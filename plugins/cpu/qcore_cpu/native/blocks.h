@@ -12,11 +12,10 @@ namespace QCORE_ISA {
 
 constexpr int64_t kBlockBytes = 16 << 10;  // that are unpacked at once: half of what the first cache holds
 
-// Panels and rows that share what is loaded: as many as there are registers for.
+// Panels, two at most, and rows that share what is loaded: as many as there are registers for.
 #ifdef __AVX512F__
 constexpr int kPanelsAtOnce = 2;
 constexpr int kFloatRun = 12, kHalfRun = 12, kIntegerRun = 8, kPackedRun = 8;
-static_assert(kPackedRun <= kIntegerRun && kPackedRun <= kHalfRun, "a panel that is left over is unpacked");
 constexpr int kHeld = 24;  // sums and totals that are in registers together
 constexpr int block_parts(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 #else
@@ -41,8 +40,9 @@ struct Ahead {
   }
 };
 
-template <int panels, int rows>
+template <int rows>
 void add_floats(const Block& block, const Batch& batch, int64_t row, float* totals, int64_t apart) {
+  constexpr int panels = kPanelsAtOnce;
   constexpr int parts = block_parts(rows * panels);
   const int64_t run = batch.run;
   const float* x = batch.values + row * block.strips->h->padded + block.first * run;
@@ -83,8 +83,9 @@ struct Cell {
 };
 
 // Sections end in the block: of whole numbers, and of halves.
-template <class D, int panels, int rows>
+template <class D, int rows>
 void add_codes(const Block& block, const Batch& batch, int64_t row, float* totals, int64_t apart) {
+  constexpr int panels = kPanelsAtOnce;
   constexpr int steps_of_half = D::width == 2 ? 8 : 4;  // half a chunk: a section may be no longer
   const Header& h = *block.strips->h;
   const int64_t run = batch.run, stop = block.first + block.columns;
@@ -148,30 +149,23 @@ template <class Make>
 const RowKernel* each_rows(Make make) {
   return each_of<kRowsAtOnce, RowKernel>(make);
 }
-inline const BlockKernel* float_blocks(int64_t panels) {
-  if (panels == 1) return each_of<kFloatRun, BlockKernel>([](auto rows) { return add_floats<1, rows>; });
-  return each_of<kFloatRun, BlockKernel>([](auto rows) { return add_floats<kPanelsAtOnce, rows>; });
+inline const BlockKernel* float_blocks() {
+  return each_of<kFloatRun, BlockKernel>([](auto rows) { return add_floats<rows>; });
 }
 template <class D, int most>
-const BlockKernel* code_blocks(int64_t panels) {
-  if (panels == 1) return each_of<most, BlockKernel>([](auto rows) { return add_codes<D, 1, rows>; });
-  return each_of<most, BlockKernel>([](auto rows) { return add_codes<D, kPanelsAtOnce, rows>; });
-}
-
-template <class D>
-const BlockKernel* packed_blocks() {
-  return each_of<kPackedRun, BlockKernel>([](auto rows) { return add_codes<D, kPanelsAtOnce, rows>; });
+const BlockKernel* code_blocks() {
+  return each_of<most, BlockKernel>([](auto rows) { return add_codes<D, rows>; });
 }
 
 template <Code code>
 CodeKernels exact_kernels() {
-  return {each_rows([](auto rows) { return exact_rows<code, rows>; }), unpack_floats<code>, float_blocks, 4};
+  return {each_rows([](auto rows) { return exact_rows<code, rows>; }), unpack_floats<code>, float_blocks(), 4};
 }
 template <Code code>
 CodeKernels integer_kernels() {
   using D = DotOf<code>;
-  CodeKernels made{each_rows([](auto rows) { return integer_rows<code, rows>; }), unpack_codes<code>, code_blocks<D, kIntegerRun>, D::width};
-  if constexpr (kPackedRun > 0 && is_taken_packed(Numbers::kIntegers, code)) made.packed = packed_blocks<PackedCodes<code>>();
+  CodeKernels made{each_rows([](auto rows) { return integer_rows<code, rows>; }), unpack_codes<code>, code_blocks<D, kIntegerRun>(), D::width};
+  if constexpr (kPackedRun > 0 && is_taken_packed(Numbers::kIntegers, code)) made.packed = code_blocks<PackedCodes<code>, kPackedRun>();
   return made;
 }
 
@@ -231,22 +225,23 @@ struct BlockPlan {
   }
 };
 
-// The panels pair, pair + 1 of those that are together, by all rows, in some columns. runs: whether totals are sums that run.
+// The panels pair, pair + 1 of those that are together, by all rows, in some columns. panels: how many there are; a single one is multiplied twice.
+// runs: whether totals are sums that run.
 inline void multiply_pair(const BlockPlan& plan, int64_t pair, int64_t panels, int64_t column, bool runs) {
   const Header& h = *plan.job.weight;
   const Batch& batch = plan.job.batch;
   const CodeKernels& kernels = plan.kernels;
   const int64_t count = h.padded - column < plan.columns ? h.padded - column : plan.columns, apart = plan.columns * plan.line();
-  const bool in_place = batch.in_place && kernels.packed && panels == kPanelsAtOnce;
-  const BlockKernel* const multiply = in_place ? kernels.packed : runs ? plan.running->blocks(*plan.strips, panels) : kernels.blocks(panels);
+  const bool in_place = batch.in_place && kernels.packed;
+  const BlockKernel* const multiply = in_place ? kernels.packed : runs ? plan.running->blocks(*plan.strips) : kernels.blocks;
   const Strip* const strips = plan.strips + pair;
   for (int64_t p = 0; p < panels && !in_place; p++) {
     kernels.unpack(strips[p], column, count, plan.numbers + p * apart);
     if (runs) plan.running->clear(strips[p], column, count, plan.numbers + p * apart);
   }
   const uint8_t* const given = in_place ? strips->codes + column * kPanel * bits_of(h.code) / 8 : plan.numbers;
-  const int64_t shares = (batch.rows + batch.run - 1) / batch.run;
-  Block block{strips, column, count, reinterpret_cast<const char*>(given), in_place ? panel_bytes(h) : apart, {}, std::min(shares, kMostShares), 0};
+  const int64_t bytes = panels < kPanelsAtOnce ? 0 : in_place ? panel_bytes(h) : apart, shares = (batch.rows + batch.run - 1) / batch.run;
+  Block block{strips, column, count, reinterpret_cast<const char*>(given), bytes, {}, std::min(shares, kMostShares), 0};
   if (!is_grid(h.code)) look_ahead(block, panels, plan.in_turns);
   for (int64_t row = 0; row < batch.rows; row += batch.run) {
     const int64_t rows = batch.rows - row < batch.run ? batch.rows - row : batch.run;
@@ -270,7 +265,9 @@ inline void multiply_blocks(const Job& job, const CodeKernels& kernels, int64_t 
       runs = runs && running->fits(plan.strips[p]);
     }
     for (int64_t p = 0; runs && p < here; p++) running->open(plan.strips[p], plan.ratios + p * plan.ratio_cells());
-    std::memset(plan.totals, 0, here * plan.cells() * sizeof(float));
+    const int64_t paired = (here + kPanelsAtOnce - 1) / kPanelsAtOnce * kPanelsAtOnce;
+    if (here < paired) plan.strips[here] = plan.strips[here - 1];
+    std::memset(plan.totals, 0, paired * plan.cells() * sizeof(float));
     for (int64_t column = 0; column < h.padded; column += plan.columns)
       for (int64_t pair = 0; pair < here; pair += kPanelsAtOnce)
         multiply_pair(plan, pair, here - pair < kPanelsAtOnce ? here - pair : kPanelsAtOnce, column, runs);

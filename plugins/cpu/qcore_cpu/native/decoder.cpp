@@ -31,16 +31,23 @@ struct Chosen {
   float weight;
 };
 
+// Where a token's keys and values go, and whether more than they is asked of it in the last layer.
+struct Place {
+  int64_t text, position;
+  bool wanted;
+};
+
 struct Memory {
   std::vector<float> narrow_in, narrow_inner, narrow_scores, gathered;  // rooms for either type
   std::vector<float> looking, attended, inner, wide, mixed, parts, scores;
   std::vector<Product> products;
   std::vector<Chosen> chosen;
   std::vector<Layered> layered;
+  std::vector<Place> places;
   std::vector<Attention> texts;
 };
 
-constexpr int64_t kRowsKept = 16;  // of a text, whose memory is kept from one call to the next
+constexpr int64_t kRowsKept = 16;  // of each text, whose memory is kept from one call to the next
 
 float* room(std::vector<float>& memory, int64_t count) {
   if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
@@ -109,9 +116,18 @@ class Step {
     }
   }
 
-  // memory_.attended = what the last `wanted` tokens find; keys and values of all are put into the cache.
-  void attend(const Layer& layer, const Tokens& tokens, int64_t number, const void* x, int64_t wanted) {
-    const int64_t rows = tokens.rows, query_size = stack_.heads * stack_.head_dim, key_size = stack_.kv_heads * stack_.head_dim;
+  // memory_.places of the tokens' rows.
+  void find_places(const Tokens& tokens) {
+    memory_.places.clear();
+    for (int64_t text = 0; text < tokens.texts; text++) {
+      const Text& one = tokens.each[text];
+      for (int64_t row = 0; row < one.rows; row++) memory_.places.push_back({text, one.position + row, row >= one.rows - one.wanted});
+    }
+  }
+
+  // memory_.attended = what tokens find: all of them, or those that are wanted; keys and values of all are put into the cache.
+  void attend(const Layer& layer, const Tokens& tokens, int64_t number, const void* x, bool all_wanted) {
+    const int64_t rows = static_cast<int64_t>(memory_.places.size()), query_size = stack_.heads * stack_.head_dim, key_size = stack_.kv_heads * stack_.head_dim;
     const int64_t heads_bytes = stack_.kv_heads * tokens.capacity * stack_.row_bytes, text_bytes = 2 * stack_.layers * heads_bytes;
     char* const keys = static_cast<char*>(tokens.cache) + 2 * number * heads_bytes;
     char* const values = keys + heads_bytes;
@@ -124,25 +140,23 @@ class Step {
     multiply(x, rows, {{layer.query, layer.query_bias, query.first}, {layer.key, layer.key_bias, key.first}, {layer.value, layer.value_bias, value.first}}, apart ? 3 : 1);
     const int64_t table = tokens.capacity * stack_.rope_dim;
     each_row(rows, [&](int64_t row) {
-      const int64_t position = tokens.position(row), text = tokens.text(row) * text_bytes;
-      const float* const cosines = layer.rope < 0 ? nullptr : tokens.rope + 2 * layer.rope * table + position * stack_.rope_dim;
+      const Place& place = memory_.places[row];
+      const float* const cosines = layer.rope < 0 ? nullptr : tokens.rope + 2 * layer.rope * table + place.position * stack_.rope_dim;
       const float* const sines = cosines ? cosines + table : nullptr;
-      if (row >= rows - wanted) rotate(query.row(row), stack_.heads, layer.query_norm, cosines, sines);
+      if (all_wanted || place.wanted) rotate(query.row(row), stack_.heads, layer.query_norm, cosines, sines);
       rotate(key.row(row), stack_.kv_heads, layer.key_norm, cosines, sines);
       for (int64_t head = 0; head < stack_.kv_heads; head++) {
-        const int64_t place = text + (head * tokens.capacity + position) * stack_.row_bytes, inside = head * stack_.head_dim;
-        keep(key.row(row) + inside, layer.key_side, head, keys + place);
-        keep(value.row(row) + inside, layer.value_side, head, values + place);
+        const int64_t at = place.text * text_bytes + (head * tokens.capacity + place.position) * stack_.row_bytes, inside = head * stack_.head_dim;
+        keep(key.row(row) + inside, layer.key_side, head, keys + at);
+        keep(value.row(row) + inside, layer.value_side, head, values + at);
       }
     });
-    Attention a{query.row(rows - wanted), query.stride, wanted, tokens.position(rows - wanted), layer.window, keys, values, layer.key_side, layer.value_side,
+    Attention a{query.first, query.stride, rows, 0, layer.window, keys, values, layer.key_side, layer.value_side,
                 stack_.kept, stack_.row_bytes, tokens.capacity, stack_.heads, stack_.kv_heads, stack_.head_dim, stack_.type,
-                static_cast<float>(stack_.scale), static_cast<float>(stack_.softcap), nullptr, room(memory_.attended, wanted * query_size)};
-    if (tokens.texts > 1) return attend_each(a, tokens, text_bytes);
-    if (wanted > 1) return parallel(a.kv_heads * a.row_blocks(), 1, [&](int64_t first, int64_t last) { kernels_.attend_rows(a, first, last); });
-    a.parts = room(memory_.parts, a.heads * a.spans() * a.part());
-    parallel(a.kv_heads * a.spans(), 1, [&](int64_t first, int64_t last) { kernels_.attend(a, first, last); });
-    parallel(a.heads, a.spans() > 4 ? 1 : a.heads, [&](int64_t first, int64_t last) { kernels_.join(a, first, last); });
+                static_cast<float>(stack_.scale), static_cast<float>(stack_.softcap), nullptr, room(memory_.attended, rows * query_size)};
+    find_texts(a, tokens, text_bytes, all_wanted);
+    if (tokens.texts == 1 && memory_.texts[0].rows == 1) attend_one(memory_.texts[0]);
+    else attend_texts();
   }
 
   // Row `row` of memory_.narrow_inner = activation(gate) * up, rows having as many columns.
@@ -224,26 +238,48 @@ class Step {
   Memory& memory_;
 
  private:
-  // One query of each of several texts. a: of all their rows; keys and values of the first text.
-  void attend_each(const Attention& a, const Tokens& tokens, int64_t text_bytes) {
-    memory_.texts.assign(tokens.texts, a);
+  // memory_.texts. a: of all rows; keys and values of the first text.
+  void find_texts(Attention a, const Tokens& tokens, int64_t text_bytes, bool all_wanted) {
     const int64_t out_bytes = a.heads * a.head_dim * width_of(a.type);
+    memory_.texts.clear();
     int64_t parts = 0;
     for (int64_t text = 0; text < tokens.texts; text++) {
-      Attention& one = memory_.texts[text];
-      one.queries += text * a.stride, one.rows = 1, one.position = tokens.position(text);
-      one.keys = static_cast<const char*>(a.keys) + text * text_bytes, one.values = static_cast<const char*>(a.values) + text * text_bytes;
-      one.out = static_cast<char*>(a.out) + text * out_bytes;
-      parts += one.heads * one.spans() * one.part();
+      const Text& given = tokens.each[text];
+      Attention one = a;
+      one.rows = all_wanted ? given.rows : given.wanted;
+      const int64_t unwanted = given.rows - one.rows;
+      one.queries += unwanted * a.stride, one.position = given.position + unwanted;
+      if (one.rows == 1) parts += one.heads * one.spans() * one.part();
+      memory_.texts.push_back(one);
+      a.queries += given.rows * a.stride, a.out = static_cast<char*>(a.out) + one.rows * out_bytes;
+      a.keys = static_cast<const char*>(a.keys) + text_bytes, a.values = static_cast<const char*>(a.values) + text_bytes;
     }
     float* part = room(memory_.parts, parts);
-    for (Attention& one : memory_.texts) one.parts = part, part += one.heads * one.spans() * one.part();
-    parallel(tokens.texts * a.kv_heads, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; i++) {
-        const Attention& one = memory_.texts[i / a.kv_heads];
-        const int64_t head = i % a.kv_heads;
-        kernels_.attend(one, head * one.spans(), (head + 1) * one.spans());
-        kernels_.join(one, head * one.share(), (head + 1) * one.share());
+    for (Attention& one : memory_.texts)
+      if (one.rows == 1) one.parts = part, part += one.heads * one.spans() * one.part();
+  }
+
+  // One query: threads share its spans.
+  void attend_one(const Attention& a) {
+    parallel(a.kv_heads * a.spans(), 1, [&](int64_t first, int64_t last) { kernels_.attend(a, first, last); });
+    parallel(a.heads, a.spans() > 4 ? 1 : a.heads, [&](int64_t first, int64_t last) { kernels_.join(a, first, last); });
+  }
+
+  // Several queries, or several texts, whose heads threads share.
+  void attend_texts() {
+    const int64_t kv_heads = stack_.kv_heads;
+    auto blocks_of = [&](const Attention& one) { return one.rows == 1 ? kv_heads : kv_heads * one.row_blocks(); };
+    int64_t blocks = 0;
+    for (const Attention& one : memory_.texts) blocks += blocks_of(one);
+    parallel(blocks, 1, [&](int64_t first, int64_t last) {
+      for (const Attention& one : memory_.texts) {
+        const int64_t count = blocks_of(one), from = std::max<int64_t>(first, 0), to = std::min(last, count);
+        for (int64_t head = from; one.rows == 1 && head < to; head++) {
+          kernels_.attend(one, head * one.spans(), (head + 1) * one.spans());
+          kernels_.join(one, head * one.share(), (head + 1) * one.share());
+        }
+        if (one.rows > 1 && from < to) kernels_.attend_rows(one, from, to);
+        first -= count, last -= count;
       }
     });
   }
@@ -291,26 +327,40 @@ class Step {
   }
 };
 
+// The rows that are wanted behind all others; returns where they begin.
+float* keep_wanted(const Stack& stack, const Tokens& tokens, float* end) {
+  float *from = end, *to = end;
+  for (int64_t text = tokens.texts - 1; text >= 0; text--) {
+    const int64_t count = tokens.each[text].wanted * stack.hidden;
+    std::memmove(to -= count, from - count, count * sizeof(float));
+    from -= tokens.each[text].rows * stack.hidden;
+  }
+  return to;
+}
+
 void take(const Kernels& kernels, const Stack& stack, const Tokens& tokens) {
   static thread_local Memory memory;
   Step step(kernels, stack, memory);
   const Layer* const layers = reinterpret_cast<const Layer*>(&stack + 1);
-  float* hidden = tokens.hidden;
+  step.find_places(tokens);
+  int64_t rows = static_cast<int64_t>(memory.places.size());
+  const int64_t all = rows;
+  float *hidden = tokens.hidden, *const end = hidden + rows * stack.hidden;
   for (int64_t l = 0; l < stack.layers; l++) {
     const Layer& layer = layers[l];
-    const void* x = step.ready(hidden, tokens.rows, layer.input_norm);
-    const int64_t wanted = l < stack.layers - 1 ? tokens.rows : tokens.wanted;
-    step.attend(layer, tokens, l, x, wanted);
-    hidden += (tokens.rows - wanted) * stack.hidden;
-    step.multiply(memory.attended.data(), wanted, {{layer.out, layer.out_bias, room(memory.wide, wanted * stack.hidden)}});
-    step.add(hidden, wanted, layer.attention_norm);
-    x = step.ready(hidden, wanted, layer.mlp_norm);
-    if (layer.mixture) step.mixture(*layer.mixture, x, wanted);
-    else step.perceptron(layer.gate, layer.up, layer.down, x, wanted);
-    step.add(hidden, wanted, layer.output_norm);
+    const bool last = l == stack.layers - 1;
+    const void* x = step.ready(hidden, rows, layer.input_norm);
+    step.attend(layer, tokens, l, x, !last);
+    if (last) hidden = keep_wanted(stack, tokens, end), rows = (end - hidden) / stack.hidden;
+    step.multiply(memory.attended.data(), rows, {{layer.out, layer.out_bias, room(memory.wide, rows * stack.hidden)}});
+    step.add(hidden, rows, layer.attention_norm);
+    x = step.ready(hidden, rows, layer.mlp_norm);
+    if (layer.mixture) step.mixture(*layer.mixture, x, rows);
+    else step.perceptron(layer.gate, layer.up, layer.down, x, rows);
+    step.add(hidden, rows, layer.output_norm);
   }
-  each_row(tokens.wanted, [&](int64_t row) { step.normalize(hidden + row * stack.hidden, stack.final_norm, stack.hidden, Float::kF32, hidden + row * stack.hidden); });
-  if (tokens.texts == 1 && tokens.rows > kRowsKept) memory = {};
+  each_row(rows, [&](int64_t row) { step.normalize(hidden + row * stack.hidden, stack.final_norm, stack.hidden, Float::kF32, hidden + row * stack.hidden); });
+  if (all > kRowsKept * tokens.texts) memory = {};
 }
 
 }  // namespace

@@ -79,18 +79,20 @@ struct Attention {
   int64_t row_blocks() const { return (rows + rows_of_block() - 1) / rows_of_block(); }
 };
 
-// Tokens of a text in a row, or the next one of each of several texts; kRowsOfABatch at most.
+// The next tokens of a text, in a row.
+struct Text {  // every field has 8 bytes
+  int64_t position;      // of the first
+  int64_t rows, wanted;  // how many, and how many of the last are wanted: one at least
+};
+
+// Tokens of texts, one text's behind the other's; kRowsOfABatch at most.
 struct Tokens {
-  float* hidden;      // [rows][hidden], in place: their embeddings; the last `wanted` become the last layer's output, after the final norm
-  int64_t rows, wanted;  // of several texts all are wanted
-  int64_t texts;      // 1, or as many as rows
-  const int64_t* positions;  // [texts]: of each text's first token
+  float* hidden;      // [rows][hidden], in place: their embeddings; as many of the last rows as are wanted become the last layer's output, after the final norm
+  int64_t texts;
+  const Text* each;   // [texts]
   void* cache;        // [texts][layers][2][kv_heads][capacity][row_bytes], which holds the positions before and gets these
   int64_t capacity;
   const float* rope;  // [tables][2][capacity][rope_dim], cosines and sines
-
-  int64_t text(int64_t row) const { return texts > 1 ? row : 0; }
-  int64_t position(int64_t row) const { return texts > 1 ? positions[row] : positions[0] + row; }
 };
 void decode(const Kernels& kernels, const Stack& stack, const Tokens& tokens);
 

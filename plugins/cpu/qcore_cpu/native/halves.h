@@ -118,8 +118,8 @@ struct PackedHalves : HalfDot {
 template <Code code>
 CodeKernels half_kernels() {
   static constexpr Running running{fits_running, open_running, clear_running, running_kernels, close_running};
-  CodeKernels made{each_rows([](auto rows) { return half_rows<code, rows>; }), unpack_halves<code>, code_blocks<HalfDot, kHalfRun>, HalfDot::width, &running};
-  if constexpr (is_taken_packed(Numbers::kHalves, code)) made.packed = packed_blocks<PackedHalves<code>>();
+  CodeKernels made{each_rows([](auto rows) { return half_rows<code, rows>; }), unpack_halves<code>, code_blocks<HalfDot, kHalfRun>(), HalfDot::width, &running};
+  if constexpr (is_taken_packed(Numbers::kHalves, code)) made.packed = code_blocks<PackedHalves<code>, kPackedRun>();
   return made;
 }
 

@@ -129,7 +129,7 @@ struct Running {
   bool (*fits)(const Strip& strip);
   void (*open)(Strip& strip, float* ratios);
   void (*clear)(const Strip& strip, int64_t first, int64_t columns, void* block);
-  const BlockKernel* (*blocks)(const Strip& strip, int64_t panels);
+  const BlockKernel* (*blocks)(const Strip& strip);
   void (*close)(const Strip& strip, int64_t rows, float* totals);
 };
 
@@ -146,10 +146,10 @@ constexpr bool in_short_sections(Numbers numbers, Code code) { return numbers ==
 struct CodeKernels {
   const RowKernel* rows;                       // of 1, 2 .. Kernels::rows_at_once rows
   Unpack unpack;
-  const BlockKernel* (*blocks)(int64_t panels);  // of 1, 2 .. Batch::run rows
+  const BlockKernel* blocks;  // of 1, 2 .. Batch::run rows
   int64_t width;
   const Running* running = nullptr;
-  const BlockKernel* packed = nullptr;  // of two panels, 1, 2 .. Kernels::packed_run rows, where Batch::in_place
+  const BlockKernel* packed = nullptr;  // of 1, 2 .. Kernels::packed_run rows, where Batch::in_place
 };
 
 // One row of a panel's results, to where the job wants them.

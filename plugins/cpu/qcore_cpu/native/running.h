@@ -69,8 +69,9 @@ inline void close_running(const Strip& strip, int64_t rows, float* totals) {
 }
 
 // As add_codes, the totals being sums that run. more: whether something comes to each section's products.
-template <int panels, int rows, bool more>
+template <int rows, bool more>
 void add_running(const Block& block, const Batch& batch, int64_t row, float* totals, int64_t apart) {
+  constexpr int panels = kPanelsAtOnce;
   constexpr int half = kChunk / 2;  // a section may be no longer
   const Header& h = *block.strips->h;
   const int64_t run = batch.run, stop = block.first + block.columns;
@@ -113,12 +114,11 @@ void add_running(const Block& block, const Batch& batch, int64_t row, float* tot
 }
 
 template <bool more>
-const BlockKernel* running_blocks(int64_t panels) {
-  if (panels == 1) return each_of<kHalfRun, BlockKernel>([](auto rows) { return add_running<1, rows, more>; });
-  return each_of<kHalfRun, BlockKernel>([](auto rows) { return add_running<kPanelsAtOnce, rows, more>; });
+const BlockKernel* running_blocks() {
+  return each_of<kHalfRun, BlockKernel>([](auto rows) { return add_running<rows, more>; });
 }
-inline const BlockKernel* running_kernels(const Strip& strip, int64_t panels) {
-  return strip.zeros || strip.offsets.floats ? running_blocks<true>(panels) : running_blocks<false>(panels);
+inline const BlockKernel* running_kernels(const Strip& strip) {
+  return strip.zeros || strip.offsets.floats ? running_blocks<true>() : running_blocks<false>();
 }
 
 }  // namespace QCORE_ISA

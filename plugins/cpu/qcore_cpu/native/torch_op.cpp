@@ -146,16 +146,16 @@ void look_up(Value* stack, uint64_t, uint64_t) {
   stack[0] = reinterpret_cast<Value>(out);
 }
 
-// decode(Tensor(a!) hidden, Tensor stack, Tensor(b!) cache, Tensor rope, Tensor positions, int capacity, int wanted) -> (): see decoder.h.
+// decode(Tensor(a!) hidden, Tensor stack, Tensor(b!) cache, Tensor rope, Tensor texts, int capacity) -> (): see decoder.h; texts: int64 [texts][3], `Text`s.
 void decode(Value* values, uint64_t, uint64_t) {
   const Owned hidden{reinterpret_cast<Tensor>(values[0])}, stack{reinterpret_cast<Tensor>(values[1])};
-  const Owned cache{reinterpret_cast<Tensor>(values[2])}, rope{reinterpret_cast<Tensor>(values[3])}, places{reinterpret_cast<Tensor>(values[4])};
-  const int64_t capacity = static_cast<int64_t>(values[5]), wanted = static_cast<int64_t>(values[6]);
-  int64_t hidden_count, stack_bytes, cache_count, rope_count, texts;
+  const Owned cache{reinterpret_cast<Tensor>(values[2])}, rope{reinterpret_cast<Tensor>(values[3])}, given{reinterpret_cast<Tensor>(values[4])};
+  const int64_t capacity = static_cast<int64_t>(values[5]);
+  int64_t hidden_count, stack_bytes, cache_count, rope_count, numbers;
   float* const x = static_cast<float*>(memory_of(hidden.tensor, f32, &hidden_count));
   const auto* const plan = static_cast<const qcore::Stack*>(memory_of(stack.tensor, u8, &stack_bytes));
   const auto* const rotations = static_cast<const float*>(memory_of(rope.tensor, f32, &rope_count));
-  const auto* const positions = static_cast<const int64_t*>(memory_of(places.tensor, i64, &texts));
+  const auto* const each = static_cast<const qcore::Text*>(memory_of(given.tensor, i64, &numbers));
   const bool whole = stack_bytes >= static_cast<int64_t>(sizeof(qcore::Stack)) &&
                      plan->size == stack_bytes && stack_bytes == static_cast<int64_t>(sizeof(qcore::Stack) + plan->layers * sizeof(qcore::Layer));
   if (!whole) throw std::runtime_error("qcore_cpu::decode: the stack is none");
@@ -166,13 +166,14 @@ void decode(Value* values, uint64_t, uint64_t) {
   const auto* const layers = reinterpret_cast<const qcore::Layer*>(plan + 1);
   int64_t tables = 0;
   for (int64_t i = 0; i < plan->layers; i++) tables = layers[i].rope >= tables ? layers[i].rope + 1 : tables;
-  const int64_t rows = plan->hidden > 0 ? hidden_count / plan->hidden : 0;
-  bool fits = rows >= 1 && rows <= qcore::kRowsOfABatch && hidden_count == rows * plan->hidden && wanted >= 1 && wanted <= rows &&
-              (texts == 1 || (texts == rows && wanted == rows)) && rope_count >= tables * 2 * capacity * plan->rope_dim &&
-              cache_count == texts * plan->layers * 2 * plan->kv_heads * capacity * plan->row_bytes;
-  for (int64_t i = 0; fits && i < texts; i++) fits = positions[i] >= 0 && positions[i] <= capacity - rows / texts;
-  if (!fits) throw std::runtime_error("qcore_cpu::decode: hidden, stack, cache, rope and positions do not go together");
-  qcore::decode(kernels(), *plan, {x, rows, wanted, texts, positions, kept, capacity, rotations});
+  const int64_t texts = numbers / 3, known = plan->layers * 2 * plan->kv_heads * capacity * plan->row_bytes;
+  bool fits = numbers == 3 * texts && texts >= 1 && plan->hidden > 0 && cache_count == texts * known && rope_count >= tables * 2 * capacity * plan->rope_dim;
+  int64_t rows = 0;
+  for (int64_t i = 0; fits && i < texts; rows += each[i++].rows)
+    fits = each[i].wanted >= 1 && each[i].wanted <= each[i].rows && each[i].rows <= qcore::kRowsOfABatch && each[i].position >= 0 && each[i].position <= capacity - each[i].rows;
+  fits = fits && rows <= qcore::kRowsOfABatch && hidden_count == rows * plan->hidden;
+  if (!fits) throw std::runtime_error("qcore_cpu::decode: hidden, stack, cache, rope and texts do not go together");
+  qcore::decode(kernels(), *plan, {x, texts, each, kept, capacity, rotations});
 }
 
 }  // namespace
@@ -213,7 +214,7 @@ QCORE_API const char* qcore_register(const char* library) {
       torch.library_impl_of("qcore_cpu", "CPU", "", 0, &implementations) || torch.implement(implementations, "linear", linear) ||
       torch.define(fragment, "look_up(Tensor tokens, Tensor weight, int columns) -> Tensor") ||
       torch.implement(implementations, "look_up", look_up) ||
-      torch.define(fragment, "decode(Tensor(a!) hidden, Tensor stack, Tensor(b!) cache, Tensor rope, Tensor positions, int capacity, int wanted) -> ()") ||
+      torch.define(fragment, "decode(Tensor(a!) hidden, Tensor stack, Tensor(b!) cache, Tensor rope, Tensor texts, int capacity) -> ()") ||
       torch.implement(implementations, "decode", decode))
     return "torch did not take the operator";
   return nullptr;
