@@ -1,0 +1,23 @@
+"""Triton's interpreter, in which kernels for GPUs take tensors of the CPU. To be imported before Triton is."""
+
+import os
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _create_dot_of_floats(self: Any, a: Any, b: Any, sums: Any, *others: Any) -> Any:
+    """Numbers of bfloat16 are held as their bits; Triton 3.6 to 3.9 multiply the bits."""
+    if a.dtype.scalar != tl.bfloat16:
+        return _create_dot(self, a, b, sums, *others)
+    left, right = ((given.data.astype(np.uint32) << 16).view(np.float32) for given in (a, b))
+    return interpreter.TensorHandle(np.matmul(left, right).astype(sums.data.dtype) + sums.data, sums.dtype.scalar)
+
+
+interpreter.InterpreterBuilder.create_dot = _create_dot_of_floats
