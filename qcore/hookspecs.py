@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qcore.method import Method
     from qcore.platform import Device, Platform
 
-API_VERSION = (1, 1)
+API_VERSION = (1, 2)
 """Version of this contract."""
 
 hookspec = pluggy.HookspecMarker("qcore")
@@ -37,7 +37,7 @@ hookimpl = pluggy.HookimplMarker("qcore")
 
 @hookspec
 def qcore_platforms() -> Sequence[Platform]:  # type: ignore[empty-body]
-    """The columns of the matrix that this plugin owns."""
+    """The columns of the matrix that this plugin owns. Their `targets` since 1.2."""
 
 
 @hookspec

@@ -9,18 +9,31 @@ from qcore.refusal import Refusal, Refused
 
 
 @dataclass(frozen=True)
+class Target:
+    """An architecture that kernels are compiled for where it is not. backend, name: what Triton calls it. warp: threads of one. shared: bytes
+    of shared memory that a block may have."""
+
+    architecture: str
+    backend: str
+    name: int | str
+    warp: int
+    shared: int
+
+
+@dataclass(frozen=True)
 class Platform:
     """One column of the matrix, declared by the plugin that owns it (`qcore_platforms`).
 
     architectures: what the vendor tells its devices apart by, in its own words, from the oldest to the newest
     (`gfx90a`, `sm_86`); kernels name those that they run on. portable: torch's own operators run on its devices, so
-    that the core's portable kernels do.
+    that the core's portable kernels do. targets: the architectures that `qcore verify --compile-only` compiles for.
     """
 
     id: str
     title: str
     architectures: tuple[str, ...] = ()
     portable: bool = False
+    targets: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True)

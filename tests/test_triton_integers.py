@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import interpreted  # noqa: F401  the first to import Triton
+import qcore.testing.interpreter  # noqa: F401  the first to import Triton
 from qcore.discovery import registry
-from qcore.kernels.triton.integers import TILINGS
 from qcore.kernels.triton.planes import pack_planes, parts_of, planes_of
 from qcore.platform import Device
 from qcore.refusal import Refused
@@ -94,26 +87,3 @@ def test_a_graph_has_shapes_without_running() -> None:
     packed = KERNEL.load().from_layer(random_layer(Scheme.parse("W4A16-g128-asym"), 48, 256), torch.float16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert packed(torch.empty(2, 3, 256, dtype=torch.float16)).shape == (2, 3, 48)
-
-
-SHARED = {"cuda:80:32": 163 << 10, "cuda:90:32": 227 << 10, "cuda:120:32": 99 << 10}
-"""Bytes of shared memory that a block may have (NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities")."""
-
-
-@pytest.mark.parametrize(
-    ("scheme", "dtype"),
-    [("W4A16-g128-sym", "bfloat16"), ("W3A16-g32-asym", "float16"), ("W8A16-channel-sym", "bfloat16")],
-)
-def test_tensor_cores_multiply(scheme: str, dtype: str, tmp_path: Path) -> None:
-    """Compiled for GPUs that are not here: products are the matrix unit's, nothing is spilled, and a block's memory is there."""
-    script = Path(__file__).with_name("compile_triton.py")
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, script, scheme, dtype, *SHARED], stdout=subprocess.PIPE, text=True, check=True, env=environment
-    )
-    rows = json.loads(done.stdout)
-    assert len(rows) == len(SHARED) * len(TILINGS)
-    for row in rows:
-        assert "mma" in row["matrix"], row
-        assert row["registers"] >= 32 and row["spilled"] == 0, row
-        assert row["shared"] <= SHARED[row["target"]], row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,8 @@ from qcore.support.rows import known_row
 
 if TYPE_CHECKING:
     from qcore.discovery import Registry
+    from qcore.support.evidence import Grade
+    from qcore.testing.compiled import Build
     from qcore.testing.verify import Finding, Question
 
 
@@ -21,6 +24,12 @@ def verify_command(
     platform: Annotated[str | None, typer.Option(help="Only this column of the matrix.")] = None,
     row: Annotated[str | None, typer.Option(help="Only the schemes of this row of the matrix.")] = None,
     kernel: Annotated[str | None, typer.Option(help="Only this kernel.")] = None,
+    compile_only: Annotated[
+        bool,
+        typer.Option(
+            "--compile-only", help="No device: run kernels in Triton's interpreter, and compile them for every GPU."
+        ),
+    ] = False,
     record: Annotated[bool, typer.Option("--record", help="Write the plugin's evidence.json.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -34,18 +43,40 @@ def verify_command(
     plugins = registry()
     question = Question(plugin, platform, known_row(row) if row else None, kernel)
     _check(plugins, question)
-    with progress_bar("verifying") as progress:
-        findings = list(verify(plugins, question, progress))
+    builds: list[Build] = []
+    if compile_only:
+        findings = _compiled(plugins, question, builds)
+    else:
+        with progress_bar("verifying") as progress:
+            findings = list(verify(plugins, question, progress))
     if not findings:
         raise Refused(_nothing(question))
     if record:
-        _record(plugins, findings)
+        _record(plugins, findings, "compiled" if compile_only else None)
     if json:
-        print_json({"findings": [_document(finding) for finding in findings]})
+        document: dict[str, Any] = {"findings": [_document(finding) for finding in findings]}
+        print_json(document | ({"builds": [vars(build) for build in builds]} if compile_only else {}))
     else:
+        _print_builds(builds)
         _print(findings)
     if any(finding.failures for finding in findings):
         raise typer.Exit(3)
+
+
+def _compiled(plugins: Registry, question: Question, builds: list[Build]) -> list[Finding]:
+    """Findings of kernels that were compiled, and their builds."""
+    from qcore.testing.compiled import compilable, verify_compiled
+
+    if find_spec("triton") is None:
+        raise Refused(Refusal("missing-package", "missing-dep", "triton", "kernels are compiled by it, and it is not installed",
+                              fix="pip install triton"))  # fmt: skip
+    findings = []
+    for plugin, kernel, platforms in compilable(plugins, question):
+        note(f"{kernel.name}: {', '.join(platform.title for platform in platforms)}")
+        found, built = verify_compiled(plugin, kernel, platforms, question)
+        findings += found
+        builds += built
+    return findings
 
 
 def _check(plugins: Registry, question: Question) -> None:
@@ -68,12 +99,12 @@ def _nothing(question: Question) -> Refusal:
                    fix="`qcore doctor` lists the devices; run it on a machine that has one.")  # fmt: skip
 
 
-def _record(plugins: Registry, findings: list[Finding]) -> None:
+def _record(plugins: Registry, findings: list[Finding], grade: Grade | None) -> None:
     from qcore.support.evidence import merged, read_evidence, write_evidence
     from qcore.testing.verify import records
 
     for plugin in plugins.plugins:
-        new = records([finding for finding in findings if finding.plugin == plugin.name])
+        new = records([finding for finding in findings if finding.plugin == plugin.name], grade=grade)
         if not new:
             continue
         if plugin.evidence is None:
@@ -100,6 +131,22 @@ def _document(finding: Finding) -> dict[str, Any]:
         "cases": finding.cases,
         "failures": list(finding.failures),
     }
+
+
+def _print_builds(builds: list[Build]) -> None:
+    places = dict.fromkeys((build.kernel, build.architecture) for build in builds)
+    rows = []
+    for kernel, architecture in places:
+        own = [build for build in builds if (build.kernel, build.architecture) == (kernel, architecture)]
+        made = [build for build in own if not build.fault]
+        matrix = sorted({build.matrix or "none" for build in made})
+        most = [max((getattr(build, name) for build in made), default=0) for name in ("registers", "spilled", "shared")]
+        rows.append((kernel, architecture, f"{len(made)} of {len(own)}", " ".join(matrix), *most))
+    if rows:
+        print_table(
+            ("kernel", "architecture", "programs", "matrix instructions", "registers", "bytes spilled", "bytes shared"),
+            rows,
+        )
 
 
 def _print(findings: list[Finding]) -> None:

@@ -15,7 +15,7 @@ from qcore.refusal import Refusal
 from qcore.scheme import Scheme
 from qcore.select import LayerRequest, select
 from qcore.support.digest import source_digest
-from qcore.support.evidence import Record
+from qcore.support.evidence import Grade, Record
 from qcore.support.rows import ROWS
 from qcore.testing.cases import catalogue, claimed
 from qcore.testing.checks import CHECKS, SIZES, Bench, smallest_shape
@@ -73,8 +73,8 @@ def unable(kernel: Kernel, scheme: Scheme, device: Device) -> Refusal | None:
     return select(request, device.platform, [(kernel, "")], device).candidates[0].refusal
 
 
-def examine(plugin: Plugin, device: Device, kernel: Kernel, scheme: Scheme) -> Finding:
-    """Runs every check in every data type and size."""
+def examine(plugin: str, device: Device, kernel: Kernel, scheme: Scheme) -> Finding:
+    """Runs every check in every data type and size. plugin: the name of the one that owns the platform."""
     nearest, cases, failures = (0.0, 1.0), 0, []
     for dtype in kernel.dtypes:
         bound = error_bound(kernel, scheme, dtype)
@@ -92,7 +92,7 @@ def examine(plugin: Plugin, device: Device, kernel: Kernel, scheme: Scheme) -> F
                     failures.append(f"{bench}: {name}: {type(fault).__name__}: {fault}"[:500])
                 else:
                     nearest = max(nearest, (error, bound), key=lambda met: met[0] / met[1])
-    return Finding(plugin.name, kernel, scheme, device, nearest[0], nearest[1], cases, tuple(failures))
+    return Finding(plugin, kernel, scheme, device, nearest[0], nearest[1], cases, tuple(failures))
 
 
 def applies(check: str, kernel: Kernel, size: str) -> bool:
@@ -109,11 +109,12 @@ def verify(plugins: Registry, question: Question, progress: Progress | None = No
         for done, scheme in enumerate(schemes):
             if progress:
                 progress(kernel.name, done, len(schemes))
-            yield examine(plugin, device, kernel, scheme)
+            yield examine(plugin.name, device, kernel, scheme)
 
 
-def records(findings: Iterable[Finding], host: Host | None = None) -> list[Record]:
-    """Evidence for every cell whose schemes were found right."""
+def records(findings: Iterable[Finding], host: Host | None = None, grade: Grade | None = None) -> list[Record]:
+    """Evidence for every cell whose schemes were found right. grade: None means measured, or simulated where the device is."""
+    flag = " --compile-only" if grade == "compiled" else ""
     by_kernel: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         if not finding.failures:
@@ -127,10 +128,10 @@ def records(findings: Iterable[Finding], host: Host | None = None) -> list[Recor
                 continue
             made.append(
                 Record(
-                    row.id, platform, name, "simulated" if first.device.simulated else "measured",
+                    row.id, platform, name, grade or ("simulated" if first.device.simulated else "measured"),
                     schemes={str(f.scheme): {"error": _short(f.error), "bound": f.bound} for f in part},
                     cases=sum(finding.cases for finding in part),
-                    command=f"qcore verify --plugin {first.plugin} --platform {platform} --row {row.id} --kernel {name}",
+                    command=f"qcore verify --plugin {first.plugin} --platform {platform} --row {row.id} --kernel {name}{flag}",
                     device=_device(first.device),
                     versions=_versions(first, host or Host()),
                     source=source_digest(first.kernel),

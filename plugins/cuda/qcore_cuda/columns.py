@@ -1,23 +1,37 @@
 """Compute capability -> column, architecture and features.
 
-Sources: NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities"; the PTX ISA's tables of mma, wmma and dp4a for the
+Sources: NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities" (shared memory too); the PTX ISA's tables of mma, wmma and dp4a for the
 capability from which each data type runs on tensor cores.
 """
 
 from __future__ import annotations
 
-from qcore.platform import Platform
+from qcore.platform import Platform, Target
 
 Capability = tuple[int, int]
 
+_SHARED_KIB = {"sm_70": 96, "sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227,
+               "sm_120": 99, "sm_121": 99}  # fmt: skip
+"""Shared memory that a block may have, of the architectures that Triton 3.9's compilers make code for."""
+
+
+def _platform(name: str, title: str, *architectures: str) -> Platform:
+    targets = tuple(
+        Target(architecture, "cuda", int(architecture.removeprefix("sm_")), 32, _SHARED_KIB[architecture] << 10)
+        for architecture in architectures
+        if architecture in _SHARED_KIB
+    )
+    return Platform(name, title, architectures, portable=True, targets=targets)
+
+
 PLATFORMS = (
-    Platform("volta", "Volta", ("sm_70", "sm_72"), portable=True),
-    Platform("turing", "Turing", ("sm_75",), portable=True),
-    Platform("ampere", "Ampere", ("sm_80", "sm_86", "sm_87", "sm_88"), portable=True),
-    Platform("ada", "Ada", ("sm_89",), portable=True),
-    Platform("hopper", "Hopper", ("sm_90",), portable=True),
+    _platform("volta", "Volta", "sm_70", "sm_72"),
+    _platform("turing", "Turing", "sm_75"),
+    _platform("ampere", "Ampere", "sm_80", "sm_86", "sm_87", "sm_88"),
+    _platform("ada", "Ada", "sm_89"),
+    _platform("hopper", "Hopper", "sm_90"),
     # CUDA 12 calls Thor sm_101, CUDA 13 sm_110.
-    Platform("blackwell", "Blackwell", ("sm_100", "sm_101", "sm_103", "sm_110", "sm_120", "sm_121"), portable=True),
+    _platform("blackwell", "Blackwell", "sm_100", "sm_101", "sm_103", "sm_110", "sm_120", "sm_121"),
 )
 
 _COLUMNS = {architecture: platform.id for platform in PLATFORMS for architecture in platform.architectures}

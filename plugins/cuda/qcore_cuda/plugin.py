@@ -11,7 +11,7 @@ from qcore.platform import Device, Platform
 from qcore_cuda.columns import PLATFORMS
 from qcore_cuda.devices import examine
 
-QCORE_API = (1, 0)
+QCORE_API = (1, 2)
 
 _AMPERE_UP = ("ampere", "ada", "hopper", "blackwell")
 _BF16 = (frozenset({"bf16"}),)

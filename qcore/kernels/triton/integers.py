@@ -50,7 +50,7 @@ TILINGS = (
     Tiling(16, 16, 64, 4, 4),
     Tiling(32, 32, 128, 8, 3),
     Tiling(64, 64, 64, 8, 3),
-    Tiling(1 << 30, 64, 128, 8, 3),
+    Tiling(1 << 30, 64, 128, 8, 2),
 )
 _PROGRAMS = 512
 """Programs that there should be at least, by sharing sums: some for each of a large GPU's processors."""

@@ -1,4 +1,5 @@
-"""Triton's interpreter, in which kernels for GPUs take tensors of the CPU. To be imported before Triton is."""
+"""Triton's interpreter, in which kernels for GPUs take tensors of the CPU. This module is imported before Triton is, in a process that compiles
+nothing."""
 
 import os
 from typing import Any

@@ -1,0 +1,166 @@
+"""verify --compile-only: what can be proved of kernels in Triton where there is no GPU. Triton's interpreter runs them on the CPU against the
+definition, and its compilers make their code for every architecture of a platform.
+
+Both need a process of their own, for Triton is either the one or the other: `python -m qcore.testing.compiled interpret|compile`, with a task
+in JSON on the standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from qcore.platform import Device, Platform, Target
+from qcore.scheme import Scheme
+from qcore.testing.cases import claimed, row_schemes
+from qcore.testing.verify import Finding, examine
+
+if TYPE_CHECKING:
+    from qcore.discovery import Plugin, Registry
+    from qcore.kernel import Kernel
+    from qcore.testing.verify import Question
+
+FAMILY = "triton"
+
+
+@dataclass(frozen=True)
+class Build:
+    """A program that was compiled. matrix: the matrix unit's instruction, empty where products are made one by one. registers, spilled, shared:
+    as of qcore.kernels.triton.program.Compiled. fault: why there is no program, or none that could be launched."""
+
+    kernel: str
+    platform: str
+    architecture: str
+    program: str
+    matrix: str = ""
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    fault: str = ""
+
+
+def compilable(plugins: Registry, question: Question) -> Iterator[tuple[Plugin, Kernel, list[Platform]]]:
+    """Every kernel in Triton with those of a plugin's platforms that it is compiled for."""
+    for plugin in plugins.plugins:
+        if question.plugin not in (None, plugin.name):
+            continue
+        platforms = [p for p in plugin.platforms if p.targets and question.platform in (None, p.id)]
+        for kernel, _ in plugins.kernels:
+            own = [platform for platform in platforms if platform.id in kernel.platforms]
+            if kernel.family == FAMILY and question.kernel in (None, kernel.name) and own:
+                yield plugin, kernel, own
+
+
+def verify_compiled(
+    plugin: Plugin, kernel: Kernel, platforms: Sequence[Platform], question: Question
+) -> tuple[list[Finding], list[Build]]:
+    """Findings of each platform whose every program could be launched, and all builds. Schemes: the matrix's, or the row's."""
+    schemes = [str(scheme) for scheme in claimed(kernel, question.schemes() if question.row else row_schemes())]
+    task = {"kernel": kernel.name, "schemes": schemes, "platforms": [platform.id for platform in platforms]}
+    running = [_start(what, task) for what in ("interpret", "compile")]
+    answers, built = (_answer(process, json.dumps(task)) for process in running)
+    builds = [Build(**row) for row in built]
+    findings = []
+    for platform in platforms:
+        own = [build for build in builds if build.platform == platform.id]
+        faults = tuple(f"{build.architecture}, {build.program}: {build.fault}" for build in own if build.fault)
+        device = Device(platform.id, platform.id, _summary(own), "cpu", simulated=True)
+        for row in answers:
+            scheme = Scheme.parse(row["scheme"])
+            failures = (*row["failures"], *faults)
+            findings.append(
+                Finding(plugin.name, kernel, scheme, device, row["error"], row["bound"], row["cases"], failures)
+            )
+    return findings, builds
+
+
+def _start(what: str, task: dict[str, Any]) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does anyway, and warns of
+    command = [sys.executable, "-m", "qcore.testing.compiled", what]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def _answer(process: subprocess.Popen[str], task: str) -> list[dict[str, Any]]:
+    said, _ = process.communicate(task)
+    if process.returncode:
+        raise RuntimeError(f"{process.args!r} ended with status {process.returncode}")
+    found: list[dict[str, Any]] = json.loads(said)
+    return found
+
+
+def _summary(builds: Sequence[Build]) -> str:
+    """What the compilers made, architecture by architecture: the instructions, and the most of everything."""
+    parts = []
+    for architecture in dict.fromkeys(build.architecture for build in builds):
+        own = [build for build in builds if build.architecture == architecture and not build.fault]
+        if not own:
+            continue
+        matrix = " ".join(dict.fromkeys(".".join(build.matrix.split(".")[:3]) or "no matrix unit" for build in own))
+        most = [max(getattr(build, name) for build in own) for name in ("registers", "spilled", "shared")]
+        parts.append(
+            f"{architecture}: {matrix}, {most[0]} registers, {most[1]} bytes spilled, {most[2] >> 10} KiB shared"
+        )
+    return f"Triton's interpreter and compilers ({'; '.join(parts)})"
+
+
+# --- In processes of their own ---------------------------------------------------------------------------------------
+
+
+def _interpret(kernel: Kernel, schemes: Sequence[Scheme], platforms: Sequence[Platform]) -> list[dict[str, Any]]:
+    device = Device("interpreter", platforms[0].id, "Triton's interpreter", "cpu", simulated=True)
+    found = [examine("", device, kernel, scheme) for scheme in schemes]
+    keys = ("error", "bound", "cases", "failures")
+    return [{"scheme": str(one.scheme)} | {key: getattr(one, key) for key in keys} for one in found]
+
+
+def _compile(kernel: Kernel, schemes: Sequence[Scheme], platforms: Sequence[Platform]) -> list[dict[str, Any]]:
+    """Programs of the data type that the kernel computes in first, each once."""
+    implementation: Any = kernel.load()
+    programs = [program for scheme in schemes for program in implementation.programs(scheme, kernel.dtypes[0])]
+    each = {repr((program.signature, program.constants, program.options)): program for program in programs}
+    tasks = [
+        (kernel, platform, target, program)
+        for platform in platforms
+        for target in platform.targets
+        if kernel.runs_on(target.architecture)
+        for program in each.values()
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return [asdict(build) for build in threads.map(lambda task: _build(*task), tasks)]
+
+
+def _build(kernel: Kernel, platform: Platform, target: Target, program: Any) -> Build:
+    from qcore.kernels.triton.program import compile_program
+
+    build = Build(kernel.name, platform.id, target.architecture, program.name)
+    try:
+        made = compile_program(program, target.backend, target.name, target.warp)
+    except Exception as fault:  # whatever a compiler does not take is a finding
+        return replace(build, fault=f"{type(fault).__name__}: {fault}"[-500:])
+    build = replace(build, **asdict(made))
+    if made.shared > target.shared:
+        return replace(build, fault=f"{made.shared} bytes of shared memory, of {target.shared} that a block may have")
+    return build
+
+
+def main(what: str) -> None:
+    if what == "interpret":
+        import qcore.testing.interpreter  # noqa: F401
+    from qcore.discovery import registry
+
+    task = json.load(sys.stdin)
+    kernel = next(kernel for kernel, _ in registry().kernels if kernel.name == task["kernel"])
+    platforms = [registry().platforms[name] for name in task["platforms"]]
+    schemes = [Scheme.parse(scheme) for scheme in task["schemes"]]
+    json.dump({"interpret": _interpret, "compile": _compile}[what](kernel, schemes, platforms), sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,68 @@
+"""Kernels in Triton compiled for GPUs that are not here: the builds, and the evidence that comes of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from commands import command
+from qcore.discovery import registry
+from qcore.testing import compiled
+from qcore.testing.compiled import Build, compilable, verify_compiled
+from qcore.testing.verify import Question, records
+
+AWQ = Question(plugin="cuda", platform="hopper", row="awq")
+
+
+def test_tensor_cores_multiply() -> None:
+    """Products are the matrix unit's, nothing is spilled, and a block's memory is there."""
+    task = {
+        "kernel": "triton_integers",
+        "schemes": ["W4A16-g128-sym", "W3A16-g32-asym", "W8A16-channel-sym"],
+        "platforms": ["ada", "hopper"],
+    }
+    builds = [Build(**row) for row in compiled._answer(compiled._start("compile", task), json.dumps(task))]
+    assert len(builds) == 2 * 3 * 4
+    for build in builds:
+        assert not build.fault and "mma" in build.matrix and build.registers >= 32 and build.spilled == 0, build
+
+
+def test_the_command() -> None:
+    done = command("verify", "--plugin", "cuda", "--platform", "ada", "--row", "awq", "--compile-only", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    (finding,) = document["findings"]
+    assert finding["kernel"] == "triton_integers" and finding["platform"] == "ada" and finding["cases"] > 10
+    assert {build["architecture"] for build in document["builds"]} == {"sm_89"}
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, builds: list[Build]) -> None:
+    """What the two processes say, without them."""
+    found = [{"scheme": "W4A16-g128-asym", "error": 0.001, "bound": 0.016, "cases": 18, "failures": []}]
+    said: dict[str, list[dict[str, Any]]] = {"interpret": found, "compile": [vars(build) for build in builds]}
+    monkeypatch.setattr(compiled, "_start", lambda what, task: what)
+    monkeypatch.setattr(compiled, "_answer", lambda what, task: said[what])
+
+
+def test_evidence_says_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(
+        monkeypatch,
+        [Build("triton_integers", "hopper", "sm_90", "W4", "wgmma.mma_async.sync.aligned.m64", 90, 0, 4096)],
+    )
+    ((plugin, kernel, platforms),) = compilable(registry(), AWQ)
+    findings, _ = verify_compiled(plugin, kernel, platforms, AWQ)
+    (record,) = [record for record in records(findings, grade="compiled") if record.row == "awq"]
+    assert (record.grade, record.platform, record.kernel) == ("compiled", "hopper", "triton_integers")
+    assert "sm_90: wgmma.mma_async.sync, 90 registers, 0 bytes spilled, 4 KiB shared" in record.device
+    assert record.command.endswith("--kernel triton_integers --compile-only")
+
+
+def test_what_cannot_be_launched_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = Build("triton_integers", "hopper", "sm_90", "small", "mma", 90, 0, 4096)
+    answers(monkeypatch, [good, Build("triton_integers", "hopper", "sm_90", "large", fault="too much shared memory")])
+    ((plugin, kernel, platforms),) = compilable(registry(), AWQ)
+    findings, _ = verify_compiled(plugin, kernel, platforms, AWQ)
+    assert findings[0].failures == ("sm_90, large: too much shared memory",)
+    assert not records(findings, grade="compiled")
