@@ -38,6 +38,11 @@ def test_the_command() -> None:
     assert {build["architecture"] for build in document["builds"]} == {"sm_89"}
 
 
+def test_where_nothing_is_compiled() -> None:
+    done = command("verify", "--plugin", "cpu", "--compile-only")
+    assert done.returncode == 3 and "no kernel in Triton is compiled" in done.stderr and not done.stdout
+
+
 def answers(monkeypatch: pytest.MonkeyPatch, builds: list[Build]) -> None:
     """What the two processes say, without them."""
     found = [{"scheme": "W4A16-g128-asym", "error": 0.001, "bound": 0.016, "cases": 18, "failures": []}]

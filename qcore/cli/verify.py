@@ -50,7 +50,7 @@ def verify_command(
         with progress_bar("verifying") as progress:
             findings = list(verify(plugins, question, progress))
     if not findings:
-        raise Refused(_nothing(question))
+        raise Refused(_nothing(question, compile_only))
     if record:
         _record(plugins, findings, "compiled" if compile_only else None)
     if json:
@@ -93,8 +93,11 @@ def _check(plugins: Registry, question: Question) -> None:
                               fix="`qcore plugins --json` lists all kernels."))  # fmt: skip
 
 
-def _nothing(question: Question) -> Refusal:
+def _nothing(question: Question, compile_only: bool) -> Refusal:
     asked = ", ".join(f"{name} {value}" for name, value in vars(question).items() if value) or "this host"
+    if compile_only:
+        return Refusal("no-kernel", "notimpl", asked, "no kernel in Triton is compiled for what was asked for",
+                       fix="Leave --compile-only out where a device is there; `qcore plugins --json` lists all kernels.")  # fmt: skip
     return Refusal("no-device", "missing-dep", asked, "no device of this host runs what was asked for",
                    fix="`qcore doctor` lists the devices; run it on a machine that has one.")  # fmt: skip
 
