@@ -9,6 +9,7 @@ import pytest
 
 from commands import command
 from qcore.discovery import registry
+from qcore.kernels.triton.program import Compiled, Program
 from qcore.testing import compiled
 from qcore.testing.compiled import Build, compilable, verify_compiled
 from qcore.testing.verify import Question, records
@@ -36,6 +37,22 @@ def test_the_command() -> None:
     (finding,) = document["findings"]
     assert finding["kernel"] == "triton_integers" and finding["platform"] == "ada" and finding["cases"] > 10
     assert {build["architecture"] for build in document["builds"]} == {"sm_89"}
+
+
+@pytest.mark.parametrize(
+    ("made", "fault"),
+    [
+        (Compiled("", 4, 0, 4096), "nothing is multiplied"),
+        (Compiled("mma", 90, 0, 228 << 10), "bytes of shared memory"),
+        (Compiled("mma", 90, 64, 4096), ""),
+    ],
+)
+def test_what_a_compiler_made_is_looked_at(made: Compiled, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcore.kernels.triton.program.compile_program", lambda *_: made)
+    ((_, kernel, (platform,)),) = compilable(registry(), AWQ)
+    (target,) = platform.targets
+    build = compiled._build(kernel, platform, target, Program("W4", None, {}, {}))
+    assert fault in build.fault and bool(fault) == bool(build.fault) and build.registers == made.registers
 
 
 def test_where_nothing_is_compiled() -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from qcore.testing.verify import Question
 
 FAMILY = "triton"
+_LEAST_REGISTERS = 16
+"""Fewer hold no tile: where a program is too large for some architectures, Triton 3.9 makes one that does nothing, without a word."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ def _build(kernel: Kernel, platform: Platform, target: Target, program: Any) -> 
     except Exception as fault:  # whatever a compiler does not take is a finding
         return replace(build, fault=f"{type(fault).__name__}: {fault}"[-500:])
     build = replace(build, **asdict(made))
+    if made.registers < _LEAST_REGISTERS:
+        return replace(build, fault=f"a program of {made.registers} registers, in which nothing is multiplied")
     if made.shared > target.shared:
         return replace(build, fault=f"{made.shared} bytes of shared memory, of {target.shared} that a block may have")
     return build
