@@ -221,7 +221,8 @@ def test_every_tick_rests_on_a_record_whose_command_reproduces_it() -> None:
                 assert proof.worst["error"] <= proof.worst["bound"] and proof.cases > 0
                 plugin = PLATFORM_PLUGINS[cell.platform]
                 where = f"--plugin {plugin} --platform {cell.platform} --row {cell.row.id} --kernel {proof.kernel}"
-                assert proof.command == f"qcore verify {where}"
+                flag = " --compile-only" if proof.grade == "compiled" else ""
+                assert proof.command == f"qcore verify {where}{flag}"
                 if proof.grade == "measured" and proof.kernel != "reference_linear" and plugin == "cpu":
                     commands.add(proof.command)
     assert commands
@@ -313,5 +314,6 @@ def test_the_terminals_table_fits(width: int) -> None:
     assert all(any(title in line for line in lines) for title in found.titles.values())
     row = next(line for line in lines if line.startswith("GPTQ "))
     assert row.split()[1:] == [
-        {"measured": "M", "declared": "d", "none": "-"}[c.evidence] + "*" * c.baseline for c in found.part("gptq").cells
+        {"measured": "M", "compiled": "C", "declared": "d", "none": "-"}[c.evidence] + "*" * c.baseline
+        for c in found.part("gptq").cells
     ]
