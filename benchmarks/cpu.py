@@ -67,7 +67,9 @@ def measured(family: Family, threads: int, shape: str) -> list[dict[str, Any]]:
     command += ["--shape", shape, "--activations", family.activations]
     command += [part for scheme in family.schemes for part in ("--scheme", scheme)]
     command += [part for batch in family.goals for part in ("--m", str(batch))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)  # the command has said why
     return list(json.loads(done.stdout)["rows"])
 
 
@@ -105,8 +107,10 @@ def main(families: Sequence[str], threads: Sequence[int], shapes: Sequence[str])
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", choices=[*(family.name for family in FAMILIES), []])
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(family.name for family in FAMILIES))
     parser.add_argument("--threads", type=int, action="append")
     parser.add_argument("--shape", action="append")
     given = parser.parse_args()
+    if unknown := set(given.families) - {family.name for family in FAMILIES}:
+        parser.error(f"no family is called {' or '.join(sorted(unknown))}")
     main(given.families, given.threads or THREADS, given.shape or SHAPES)

@@ -88,3 +88,11 @@ def test_what_cannot_be_launched_is_no_evidence(monkeypatch: pytest.MonkeyPatch)
     findings, _ = verify_compiled(plugin, kernel, platforms, AWQ)
     assert findings[0].failures == ("sm_90, large: too much shared memory",)
     assert not records(findings, grade="compiled")
+
+
+def test_what_was_not_compiled_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, [])
+    ((plugin, kernel, platforms),) = compilable(registry(), AWQ)
+    findings, _ = verify_compiled(plugin, kernel, platforms, AWQ)
+    assert findings[0].failures == ("hopper: nothing was compiled for any of its architectures",)
+    assert not records(findings, grade="compiled")

@@ -45,7 +45,7 @@ def verify_command(
     _check(plugins, question)
     builds: list[Build] = []
     if compile_only:
-        findings = _compiled(plugins, question, builds)
+        findings, builds = _compiled(plugins, question)
     else:
         with progress_bar("verifying") as progress:
             findings = list(verify(plugins, question, progress))
@@ -63,20 +63,21 @@ def verify_command(
         raise typer.Exit(3)
 
 
-def _compiled(plugins: Registry, question: Question, builds: list[Build]) -> list[Finding]:
+def _compiled(plugins: Registry, question: Question) -> tuple[list[Finding], list[Build]]:
     """Findings of kernels that were compiled, and their builds."""
     from qcore.testing.compiled import compilable, verify_compiled
 
     if find_spec("triton") is None:
         raise Refused(Refusal("missing-package", "missing-dep", "triton", "kernels are compiled by it, and it is not installed",
                               fix="pip install triton"))  # fmt: skip
-    findings = []
+    findings: list[Finding] = []
+    builds: list[Build] = []
     for plugin, kernel, platforms in compilable(plugins, question):
         note(f"{kernel.name}: {', '.join(platform.title for platform in platforms)}")
         found, built = verify_compiled(plugin, kernel, platforms, question)
         findings += found
         builds += built
-    return findings
+    return findings, builds
 
 
 def _check(plugins: Registry, question: Question) -> None:

@@ -72,6 +72,8 @@ def verify_compiled(
     for platform in platforms:
         own = [build for build in builds if build.platform == platform.id]
         faults = tuple(f"{build.architecture}, {build.program}: {build.fault}" for build in own if build.fault)
+        if not own:
+            faults = (f"{platform.id}: nothing was compiled for any of its architectures",)
         device = Device(platform.id, platform.id, _summary(own), "cpu", simulated=True)
         for row in answers:
             scheme = Scheme.parse(row["scheme"])
