@@ -11,7 +11,6 @@ from qcore.kernels.triton.planes import pack_planes, parts_of, planes_of
 from qcore.platform import Device
 from qcore.refusal import Refused
 from qcore.scheme import Scheme
-from qcore.testing import checks
 from qcore.testing.cases import catalogue, claimed
 from qcore.testing.checks import CHECKS, Bench
 from qcore.testing.layers import random_layer
@@ -20,12 +19,6 @@ from qcore.testing.verify import applies
 KERNEL = next(kernel for kernel, _ in registry().kernels if kernel.name == "triton_integers")
 GPU = Device("gpu", "ampere", "Triton's interpreter", "cpu", "sm_80", frozenset({"bf16"}), simulated=True)
 SCHEMES = [str(scheme) for scheme in claimed(KERNEL, catalogue())]
-
-
-@pytest.fixture(autouse=True)
-def _fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes a prompt of 512 tokens for a minute's work."""
-    monkeypatch.setattr(checks, "BATCHES", (*range(1, 18), 40))
 
 
 def test_the_row_takes_every_integer() -> None:

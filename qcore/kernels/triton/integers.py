@@ -132,15 +132,19 @@ def integer_product(
     if not rows:
         return x.new_empty(0, outputs)
     tiling = next(tiling for tiling in TILINGS if rows <= tiling.most)
-    section, together = math.gcd(LONGEST, group), together_of(bits)
+    constants = _constants(bits, center, _kind(zeros), order is not None, group)
     programs = triton.cdiv(rows, tiling.rows) * triton.cdiv(outputs, tiling.outputs)
-    shares = max(1, min(_MOST_SHARES, _PROGRAMS // programs, triton.cdiv(columns, 2 * together * section)))
+    shares = max(
+        1,
+        min(
+            _MOST_SHARES, _PROGRAMS // programs, triton.cdiv(columns, 2 * constants["TOGETHER"] * constants["SECTION"])
+        ),
+    )
     out = x.new_empty(shares, rows, outputs, dtype=torch.float32 if shares > 1 else x.dtype)
     multiply_integers[(programs, shares)](
         x, codes, scales, scales if zeros is None else zeros, codes if order is None else order, out,
         rows, outputs, columns, x.stride(0), codes.shape[1], group, shares,
-        BITS=bits, CENTER=center, ZERO=_kind(zeros), ORDERED=order is not None, PARTS=parts_of(bits), TOGETHER=together, RUN=_run(group, section, together),
-        BM=tiling.rows, BN=tiling.outputs, SECTION=section, num_warps=tiling.warps, num_stages=tiling.stages,
+        **constants, BM=tiling.rows, BN=tiling.outputs, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out[0] if shares == 1 else out.sum(0).to(x.dtype)
 
@@ -206,8 +210,6 @@ class IntegerLinear(torch.nn.Module):
         weight = scheme.weight
         element, grid = weight.element, weight.granularity
         assert isinstance(element, Int)
-        group = grid.size if isinstance(grid, Group) else 1 << 20
-        section, together = math.gcd(LONGEST, group), together_of(element.bits)
         floats = "*bf16" if dtype == "bfloat16" else "*fp16"
         kind = {None: CONSTANT, "stored": WHOLE, "float": FLOATING}[weight.zero]
         signature = {
@@ -215,10 +217,8 @@ class IntegerLinear(torch.nn.Module):
             "order_ptr": "*i32" if weight.ordered else "*u8", "out_ptr": floats,
             **dict.fromkeys(("M", "N", "K", "x_stride", "row_bytes", "group", "shares"), "i32"),
         }  # fmt: skip
-        constants = {
-            "BITS": element.bits, "CENTER": _center(element), "ZERO": kind, "ORDERED": weight.ordered, "PARTS": parts_of(element.bits),
-            "TOGETHER": together, "RUN": _run(group, section, together), "SECTION": section,
-        }  # fmt: skip
+        group = grid.size if isinstance(grid, Group) else LONGEST * 8
+        constants = _constants(element.bits, _center(element), kind, weight.ordered, group)
         return [
             Program(
                 f"{scheme} {dtype}, {tiling.rows} x {tiling.outputs}", multiply_integers, signature,
@@ -238,9 +238,13 @@ class IntegerLinear(torch.nn.Module):
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _run(group: int, section: int, together: int) -> int:
-    """How many of the sections that are multiplied together have one scale."""
-    return math.gcd(together, group // section)
+def _constants(bits: int, center: int, kind: int, ordered: bool, group: int) -> dict[str, int]:
+    """What a program of multiply_integers is made for, but for its tiling. RUN: how many sections that are multiplied together have one scale."""
+    section, together = math.gcd(LONGEST, group), together_of(bits)
+    return {
+        "BITS": bits, "CENTER": center, "ZERO": kind, "ORDERED": ordered, "PARTS": parts_of(bits), "TOGETHER": together,
+        "RUN": math.gcd(together, group // section), "SECTION": section,
+    }  # fmt: skip
 
 
 def _center(element: Int) -> int:
@@ -271,6 +275,8 @@ def _order(index: torch.Tensor, group: int) -> torch.Tensor:
     order = index.argsort(stable=True)
     found = index[order]
     if not torch.equal(found, torch.arange(len(index), dtype=found.dtype, device=found.device) // group):
-        raise Refused(Refusal("shape-unsupported", "notimpl", f"act-order groups of {group}", "a group has more or fewer columns",
-                              fix="The reference kernel takes such weights."))  # fmt: skip
+        counts = torch.bincount(index)
+        raise Refused(Refusal("shape-unsupported", "notimpl", "integers in Triton", "act-order groups must all be of one size",
+                              f"found groups of {int(counts.min())} to {int(counts.max())} columns, expected {group}",
+                              "Another kernel takes this layer."))  # fmt: skip
     return order.to(torch.int32)
