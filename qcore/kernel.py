@@ -63,7 +63,7 @@ class Kernel:
     whose devices run torch's own operators. architectures: those of the platforms' that it runs on, as shell patterns.
     dtypes: activation dtypes that it computes in. quantizes_input: it rounds activations to 8 bits although the scheme
     keeps them. features: alternatives, each a set of device features that suffices; empty needs none. requires:
-    distributions and their least version. multiples: (rows, columns) that the weight's shape must be multiples of.
+    distributions and their least version, `a|b` where either will do. multiples: (rows, columns) that the weight's shape must be multiples of.
     ragged: it takes weights whose last group or tile is not whole.
     cost: a rough rank, about the time of decoding one token relative to a dense bfloat16 layer; the least is chosen.
     note: one sentence on what it does, shown by `explain`. implementation: `module:object`, a `LayerKernel`.

@@ -11,13 +11,14 @@ from qcore.refusal import Refusal, Refused
 @dataclass(frozen=True)
 class Target:
     """An architecture that kernels are compiled for where it is not. backend, name: what Triton calls it. warp: threads of one. shared: bytes
-    of shared memory that a block may have."""
+    of shared memory that a block may have. matrix: Triton has the use of its matrix units."""
 
     architecture: str
     backend: str
     name: int | str
     warp: int
     shared: int
+    matrix: bool = True
 
 
 @dataclass(frozen=True)

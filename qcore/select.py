@@ -155,14 +155,18 @@ _LIFTABLE = ("not-chosen", "inexact", "missing-requirement", "dtype-unsupported"
 
 def _missing_requirement(requires: Iterable[tuple[str, str]]) -> str:
     """The first unmet requirement as `name>=version, found ...`, or an empty string."""
-    for name, least in requires:
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found = "none"
-        if found == "none" or _numbers(found) < _numbers(least):
-            return f"{name}>={least}, found {found}"
+    for names, least in requires:
+        found = [version for name in names.split("|") if (version := _version(name))]
+        if not any(_numbers(version) >= _numbers(least) for version in found):
+            return f"{names.partition('|')[0]}>={least}, found {' and '.join(found) or 'none'}"
     return ""
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -125,19 +125,18 @@ def _interpret(kernel: Kernel, schemes: Sequence[Scheme], platforms: Sequence[Pl
 
 
 def _compile(kernel: Kernel, schemes: Sequence[Scheme], platforms: Sequence[Platform]) -> list[dict[str, Any]]:
-    """Programs of the data type that the kernel computes in first, each once."""
+    """Programs of the data type that the kernel computes in first, each once for a target."""
     implementation: Any = kernel.load()
-    programs = [program for scheme in schemes for program in implementation.programs(scheme, kernel.dtypes[0])]
-    each = {repr((program.signature, program.constants, program.options)): program for program in programs}
-    tasks = [
-        (kernel, platform, target, program)
+    tasks = {
+        (platform.id, target.architecture, repr((program.signature, program.constants, program.options))): (kernel, platform, target, program)
         for platform in platforms
         for target in platform.targets
         if kernel.runs_on(target.architecture)
-        for program in each.values()
-    ]
+        for scheme in schemes
+        for program in implementation.programs(scheme, kernel.dtypes[0], target)
+    }  # fmt: skip
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return [asdict(build) for build in threads.map(lambda task: _build(*task), tasks)]
+        return [asdict(build) for build in threads.map(lambda task: _build(*task), tasks.values())]
 
 
 def _build(kernel: Kernel, platform: Platform, target: Target, program: Any) -> Build:

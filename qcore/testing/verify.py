@@ -147,7 +147,8 @@ def _device(device: Device) -> str:
 
 
 def _versions(finding: Finding, host: Host) -> dict[str, str]:
-    names = ("qcore", f"qcore-{finding.plugin}", "torch", *(name for name, _ in finding.kernel.requires))
+    needed = (name for names, _ in finding.kernel.requires for name in names.split("|"))
+    names = ("qcore", f"qcore-{finding.plugin}", "torch", *needed)
     return {name: version for name in dict.fromkeys(names) if (version := host.package(name))}
 
 

@@ -14,12 +14,16 @@ _SHARED_KIB = {"sm_70": 96, "sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_87": 163
                "sm_120": 99, "sm_121": 99}  # fmt: skip
 """Shared memory that a block may have, of the architectures that Triton 3.9's compilers make code for."""
 
+_FIRST_MATRIX = 80
+"""From where Triton uses tensor cores; before, it makes products one by one."""
+
 
 def _platform(name: str, title: str, *architectures: str) -> Platform:
     targets = tuple(
-        Target(architecture, "cuda", int(architecture.removeprefix("sm_")), 32, _SHARED_KIB[architecture] << 10)
+        Target(architecture, "cuda", number, 32, _SHARED_KIB[architecture] << 10, matrix=number >= _FIRST_MATRIX)
         for architecture in architectures
         if architecture in _SHARED_KIB
+        for number in [int(architecture.removeprefix("sm_"))]
     )
     return Platform(name, title, architectures, portable=True, targets=targets)
 

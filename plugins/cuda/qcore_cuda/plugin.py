@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qcore.hookspecs import hookimpl
 from qcore.kernel import Accepts, Kernel
+from qcore.kernels.triton.rows import triton_kernels
 from qcore.platform import Device, Platform
 from qcore_cuda.columns import PLATFORMS
 from qcore_cuda.devices import examine
@@ -16,6 +17,7 @@ QCORE_API = (1, 2)
 _AMPERE_UP = ("ampere", "ada", "hopper", "blackwell")
 _BF16 = (frozenset({"bf16"}),)
 _TORCH = (("torch", "2.8"),)
+_TRITON = (*_TORCH, ("triton", "3.6"))
 
 
 @hookimpl
@@ -46,12 +48,8 @@ def qcore_kernels() -> Sequence[Kernel]:
                ("bfloat16",), cost=0.6, implementation="qcore_cuda.kernels.scaled:Fp8Linear",
                note="cuBLASLt's fp8 x fp8 product; inputs are rounded by unfused operators, slower than a dense layer",
                features=(frozenset({"fp8"}),), requires=_TORCH, multiples=(16, 16)),
-        Kernel("triton_integers", "triton", "linear", _AMPERE_UP,
-               Accepts(("int?", "uint?"), ("g16", "g32", "g64", "g128", "g256", "channel", "tensor"), (None, "stored", "float"),
-                       ordered=True),
-               ("bfloat16", "float16"), cost=0.5, implementation="qcore.kernels.triton.integers:IntegerLinear",
-               note="codes of 1 to 8 bits; whole numbers are multiplied on tensor cores, and the sums of a group scaled",
-               features=_BF16, requires=(*_TORCH, ("triton", "3.6")), ragged=True),
+        *triton_kernels("triton", _AMPERE_UP, ("bfloat16", "float16"), features=_BF16, requires=_TRITON),
+        *triton_kernels("triton_fp16", ("volta", "turing"), ("float16",), requires=_TRITON),
     ]  # fmt: skip
 
 

@@ -58,4 +58,5 @@ def test_int4_is_dequantized_from_whatever_layout_it_has(scheme: str) -> None:
 
 def test_rows_name_what_exists() -> None:
     for kernel in KERNELS.values():
-        assert callable(kernel.load().from_layer) and kernel.features
+        assert callable(kernel.load().from_layer)
+        assert kernel.features or kernel.dtypes == ("float16",), f"{kernel.name} computes in what not every GPU has"

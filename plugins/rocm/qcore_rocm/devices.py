@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from qcore.host import Host, visible
-from qcore.platform import Device
+from qcore.platform import Device, Target
 from qcore_rocm.topology import Gpu, gpus_of
 
 ARCHITECTURES = ("gfx906", "gfx908", "gfx90a", "gfx942", "gfx950", "gfx1030", "gfx1100", "gfx1101", "gfx1102",
                  "gfx1150", "gfx1151", "gfx1200", "gfx1201")  # fmt: skip
 """Those that torch's ROCm builds have code for, from the oldest to the newest of each family."""
+
+TARGETS = tuple(
+    Target(name, "hip", name, warp, kib << 10)
+    for name, warp, kib in (
+        ("gfx90a", 64, 64),
+        ("gfx942", 64, 64),
+        ("gfx950", 64, 160),
+        ("gfx1100", 32, 64),
+        ("gfx1201", 32, 64),
+    )
+)
+"""One of each family whose matrix units Triton uses. Warps, and the LDS of a workgroup: AMD's "Accelerator and GPU hardware specifications"."""
 
 _FEATURES: dict[str, frozenset[str]] = {
     "gfx906": frozenset({"wave64", "dot_int8"}),

@@ -1,4 +1,4 @@
-"""What this plugin declares: its platform and this host's devices. The core's portable kernels run on them."""
+"""What this plugin declares: its platform, the kernels' rows, and this host's devices. The core's portable kernels run on them too."""
 
 from __future__ import annotations
 
@@ -6,15 +6,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qcore.hookspecs import hookimpl
+from qcore.kernel import Kernel
+from qcore.kernels.triton.rows import triton_kernels
 from qcore.platform import Device, Platform
-from qcore_rocm.devices import ARCHITECTURES, devices, report
+from qcore_rocm.devices import ARCHITECTURES, TARGETS, devices, report
 
-QCORE_API = (1, 0)
+QCORE_API = (1, 2)
+
+_TRITON_ON = ("gfx90a", "gfx942", "gfx950", "gfx110?", "gfx115?", "gfx120?")
+"""Architectures with matrix units of 16-bit floats, in their families as the compilers know them."""
+_TRITON = (("torch", "2.10"), ("triton|triton-rocm|pytorch-triton-rocm", "3.6"))
 
 
 @hookimpl
 def qcore_platforms() -> Sequence[Platform]:
-    return [Platform("amd", "AMD GPU", ARCHITECTURES, portable=True)]
+    return [Platform("amd", "AMD GPU", ARCHITECTURES, portable=True, targets=TARGETS)]
+
+
+@hookimpl
+def qcore_kernels() -> Sequence[Kernel]:
+    return triton_kernels("triton_rocm", ("amd",), ("bfloat16", "float16"), requires=_TRITON, architectures=_TRITON_ON)
 
 
 @hookimpl

@@ -8,10 +8,17 @@ the first of them in its lowest bits. A row is one chunk after the other, a chun
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-LONGEST = 64
-"""Columns of a section, at most."""
+_LONGEST = 64
+"""Columns of a section, at most; of 8 bits twice as many, for their bytes are not shared."""
+
+
+def section_of(bits: int, group: int) -> int:
+    """Columns of a section, where `group` of them are under one scale; 0: all."""
+    return math.gcd(_LONGEST * (1 + bits // 8), group)
 
 
 def planes_of(bits: int) -> tuple[int, ...]:
