@@ -11,7 +11,8 @@ from qcore.refusal import Refusal, Refused
 @dataclass(frozen=True)
 class Target:
     """An architecture that kernels are compiled for where it is not. backend, name: what Triton calls it. warp: threads of one. shared: bytes
-    of shared memory that a block may have. matrix: Triton has the use of its matrix units."""
+    of shared memory that a block may have. matrix: Triton has the use of its matrix units. fp8: the 8-bit float
+    with four bits of exponent that these multiply, `e4m3fn` or `e4m3fnuz`; empty: none."""
 
     architecture: str
     backend: str
@@ -19,6 +20,7 @@ class Target:
     warp: int
     shared: int
     matrix: bool = True
+    fp8: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,33 +8,37 @@ import torch
 import qcore.testing.interpreter  # noqa: F401  the first to import Triton
 from qcore.elements import Block
 from qcore.kernel import Kernel
+from qcore.kernels.activations import quantize_input
 from qcore.kernels.triton.planes import pack_planes, parts_of, planes_of
-from qcore.kernels.triton.rows import triton_kernels
+from qcore.kernels.triton.rounding import Rounding, round_input
+from qcore.kernels.triton.rows import triton_fp8, triton_int8, triton_kernels
 from qcore.kernels.triton.tilings import tilings_on
 from qcore.platform import Device
 from qcore.refusal import Refused
-from qcore.scheme import Scheme
-from qcore.testing.cases import catalogue, claimed
+from qcore.scheme import Scheme, TensorScheme
+from qcore.testing.cases import catalogue, claimed, row_schemes
 from qcore.testing.checks import CHECKS, Bench
 from qcore.testing.layers import random_layer
 from qcore.testing.verify import applies
 
-KERNELS = {kernel.name: kernel for kernel in triton_kernels("triton", ("ampere",), ("bfloat16", "float16"))}
+_FAMILIES = triton_kernels("triton", ("ampere",), ("bfloat16", "float16"))
+_EIGHTS = [triton_int8("triton", ("ampere",)), *triton_fp8("triton", ("ampere",))]
+KERNELS = {kernel.name: kernel for kernel in (*_FAMILIES, *_EIGHTS)}
 GPU = Device("gpu", "ampere", "Triton's interpreter", "cpu", "sm_80", simulated=True)
 CASES = [(name, str(scheme)) for name, kernel in KERNELS.items() for scheme in claimed(kernel, catalogue())]
 DENSE_FROM = tilings_on(torch.device("cpu"))[-1].most + 1
 
 
 def kernel_of(scheme: str) -> Kernel:
-    (found,) = (kernel for kernel in KERNELS.values() if kernel.accepts.refuse(Scheme.parse(scheme)) is None)
-    return found
+    """The first, where 8-bit products have another that multiplies in 16 bits."""
+    return next(kernel for kernel in KERNELS.values() if kernel.accepts.refuse(Scheme.parse(scheme)) is None)
 
 
-def test_the_rows_take_every_weight() -> None:
-    """Of the catalogue, all but those of 12 bits; and no scheme twice."""
-    taken = [scheme for _, scheme in CASES]
-    left = {str(scheme) for scheme in catalogue() if scheme.input is None} - set(taken)
-    assert len(set(taken)) == len(taken) > 300
+def test_the_rows_take_every_scheme() -> None:
+    """Of the catalogue, all but those of 12 bits; and by one family each."""
+    taken = [scheme for name, scheme in CASES if name in {kernel.name for kernel in _FAMILIES}]
+    left = set(map(str, catalogue())) - set(taken)
+    assert len(set(taken)) == len(taken) > 350
     assert left and all("e4m7" in scheme for scheme in left)
 
 
@@ -43,7 +47,7 @@ def test_products(name: str, scheme: str) -> None:
     """Of every scheme that a row takes: few rows of x, and so many that the weight is made dense, with a last group that is not whole."""
     parsed = Scheme.parse(scheme)
     ragged = not isinstance(parsed.weight.element, Block) and "actorder" not in scheme and "flat" not in scheme
-    layer = random_layer(parsed, 37, 203 if ragged else 512)
+    layer = random_layer(parsed, 37, 203 if ragged and KERNELS[name].ragged else 512)
     for dtype, rows in ((torch.float16, 5), (torch.bfloat16, DENSE_FROM)):
         bench = Bench(KERNELS[name], parsed, str(dtype).removeprefix("torch."), "odd", GPU, layer)
         x = torch.randn(rows, layer.weight.shape[1], generator=torch.Generator().manual_seed(3)).to(dtype)
@@ -55,10 +59,23 @@ def test_products(name: str, scheme: str) -> None:
 @pytest.mark.parametrize(
     "scheme",
     ["W4A16-g128-sym", "W3A16-g32-asym", "W8A16-channel-sym", "W4A16-g128-asym-actorder", "W2A16-g64-zfloat", "W8A16-fp8-block128",
-     "W6A16-e3m2-g512", "W4A16-nvfp4", "W4A16-nf4-flat64:dynamic8+flat16384", "W4A16-gguf:q4_k", "W2A16-gguf:iq2_xs"],
+     "W6A16-e3m2-g512", "W4A16-nvfp4", "W4A16-nf4-flat64:dynamic8+flat16384", "W4A16-gguf:q4_k", "W2A16-gguf:iq2_xs", "W4A8-int4-g128-sym/int8-token-asym-dyn",
+     "W8A8-int8-channel-sym/int8-token-sym-dyn-outliers6.0", "W4A4-nvfp4"],
 )  # fmt: skip
 def test_conformance(scheme: str, dtype: str, check: str) -> None:
-    kernel = kernel_of(scheme)
+    conforms(kernel_of(scheme), scheme, dtype, check)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "scheme"), [(kernel.name, str(scheme)) for kernel in _EIGHTS for scheme in claimed(kernel, row_schemes())]
+)
+def test_conformance_of_eight_bits(name: str, scheme: str, dtype: str, check: str) -> None:
+    conforms(KERNELS[name], scheme, dtype, check)
+
+
+def conforms(kernel: Kernel, scheme: str, dtype: str, check: str) -> None:
     for size in ("tiny", "odd"):
         if applies(check, kernel, size):
             CHECKS[check](Bench(kernel, Scheme.parse(scheme), dtype, size, GPU))
@@ -120,3 +137,39 @@ def test_a_graph_has_shapes_without_running(scheme: str) -> None:
     packed = kernel_of(scheme).load().from_layer(random_layer(Scheme.parse(scheme), 48, 256), torch.float16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert packed(torch.empty(2, 3, 256, dtype=torch.float16)).shape == (2, 3, 48)
+
+
+@pytest.mark.parametrize("scheme", ["int8-token-sym-dyn", "fp8-token-dyn", "fp8-token-dyn-bound2.5", "fp8-g128-dyn", "int8-tensor-sym", "fp8-tensor",
+                                    "e2m1-g32:e8m0-dyn", "e2m1-g32:e8m0floor-dyn", "fp8-g32:e8m0-dyn", "e3m2-g32:e8m0-dyn", "e2m3-g32:e8m0-dyn",
+                                    "e2m1-g16:e4m3fn+tensor-dyn"])  # fmt: skip
+def test_inputs_are_rounded_to_the_bit(scheme: str) -> None:
+    """As qcore.kernels.activations rounds them: rows of zeros, of the smallest numbers and of the largest too."""
+    given = TensorScheme.parse(scheme)
+    how = Rounding.of(given)
+    assert how is not None
+    x = torch.randn(9, 300, generator=torch.Generator().manual_seed(5)) * torch.logspace(-6, 3, 9)[:, None]
+    x[1], x[2, ::2], x[3, :4] = 0, 0, torch.tensor([448.0, 464.0, 0.75, -2.5])
+    x = x.to(torch.bfloat16)
+    scale = torch.tensor([0.03]) if not given.dynamic or "tensor-dyn" in scheme else None
+    want = quantize_input(x.float(), given, scale)
+    got, _ = round_input(x, scale, how.element, how.group, how.scale, how.dynamic, how.bound, False)
+    assert torch.equal(got, want.to(torch.bfloat16))
+    if how.element in ("int8", "e4m3fn") and how.scale == "float":
+        codes, scales = round_input(x, scale, how.element, how.group, how.scale, how.dynamic, how.bound, True)
+        numbers = (codes if how.element == "int8" else codes.view(torch.float8_e4m3fn)).float()
+        spread = scales.repeat_interleave(how.group, 1)[:, :300] if how.group else scales[:, None]
+        assert torch.equal(numbers * spread, want)
+        assert not (codes == 0x80).any() or how.element == "int8"
+
+
+@pytest.mark.parametrize(
+    "scheme", ["W8A8-int8-dyn", "W8A8-int8-static", "W8A8-fp8-dyn", "W8A8-fp8-block128", "W4A4-mxfp4"]
+)
+def test_an_input_that_is_no_number_gives_none(scheme: str) -> None:
+    parsed = Scheme.parse(scheme)
+    for kernel in KERNELS.values():
+        if kernel.accepts.refuse(parsed) is None:
+            packed = kernel.load().from_layer(random_layer(parsed, 128, 256), torch.float16)
+            x = torch.ones(3, 256, dtype=torch.float16)
+            x[1, 40] = float("nan")
+            assert packed(x).isnan().all(1).tolist() == [False, True, False], kernel.name

@@ -10,6 +10,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+_cast = interpreter.InterpreterBuilder.cast_impl
 _create_dot = interpreter.InterpreterBuilder.create_dot
 
 
@@ -21,4 +22,14 @@ def _create_dot_of_floats(self: Any, a: Any, b: Any, sums: Any, *others: Any) ->
     return interpreter.TensorHandle(np.matmul(left, right).astype(sums.data.dtype) + sums.data, sums.dtype.scalar)
 
 
+def _cast_to_nearest(self: Any, source: Any, kind: Any) -> Any:
+    """From float32 to bfloat16 GPUs round to nearest, ties to even; Triton 3.6 to 3.9 cut off."""
+    if (source.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
+        return _cast(self, source, kind)
+    bits = np.asarray(source.data, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return interpreter.TensorHandle(np.where(np.isnan(source.data), 0x7FC0, rounded).astype(np.uint16), kind.scalar)
+
+
+interpreter.InterpreterBuilder.cast_impl = _cast_to_nearest
 interpreter.InterpreterBuilder.create_dot = _create_dot_of_floats

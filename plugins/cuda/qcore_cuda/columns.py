@@ -16,11 +16,20 @@ _SHARED_KIB = {"sm_70": 96, "sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_87": 163
 
 _FIRST_MATRIX = 80
 """From where Triton uses tensor cores; before, it makes products one by one."""
+_FIRST_FP8 = 89
 
 
 def _platform(name: str, title: str, *architectures: str) -> Platform:
     targets = tuple(
-        Target(architecture, "cuda", number, 32, _SHARED_KIB[architecture] << 10, matrix=number >= _FIRST_MATRIX)
+        Target(
+            architecture,
+            "cuda",
+            number,
+            32,
+            _SHARED_KIB[architecture] << 10,
+            matrix=number >= _FIRST_MATRIX,
+            fp8="e4m3fn" if number >= _FIRST_FP8 else "",
+        )
         for architecture in architectures
         if architecture in _SHARED_KIB
         for number in [int(architecture.removeprefix("sm_"))]

@@ -11,16 +11,13 @@ ARCHITECTURES = ("gfx906", "gfx908", "gfx90a", "gfx942", "gfx950", "gfx1030", "g
 """Those that torch's ROCm builds have code for, from the oldest to the newest of each family."""
 
 TARGETS = tuple(
-    Target(name, "hip", name, warp, kib << 10)
-    for name, warp, kib in (
-        ("gfx90a", 64, 64),
-        ("gfx942", 64, 64),
-        ("gfx950", 64, 160),
-        ("gfx1100", 32, 64),
-        ("gfx1201", 32, 64),
+    Target(name, "hip", name, warp, kib << 10, fp8=fp8)
+    for name, warp, kib, fp8 in (
+        ("gfx90a", 64, 64, ""), ("gfx942", 64, 64, "e4m3fnuz"), ("gfx950", 64, 160, "e4m3fn"), ("gfx1100", 32, 64, ""), ("gfx1201", 32, 64, "e4m3fn"),
     )
-)
-"""One of each family whose matrix units Triton uses. Warps, and the LDS of a workgroup: AMD's "Accelerator and GPU hardware specifications"."""
+)  # fmt: skip
+"""One of each family whose matrix units Triton uses. Warps, and the LDS of a workgroup: AMD's "Accelerator and GPU hardware specifications"; small
+floats: the instruction set manuals."""
 
 _FEATURES: dict[str, frozenset[str]] = {
     "gfx906": frozenset({"wave64", "dot_int8"}),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qcore.hookspecs import hookimpl
 from qcore.kernel import Kernel
-from qcore.kernels.triton.rows import triton_kernels
+from qcore.kernels.triton.rows import triton_fp8, triton_int8, triton_kernels
 from qcore.platform import Device, Platform
 from qcore_rocm.devices import ARCHITECTURES, TARGETS, devices, report
 
@@ -15,6 +15,7 @@ QCORE_API = (1, 2)
 
 _TRITON_ON = ("gfx90a", "gfx942", "gfx950", "gfx110?", "gfx115?", "gfx120?")
 """Architectures with matrix units of 16-bit floats, in their families as the compilers know them."""
+_FP8_ON = ("gfx942", "gfx950", "gfx120?")
 _TRITON = (("torch", "2.10"), ("triton|triton-rocm|pytorch-triton-rocm", "3.6"))
 
 
@@ -25,7 +26,11 @@ def qcore_platforms() -> Sequence[Platform]:
 
 @hookimpl
 def qcore_kernels() -> Sequence[Kernel]:
-    return triton_kernels("triton_rocm", ("amd",), ("bfloat16", "float16"), requires=_TRITON, architectures=_TRITON_ON)
+    return [
+        *triton_kernels("triton_rocm", ("amd",), ("bfloat16", "float16"), requires=_TRITON, architectures=_TRITON_ON),
+        triton_int8("triton_rocm", ("amd",), requires=_TRITON, architectures=_TRITON_ON),
+        *triton_fp8("triton_rocm", ("amd",), requires=_TRITON, architectures=_FP8_ON),
+    ]
 
 
 @hookimpl

@@ -6,7 +6,7 @@ A kernel here is a Triton function of (x, parts .., out, M, N, K, start, x_strid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -25,10 +25,11 @@ _DENSE_TURNS = 4
 _PROGRAMS = 512
 """Programs that there should be at least, by sharing sums: some for each of a large GPU's processors."""
 _MOST_SHARES = 16
-_POINTERS = {
+POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16",
     torch.int32: "*i32",
 }  # fmt: skip
+"""Triton's words for pointers."""
 
 
 class Launch(Protocol):
@@ -46,19 +47,30 @@ class Launch(Protocol):
 
 
 def multiplied(x: torch.Tensor, outputs: int, turn: int, launch: Launch) -> torch.Tensor:
-    """[M, N] in x's dtype of x [M, K]. outputs: N. turn: columns of one turn of the kernel's loop. Shares are added in a fixed order, so
-    that results do not change from run to run."""
+    """[M, N] in x's dtype of x [M, K]. outputs: N. turn: columns of one turn of the kernel's loop."""
     rows, columns = x.shape
     if not rows:
         return x.new_empty(0, outputs)
     tiling = next((tiling for tiling in tilings_on(x.device) if rows <= tiling.most), None)
     if tiling is None:
         return _dense_product(x, outputs, turn, launch)
-    programs = triton.cdiv(rows, tiling.rows) * triton.cdiv(outputs, tiling.outputs)
-    shares = max(1, min(_MOST_SHARES, _PROGRAMS // programs, triton.cdiv(columns, 2 * turn)))
-    out = x.new_empty(shares, rows, outputs, dtype=torch.float32 if shares > 1 else x.dtype)
-    launch((programs, shares), x, out, rows, 0, constants_of(tiling))
-    return out[0] if shares == 1 else out.sum(0).to(x.dtype)
+
+    def run(grid: tuple[int, int], out: torch.Tensor) -> None:
+        launch(grid, x, out, rows, 0, {"DENSE": False} | constants_of(tiling))
+
+    return in_shares(x.dtype, rows, outputs, triton.cdiv(columns, turn), tiling, x.device, run)
+
+
+def in_shares(
+    dtype: torch.dtype, rows: int, outputs: int, turns: int, tiling: Tiling, place: torch.device, run: Callable[[tuple[int, int], torch.Tensor], None]
+) -> torch.Tensor:  # fmt: skip
+    """[rows, outputs] in dtype. turns: of the kernel's loop, which programs share where there are few; their parts are added in a fixed order, so that
+    results do not change from run to run. run: launches the kernel on a grid (blocks, shares) that fills [shares, rows, outputs]."""
+    blocks = triton.cdiv(rows, tiling.rows) * triton.cdiv(outputs, tiling.outputs)
+    shares = max(1, min(_MOST_SHARES, _PROGRAMS // blocks, triton.cdiv(turns, 2)))
+    out = torch.empty(shares, rows, outputs, dtype=torch.float32 if shares > 1 else dtype, device=place)
+    run((blocks, shares), out)
+    return out[0] if shares == 1 else out.sum(0).to(dtype)
 
 
 def _dense_product(x: torch.Tensor, outputs: int, turn: int, launch: Launch) -> torch.Tensor:
@@ -69,31 +81,49 @@ def _dense_product(x: torch.Tensor, outputs: int, turn: int, launch: Launch) -> 
     out = x.new_empty(rows, outputs)
     for start in range(0, outputs, len(dense)):
         part = out[:, start : start + len(dense)]
-        launch((blocks, triton.cdiv(columns, _DENSE_TURNS * turn)), dense, dense, 1, start, constants_of(DENSE))
+        launch(
+            (blocks, triton.cdiv(columns, _DENSE_TURNS * turn)),
+            dense,
+            dense,
+            1,
+            start,
+            {"DENSE": True} | constants_of(DENSE),
+        )
         torch.mm(x, dense[: part.shape[1]].t(), out=part)
     return out
 
 
 def constants_of(tiling: Tiling) -> dict[str, Any]:
     """What a program is made for, of its tiling, and how it is launched."""
-    made_for = {"DENSE": tiling is DENSE, "BM": tiling.rows, "BN": tiling.outputs}
-    return made_for | {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    return {"BM": tiling.rows, "BN": tiling.outputs, "num_warps": tiling.warps, "num_stages": tiling.stages}
+
+
+def built(
+    name: str, kernel: Any, pointers: Mapping[str, torch.dtype], sizes: tuple[str, ...], constants: Mapping[str, object], tiling: Tiling
+) -> Program:  # fmt: skip
+    """A program for one tiling. pointers: types of the kernel's pointers in their order. sizes: its other arguments, but `shares`, the last."""
+    of_tiling = constants_of(tiling)
+    options = {key: of_tiling.pop(key) for key in ("num_warps", "num_stages")}
+    signature = {part: POINTERS[kind] for part, kind in pointers.items()} | dict.fromkeys((*sizes, "shares"), "i32")
+    size = "made dense" if tiling is DENSE else f"{tiling.rows} x {tiling.outputs}"
+    return Program(
+        f"{name}, {size}",
+        kernel,
+        signature,
+        {**constants, **of_tiling},
+        frozenset(signature) - {"M", "shares"},
+        options,
+    )
 
 
 def programs(
     name: str, kernel: Any, parts: Mapping[str, torch.dtype], sizes: tuple[str, ...], constants: Mapping[str, object], dtype: str, target: Target
 ) -> list[Program]:  # fmt: skip
-    """All that a layer may run on the target. name: the scheme. parts: types of the kernel's pointers. sizes: its other arguments, before `shares`.
-    dtype: of the activations, `float16` or `bfloat16`."""
-    floats = {"bfloat16": "*bf16", "float16": "*fp16"}[dtype]
-    integers = ("M", "N", "K", "start", "x_stride", *sizes, "shares")
-    pointers = {part: _POINTERS[kind] for part, kind in parts.items()}
-    signature = {"x_ptr": floats, **pointers, "out_ptr": floats, **dict.fromkeys(integers, "i32")}
-    made = []
-    for tiling in (*tilings_of(target), DENSE):
-        own = constants_of(tiling)
-        options = {key: own.pop(key) for key in ("num_warps", "num_stages")}
-        size = "made dense" if tiling is DENSE else f"{tiling.rows} x {tiling.outputs}"
-        aligned = frozenset(signature) - {"M", "shares"}
-        made.append(Program(f"{name} {dtype}, {size}", kernel, signature, {**constants, **own}, aligned, options))
-    return made
+    """All that a layer may run on the target. name: the scheme. parts: types of the kernel's own pointers. sizes: its own other arguments. dtype: of the
+    activations, `float16` or `bfloat16`."""
+    floats = getattr(torch, dtype)
+    pointers = {"x_ptr": floats, **parts, "out_ptr": floats}
+    return [
+        built(f"{name} {dtype}", kernel, pointers, ("M", "N", "K", "start", "x_stride", *sizes), {**constants, "DENSE": tiling is DENSE}, tiling)
+        for tiling in (*tilings_of(target), DENSE)
+    ]  # fmt: skip

@@ -35,6 +35,11 @@ _NARROW_WARPS = (Tiling(16, 16, 64, 4, 2), Tiling(256, 32, 64, 8, 2))
 _SCALAR = (Tiling(16, 16, 32, 8, 1),)
 """Where products are made one by one: more rows are for the vendor's dense product."""
 
+_EIGHTS = (Tiling(16, 16, 128, 4, 4), Tiling(64, 64, 128, 8, 4), Tiling(1 << 30, 128, 128, 8, 3))
+_EIGHTS_SMALL = (Tiling(16, 16, 128, 4, 3), Tiling(64, 64, 128, 8, 2), Tiling(1 << 30, 128, 128, 8, 2))
+_EIGHTS_WIDE = (Tiling(16, 16, 64, 4, 2), Tiling(1 << 30, 128, 128, 8, 2))
+_EIGHTS_NARROW = (Tiling(16, 16, 64, 4, 2), Tiling(1 << 30, 64, 64, 4, 2))
+
 DENSE = Tiling(1 << 30, 16, 64, 4, 1)
 """Of programs that make rows of a weight dense; they have no rows of x."""
 
@@ -48,12 +53,30 @@ def tilings_of(target: Target) -> tuple[Tiling, ...]:
     return _WIDE_WARPS if target.warp == 64 else _NARROW_WARPS
 
 
+def eights_of(target: Target) -> tuple[Tiling, ...]:
+    """Of 8-bit codes times 8-bit codes, 128 columns at a time."""
+    if target.backend == "cuda":
+        return _EIGHTS if target.shared >= 160 << 10 else _EIGHTS_SMALL
+    return _EIGHTS_WIDE if target.warp == 64 else _EIGHTS_NARROW
+
+
 @cache
-def tilings_on(place: torch.device) -> tuple[Tiling, ...]:
-    """Those of the device that torch calls so; of the CPU, where Triton's interpreter runs, the first table's."""
+def target_on(place: torch.device) -> Target | None:
+    """What kernels are compiled for on the device that torch calls so; None on the CPU, where Triton's interpreter runs."""
     for device in registry().devices():
         if device.torch_device == str(place):
             targets = registry().platforms[device.platform].targets
-            if targets:
-                return tilings_of(next((t for t in targets if t.architecture == device.architecture), targets[0]))
-    return _ASYNCHRONOUS
+            return next((t for t in targets if t.architecture == device.architecture), targets[0] if targets else None)
+    return None
+
+
+def tilings_on(place: torch.device) -> tuple[Tiling, ...]:
+    """Those of the device that torch calls so."""
+    target = target_on(place)
+    return tilings_of(target) if target else _ASYNCHRONOUS
+
+
+def eights_on(place: torch.device) -> tuple[Tiling, ...]:
+    """The same of products of 8 bits."""
+    target = target_on(place)
+    return eights_of(target) if target else _EIGHTS
