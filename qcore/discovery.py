@@ -121,6 +121,10 @@ class Registry:
         """The devices of this host, as every plugin sees them; the plugins look at the same time."""
         return [device for found in self._ask(self._hooks.devices).values() for device in found]
 
+    def stand_ins(self, plugin: str) -> list[Device]:
+        """What plays this plugin's hardware. Raises HookFault where the plugin fails."""
+        return self._hooks.stand_ins(plugin)
+
     def reports(self) -> dict[str, dict[str, str]]:
         """What each plugin has to say to `qcore doctor`."""
         return {name: report for name, report in self._ask(self._hooks.report).items() if report}

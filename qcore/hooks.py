@@ -82,6 +82,9 @@ class Hooks:
         """Begins to look for the plugin's devices; the function that is returned waits for them."""
         return self._timed(plugin, "qcore_devices", lambda: self._rows(plugin, "qcore_devices", Device))
 
+    def stand_ins(self, plugin: str) -> list[Device]:
+        return self._rows(plugin, "qcore_stand_ins", Device)
+
     def report(self, plugin: str) -> Callable[[], dict[str, str]]:
         """Begins to ask for the plugin's report; the function that is returned waits for it."""
 

@@ -73,6 +73,12 @@ def qcore_devices() -> Sequence[Device]:  # type: ignore[empty-body]
     """The devices of this host, in well under a second, best first; an empty list where there is none."""
 
 
+@hookspec
+def qcore_stand_ins() -> Sequence[Device]:  # type: ignore[empty-body]
+    """Devices, marked as simulated, that stand in for the plugin's hardware where it is not: what they run on is made ready now. Only `qcore verify
+    --simulate` asks. Since 1.2."""
+
+
 # --- Report: asked by `qcore doctor` ---------------------------------------------------------------------------------
 
 

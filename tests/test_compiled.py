@@ -45,7 +45,7 @@ def test_the_command() -> None:
 @pytest.mark.parametrize(
     ("made", "fault"),
     [
-        (Compiled("", 4, 0, 4096), "nothing is multiplied"),
+        (Compiled("", 4, 0, 4096), "which does nothing"),
         (Compiled("mma", 90, 0, 228 << 10), "bytes of shared memory"),
         (Compiled("mma", 90, 64, 4096), ""),
     ],
@@ -54,7 +54,8 @@ def test_what_a_compiler_made_is_looked_at(made: Compiled, fault: str, monkeypat
     monkeypatch.setattr("qcore.kernels.triton.program.compile_program", lambda *_: made)
     ((_, kernel, (platform,)),) = compilable(registry(), AWQ)
     (target,) = platform.targets
-    build = compiled._build(kernel, platform, target, Program("W4", None, {}, {}))
+    monkeypatch.setattr(compiled, "_TASKS", [(kernel, platform, target, Program("W4", None, {}, {}))])
+    build = compiled._build(0)
     assert fault in build.fault and bool(fault) == bool(build.fault) and build.registers == made.registers
 
 

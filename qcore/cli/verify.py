@@ -14,6 +14,7 @@ from qcore.support.rows import known_row
 
 if TYPE_CHECKING:
     from qcore.discovery import Registry
+    from qcore.platform import Device
     from qcore.support.evidence import Grade
     from qcore.testing.compiled import Build
     from qcore.testing.verify import Finding, Question
@@ -29,6 +30,10 @@ def verify_command(
         typer.Option(
             "--compile-only", help="No device: run kernels in Triton's interpreter, and compile them for every GPU."
         ),
+    ] = False,
+    simulate: Annotated[
+        bool,
+        typer.Option("--simulate", help="No device: run kernels on what --plugin has to stand in for its hardware."),
     ] = False,
     record: Annotated[bool, typer.Option("--record", help="Write the plugin's evidence.json.")] = False,
     json: options.Json = False,
@@ -47,8 +52,9 @@ def verify_command(
     if compile_only:
         findings, builds = _compiled(plugins, question)
     else:
+        devices = _stand_ins(plugins, plugin) if simulate else None
         with progress_bar("verifying") as progress:
-            findings = list(verify(plugins, question, progress))
+            findings = list(verify(plugins, question, progress, devices))
     if not findings:
         raise Refused(_nothing(question, compile_only))
     if record:
@@ -78,6 +84,26 @@ def _compiled(plugins: Registry, question: Question) -> tuple[list[Finding], lis
         findings += found
         builds += built
     return findings, builds
+
+
+def _stand_ins(plugins: Registry, plugin: str | None) -> list[Device]:
+    """What stands in for the plugin's hardware; kernels in Triton are interpreted on it."""
+    from qcore.hooks import HookFault
+
+    if plugin is None:
+        raise Refused(Refusal("bad-argument", "usage", "--simulate", "one plugin's hardware is stood in for at a time",
+                              fix="Name it with --plugin."))  # fmt: skip
+    if find_spec("triton") is not None:
+        import qcore.testing.interpreter  # noqa: F401  before anything imports Triton
+    try:
+        devices = plugins.stand_ins(plugin)
+    except HookFault as fault:
+        raise Refused(Refusal("plugin-broken", "missing-dep", f"plugin {plugin}", fault.reason, fault.fact,
+                              "Leave --simulate out where the hardware is there.")) from fault  # fmt: skip
+    if not devices:
+        raise Refused(Refusal("no-device", "notimpl", f"plugin {plugin}", "it has nothing to stand in for its hardware",
+                              fix="Run it on a machine with such a device, without --simulate."))  # fmt: skip
+    return devices
 
 
 def _check(plugins: Registry, question: Question) -> None:

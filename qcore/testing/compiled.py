@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from qcore.platform import Device, Platform, Target
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from qcore.testing.verify import Question
 
 FAMILY = "triton"
-_LEAST_REGISTERS = 16
-"""Fewer hold no tile: where a program is too large for some architectures, Triton 3.9 makes one that does nothing, without a word."""
+_LEAST_REGISTERS = 12
+"""Fewer hold nothing: where a program is too large for some architectures, Triton 3.9 makes one that does nothing, without a word."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _interpret(kernel: Kernel, schemes: Sequence[Scheme], platforms: Sequence[Pl
 def _compile(kernel: Kernel, schemes: Sequence[Scheme], platforms: Sequence[Platform]) -> list[dict[str, Any]]:
     """Programs of the data type that the kernel computes in first, each once for a target."""
     implementation: Any = kernel.load()
-    tasks = {
+    each = {
         (platform.id, target.architecture, repr((program.signature, program.constants, program.options))): (kernel, platform, target, program)
         for platform in platforms
         for target in platform.targets
@@ -135,13 +136,21 @@ def _compile(kernel: Kernel, schemes: Sequence[Scheme], platforms: Sequence[Plat
         for scheme in schemes
         for program in implementation.programs(scheme, kernel.dtypes[0], target)
     }  # fmt: skip
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return [asdict(build) for build in threads.map(lambda task: _build(*task), tasks.values())]
+    _TASKS[:] = each.values()
+    # Processes, for Triton's own passes hold Python's lock; forked ones, which have the tasks.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as processes:
+        return [asdict(build) for build in processes.map(_build, range(len(_TASKS)), chunksize=4)]
 
 
-def _build(kernel: Kernel, platform: Platform, target: Target, program: Any) -> Build:
+_TASKS: list[tuple[Kernel, Platform, Target, Any]] = []
+"""What is compiled: a kernel's programs, each for a target of a platform."""
+
+
+def _build(place: int) -> Build:
+    """The program of a place in _TASKS."""
     from qcore.kernels.triton.program import compile_program
 
+    kernel, platform, target, program = _TASKS[place]
     build = Build(kernel.name, platform.id, target.architecture, program.name)
     try:
         made = compile_program(program, target.backend, target.name, target.warp)
@@ -149,7 +158,7 @@ def _build(kernel: Kernel, platform: Platform, target: Target, program: Any) -> 
         return replace(build, fault=f"{type(fault).__name__}: {fault}"[-500:])
     build = replace(build, **asdict(made))
     if made.registers < _LEAST_REGISTERS:
-        return replace(build, fault=f"a program of {made.registers} registers, in which nothing is multiplied")
+        return replace(build, fault=f"a program of {made.registers} registers, which does nothing")
     if made.shared > target.shared:
         return replace(build, fault=f"{made.shared} bytes of shared memory, of {target.shared} that a block may have")
     return build

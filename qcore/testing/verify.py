@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qcore.accuracy import error_bound
@@ -53,11 +53,13 @@ class Question:
         return next((row.parsed for row in ROWS if row.id == self.row), None) or catalogue()
 
 
-def verifiable(plugins: Registry, question: Question) -> Iterator[tuple[Plugin, Device, Kernel]]:
-    """Every kernel with every device of this host that it runs on, by the plugin that owns the platform."""
+def verifiable(
+    plugins: Registry, question: Question, devices: Sequence[Device]
+) -> Iterator[tuple[Plugin, Device, Kernel]]:
+    """Every kernel with every one of the devices that it runs on, by the plugin that owns the platform."""
     kernels = [kernel for kernel, _ in plugins.kernels if question.kernel in (None, kernel.name)]
     seen = set()
-    for device in plugins.devices():
+    for device in devices:
         owner = next(plugin for plugin in plugins.plugins if device.platform in {p.id for p in plugin.platforms})
         kind = (device.platform, device.architecture, device.name)
         if kind in seen or question.plugin not in (None, owner.name):
@@ -102,9 +104,11 @@ def applies(check: str, kernel: Kernel, size: str) -> bool:
     return check == "numbers" or size == ("large" if check == "packed_size" else "odd")
 
 
-def verify(plugins: Registry, question: Question, progress: Progress | None = None) -> Iterator[Finding]:
-    """Findings as they come."""
-    for plugin, device, kernel in verifiable(plugins, question):
+def verify(
+    plugins: Registry, question: Question, progress: Progress | None = None, devices: Sequence[Device] | None = None
+) -> Iterator[Finding]:
+    """Findings as they come. devices: None means those of this host."""
+    for plugin, device, kernel in verifiable(plugins, question, plugins.devices() if devices is None else devices):
         schemes = [s for s in claimed(kernel, question.schemes()) if unable(kernel, s, device) is None]
         for done, scheme in enumerate(schemes):
             if progress:
@@ -114,7 +118,7 @@ def verify(plugins: Registry, question: Question, progress: Progress | None = No
 
 def records(findings: Iterable[Finding], host: Host | None = None, grade: Grade | None = None) -> list[Record]:
     """Evidence for every cell whose schemes were found right. grade: None means measured, or simulated where the device is."""
-    flag = " --compile-only" if grade == "compiled" else ""
+    flags = {"compiled": " --compile-only", "simulated": " --simulate"}
     by_kernel: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         if not finding.failures:
@@ -122,16 +126,17 @@ def records(findings: Iterable[Finding], host: Host | None = None, grade: Grade 
     made = []
     for (name, platform), found in by_kernel.items():
         first = found[0]
+        reached: Grade = grade or ("simulated" if first.device.simulated else "measured")
         for row in ROWS:
             part = [finding for finding in found if finding.scheme in row.parsed and finding.kernel.op == row.op]
             if not part or row.family not in ("", first.kernel.family):
                 continue
             made.append(
                 Record(
-                    row.id, platform, name, grade or ("simulated" if first.device.simulated else "measured"),
+                    row.id, platform, name, reached,
                     schemes={str(f.scheme): {"error": _short(f.error), "bound": f.bound} for f in part},
                     cases=sum(finding.cases for finding in part),
-                    command=f"qcore verify --plugin {first.plugin} --platform {platform} --row {row.id} --kernel {name}{flag}",
+                    command=f"qcore verify --plugin {first.plugin} --platform {platform} --row {row.id} --kernel {name}{flags.get(reached, '')}",
                     device=_device(first.device),
                     versions=_versions(first, host or Host()),
                     source=source_digest(first.kernel),

@@ -8,6 +8,7 @@ from typing import Any
 
 from qcore.host import Host
 from qcore.platform import Device
+from qcore_xpu.operators import available
 
 ARCHITECTURES = ("tgl", "dg1", "dg2", "pvc", "mtl", "arl", "lnl", "bmg", "ptl")
 """Xe generations in the compiler's words, from the oldest to the newest."""
@@ -54,6 +55,14 @@ def examine(host: Host | None = None) -> Finding:
     return Finding(devices, report)
 
 
+def stand_ins() -> tuple[Device, ...]:
+    """The CPU in the place of an Intel GPU. Raises RuntimeError where there is one."""
+    from qcore_xpu.stand_in import load
+
+    return (Device("xpu-stand-in", "xpu", "stand-in for torch's operators on Intel GPUs, and Triton's interpreter", "cpu",
+                   features=load() | {"xmx"}, simulated=True),)  # fmt: skip
+
+
 def nodes(host: Host) -> dict[str, str]:
     """Intel's render nodes, and the PCI device id of each."""
     found = {}
@@ -89,7 +98,7 @@ def _device(place: int, facts: Any) -> Device:
         name=facts.name,
         torch_device=f"xpu:{place}",
         architecture=kind,
-        features=frozenset({"xmx"} if kind in _MATRIX_ENGINE else ()),
+        features=available() | ({"xmx"} if kind in _MATRIX_ENGINE else set()),
         memory=facts.total_memory,
         fast_dtype="bfloat16",
         facts={"driver": str(getattr(facts, "driver_version", ""))},

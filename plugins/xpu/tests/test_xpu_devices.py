@@ -39,7 +39,10 @@ def runtime(monkeypatch: pytest.MonkeyPatch, *gpus: tuple[str, int, int], fault:
             name=gpus[i][0], device_id=gpus[i][1], total_memory=gpus[i][2], driver_version="1.6.33578"
         ),
     )
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(xpu=xpu))
+    dispatcher = SimpleNamespace(
+        _dispatch_has_kernel_for_dispatch_key=lambda name, key: (name, key) != ("aten::_int_mm", "XPU")
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(xpu=xpu, _C=dispatcher))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,7 @@ def test_recorded_gpus(
     (found,) = examine(Host(machine(tmp_path, ("8086", device)), {}, torch=XPU)).devices
     assert (found.id, found.platform, found.torch_device, found.name) == ("xpu:0", "xpu", "xpu:0", name)
     assert found.architecture == kind and kind in ARCHITECTURES and ("xmx" in found.features) == matrix
+    assert found.features - {"xmx"} == {"int4pack", "int8pack", "scaled_mm"}
     assert found.memory == 16 << 30 and found.facts["driver"] == "1.6.33578"
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcore.elements import Int
+from qcore.kernels.order import columns_by_group
 from qcore.kernels.triton.linear import PlanesLinear, by_group, group_size, rows_of
 from qcore.kernels.triton.product import Form, programs_of
-from qcore.refusal import Refusal, Refused
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,7 +35,9 @@ class IntegerLinear(PlanesLinear):
             (codes ^ flip for codes in rows_of(weight)),
             by_group(weight.scales[0], grid, rows),
             zeros=None if zeros is None else by_group(zeros, grid, rows),
-            order=None if weight.index is None else _order(weight.index, form.group),
+            order=None
+            if weight.index is None
+            else columns_by_group(weight.index, form.group, "integers in Triton").to(torch.int32),
         )
 
     @classmethod
@@ -51,15 +53,3 @@ def _form(scheme: Scheme) -> Form:
     center = 1 << (weight.bits - 1) if weight.element.signed else 0
     zero = {None: "", "stored": "stored", "float": "added"}[weight.zero]
     return Form(weight.bits, group_size(weight.granularity), center, zero=zero, ordered=weight.ordered)
-
-
-def _order(index: torch.Tensor, group: int) -> torch.Tensor:
-    """int32 [K]: the columns, sorted by group."""
-    order = index.argsort(stable=True)
-    found = index[order]
-    if not torch.equal(found, torch.arange(len(index), dtype=found.dtype, device=found.device) // group):
-        counts = torch.bincount(index)
-        raise Refused(Refusal("shape-unsupported", "notimpl", "integers in Triton", "act-order groups must all be of one size",
-                              f"found groups of {int(counts.min())} to {int(counts.max())} columns, expected {group}",
-                              "Another kernel takes this layer."))  # fmt: skip
-    return order.to(torch.int32)

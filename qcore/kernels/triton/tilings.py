@@ -31,6 +31,8 @@ _ASYNCHRONOUS_SMALL = (Tiling(16, 16, 128, 4, 3), Tiling(256, 64, 128, 8, 2))
 """The same with 99 KiB of it. 128 x 128 would spill."""
 _WIDE_WARPS = (Tiling(16, 16, 64, 4, 2), Tiling(64, 64, 64, 4, 2), Tiling(256, 64, 128, 8, 2))
 """Warps of 64, and 64 KiB of shared memory."""
+_WIDE_WARPS_LARGE = (Tiling(16, 16, 64, 4, 2), Tiling(256, 64, 64, 4, 2))
+"""The same with 160 KiB of it, into which loads run ahead."""
 _NARROW_WARPS = (Tiling(16, 16, 64, 4, 2), Tiling(256, 32, 64, 8, 2))
 _SCALAR = (Tiling(16, 16, 32, 8, 1),)
 """Where products are made one by one: more rows are for the vendor's dense product."""
@@ -50,7 +52,9 @@ def tilings_of(target: Target) -> tuple[Tiling, ...]:
         return _SCALAR
     if target.backend == "cuda":
         return _ASYNCHRONOUS if target.shared >= 160 << 10 else _ASYNCHRONOUS_SMALL
-    return _WIDE_WARPS if target.warp == 64 else _NARROW_WARPS
+    if target.warp == 32:
+        return _NARROW_WARPS
+    return _WIDE_WARPS_LARGE if target.shared >= 160 << 10 else _WIDE_WARPS
 
 
 def eights_of(target: Target) -> tuple[Tiling, ...]:

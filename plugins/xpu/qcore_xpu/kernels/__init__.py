@@ -1,0 +1,1 @@
+"""Kernels for Intel GPUs: one file for each family of operators."""
