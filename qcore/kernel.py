@@ -67,6 +67,8 @@ class Kernel:
     ragged: it takes weights whose last group or tile is not whole.
     cost: a rough rank, about the time of decoding one token relative to a dense bfloat16 layer; the least is chosen.
     note: one sentence on what it does, shown by `explain`. implementation: `module:object`, a `LayerKernel`.
+    compiles: its programs can be compiled where the device is not, and run on the CPU: the implementation's `programs(scheme, dtype, target)` lists
+    them (qcore.testing.compiled).
     sources: files beside Python's that decide what it computes, as patterns in the implementation's package (`native/*`).
     """
 
@@ -86,6 +88,7 @@ class Kernel:
     ragged: bool = False
     architectures: tuple[str, ...] = ("*",)
     sources: tuple[str, ...] = ()
+    compiles: bool = False
 
     def runs_on(self, architecture: str) -> bool:
         """Whether it runs on this one of its platforms' architectures."""

@@ -1,8 +1,8 @@
-"""verify --compile-only: what can be proved of kernels in Triton where there is no GPU. Triton's interpreter runs them on the CPU against the
-definition, and its compilers make their code for every architecture of a platform.
+"""verify --compile-only: what can be proved of kernels where there is no GPU. Their sources run on the CPU against the definition (those in Triton
+in its interpreter), and the vendor's compilers make their code for every architecture of a platform.
 
-Both need a process of their own, for Triton is either the one or the other: `python -m qcore.testing.compiled interpret|compile`, with a task
-in JSON on the standard input.
+Both need a process of their own, for Triton is either an interpreter or a compiler: `python -m qcore.testing.compiled interpret|compile`, with a
+task in JSON on the standard input.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from qcore.kernel import Kernel
     from qcore.testing.verify import Question
 
-FAMILY = "triton"
 _LEAST_REGISTERS = 12
 """Fewer hold nothing: where a program is too large for some architectures, Triton 3.9 makes one that does nothing, without a word."""
 
@@ -49,14 +48,14 @@ class Build:
 
 
 def compilable(plugins: Registry, question: Question) -> Iterator[tuple[Plugin, Kernel, list[Platform]]]:
-    """Every kernel in Triton with those of a plugin's platforms that it is compiled for."""
+    """Every kernel whose programs can be compiled, with those of a plugin's platforms that it is compiled for."""
     for plugin in plugins.plugins:
         if question.plugin not in (None, plugin.name):
             continue
         platforms = [p for p in plugin.platforms if p.targets and question.platform in (None, p.id)]
         for kernel, _ in plugins.kernels:
             own = [platform for platform in platforms if platform.id in kernel.platforms]
-            if kernel.family == FAMILY and question.kernel in (None, kernel.name) and own:
+            if kernel.compiles and question.kernel in (None, kernel.name) and own:
                 yield plugin, kernel, own
 
 
@@ -112,14 +111,14 @@ def _summary(builds: Sequence[Build]) -> str:
         parts.append(
             f"{architecture}: {matrix}, {most[0]} registers, {most[1]} bytes spilled, {most[2] >> 10} KiB shared"
         )
-    return f"Triton's interpreter and compilers ({'; '.join(parts)})"
+    return f"its source on a CPU, and compiled ({'; '.join(parts)})"
 
 
 # --- In processes of their own ---------------------------------------------------------------------------------------
 
 
 def _interpret(kernel: Kernel, schemes: Sequence[Scheme], platforms: Sequence[Platform]) -> list[dict[str, Any]]:
-    device = Device("interpreter", platforms[0].id, "Triton's interpreter", "cpu", simulated=True)
+    device = Device("interpreter", platforms[0].id, "its source on a CPU", "cpu", simulated=True)
     found = [examine("", device, kernel, scheme) for scheme in schemes]
     keys = ("error", "bound", "cases", "failures")
     return [{"scheme": str(one.scheme)} | {key: getattr(one, key) for key in keys} for one in found]
@@ -129,7 +128,7 @@ def _compile(kernel: Kernel, schemes: Sequence[Scheme], platforms: Sequence[Plat
     """Programs of the data type that the kernel computes in first, each once for a target."""
     implementation: Any = kernel.load()
     each = {
-        (platform.id, target.architecture, repr((program.signature, program.constants, program.options))): (kernel, platform, target, program)
+        (platform.id, target.architecture, _identity(program)): (kernel, platform, target, program)
         for platform in platforms
         for target in platform.targets
         if kernel.runs_on(target.architecture)
@@ -142,18 +141,27 @@ def _compile(kernel: Kernel, schemes: Sequence[Scheme], platforms: Sequence[Plat
         return [asdict(build) for build in processes.map(_build, range(len(_TASKS)), chunksize=4)]
 
 
+def _identity(program: Any) -> str:
+    """Programs of one function and the same constants are one, whatever schemes they are for."""
+    parts = ("function", "signature", "constants", "options")
+    return repr([getattr(program, part) for part in parts] if hasattr(program, "signature") else program)
+
+
 _TASKS: list[tuple[Kernel, Platform, Target, Any]] = []
 """What is compiled: a kernel's programs, each for a target of a platform."""
 
 
 def _build(place: int) -> Build:
     """The program of a place in _TASKS."""
-    from qcore.kernels.triton.program import compile_program
+    from qcore.kernels.triton.program import Program, compile_program
 
     kernel, platform, target, program = _TASKS[place]
     build = Build(kernel.name, platform.id, target.architecture, program.name)
     try:
-        made = compile_program(program, target.backend, target.name, target.warp)
+        if isinstance(program, Program):
+            made = compile_program(program, target.backend, target.name, target.warp)
+        else:  # in another language, of a plugin
+            made = program.compile(target)
     except Exception as fault:  # whatever a compiler does not take is a finding
         return replace(build, fault=f"{type(fault).__name__}: {fault}"[-500:])
     build = replace(build, **asdict(made))

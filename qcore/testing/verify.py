@@ -17,7 +17,7 @@ from qcore.select import LayerRequest, select
 from qcore.support.digest import source_digest
 from qcore.support.evidence import Grade, Record
 from qcore.support.rows import ROWS
-from qcore.testing.cases import catalogue, claimed
+from qcore.testing.cases import catalogue, claimed, row_schemes
 from qcore.testing.checks import CHECKS, SIZES, Bench, smallest_shape
 
 Progress = Callable[[str, int, int], None]
@@ -107,9 +107,10 @@ def applies(check: str, kernel: Kernel, size: str) -> bool:
 def verify(
     plugins: Registry, question: Question, progress: Progress | None = None, devices: Sequence[Device] | None = None
 ) -> Iterator[Finding]:
-    """Findings as they come. devices: None means those of this host."""
+    """Findings as they come. devices: None means those of this host; what stands in for hardware is asked for the matrix's schemes, or the row's."""
+    wanted = row_schemes() if devices is not None and question.row is None else question.schemes()
     for plugin, device, kernel in verifiable(plugins, question, plugins.devices() if devices is None else devices):
-        schemes = [s for s in claimed(kernel, question.schemes()) if unable(kernel, s, device) is None]
+        schemes = [s for s in claimed(kernel, wanted) if unable(kernel, s, device) is None]
         for done, scheme in enumerate(schemes):
             if progress:
                 progress(kernel.name, done, len(schemes))

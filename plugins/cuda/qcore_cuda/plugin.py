@@ -28,12 +28,12 @@ def qcore_platforms() -> Sequence[Platform]:
 @hookimpl
 def qcore_kernels() -> Sequence[Kernel]:
     return [
-        Kernel("cuda_int4pack", "torch", "linear", _AMPERE_UP,
+        Kernel("cuda_int4pack", "torch", "linear", ("hopper",),
                Accepts(("int4", "uint4"), ("g32", "g64", "g128", "g256"), (None, "stored"), ordered=True),
                ("bfloat16",), cost=0.4, implementation="qcore_cuda.kernels.int4:Int4Linear",
                note="torch's weight-only int4 operator, beyond 64 rows slower: a dense product; scales and zero points in bfloat16",
                features=_BF16, requires=_TORCH, multiples=(8, 32)),
-        Kernel("cuda_int4pack_gguf", "torch", "linear", _AMPERE_UP,
+        Kernel("cuda_int4pack_gguf", "torch", "linear", ("hopper",),
                Accepts(("gguf:q4_0", "gguf:q4_1", "gguf:q4_k")),
                ("bfloat16",), cost=0.4, implementation="qcore_cuda.kernels.int4:Int4Linear",
                note="blocks repacked for torch's weight-only int4 operator, beyond 64 rows slower: a dense product; scales in bfloat16",
@@ -48,10 +48,27 @@ def qcore_kernels() -> Sequence[Kernel]:
                ("bfloat16",), cost=0.6, implementation="qcore_cuda.kernels.scaled:Fp8Linear",
                note="cuBLASLt's fp8 x fp8 product; inputs are rounded by unfused operators, slower than a dense layer",
                features=(frozenset({"fp8"}),), requires=_TORCH, multiples=(16, 16)),
+        *_marlin("marlin", _AMPERE_UP, ("bfloat16", "float16"), _BF16),
+        *_marlin("marlin_fp16", ("turing",), ("float16",), ()),
         *triton_kernels("triton", _AMPERE_UP, ("bfloat16", "float16"), features=_BF16, requires=_TRITON),
         triton_int8("triton", _AMPERE_UP, features=(frozenset({"int8_tensor_core"}),), requires=_TRITON),
         *triton_fp8("triton", ("ada", "hopper", "blackwell"), features=(frozenset({"fp8"}),), requires=_TRITON),
         *triton_kernels("triton_fp16", ("volta", "turing"), ("float16",), requires=_TRITON),
+    ]  # fmt: skip
+
+
+def _marlin(
+    prefix: str, platforms: tuple[str, ...], dtypes: tuple[str, ...], features: tuple[frozenset[str], ...]
+) -> Sequence[Kernel]:  # fmt: skip
+    scales = ("g64", "g128", "g256", "g512", "channel")
+    return [
+        Kernel(f"{prefix}_{name}", "marlin", "linear", platforms, accepts, dtypes, 0.45, "qcore_cuda.kernels.marlin:MarlinLinear",
+               f"{what} in CUDA C++, permuted as tensor cores take it and decoded by masks; more than 64 rows by a dense product",
+               features=features, requires=_TORCH, multiples=(16, 64), sources=("native/*",), compiles=True)
+        for name, what, accepts in (
+            ("int4", "int4", Accepts(("int4", "uint4"), scales, (None, "stored"), ordered=True)),
+            ("eights", "int8 or e4m3", Accepts(("int8", "fp8"), scales, ordered=True)),
+        )
     ]  # fmt: skip
 
 

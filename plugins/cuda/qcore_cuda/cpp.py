@@ -1,0 +1,118 @@
+"""Kernels in CUDA C++: the sources in native/, run on a GPU (NVRTC compiles them at the first call) or, thread by thread, on a CPU, and compiled for GPUs
+that are not here.
+
+A program is one entry point, `extern "C"`, made from the sources and a body that calls one of their templates.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qcore.refusal import Refusal, Refused
+
+if TYPE_CHECKING:
+    from qcore.kernels.triton.program import Compiled
+    from qcore.platform import Target
+
+_NATIVE = Path(__file__).with_name("native")
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class CppProgram:
+    """name: of the entry. source: the file in native/ that it is made of. parameters: of the entry, in C++, pointers and ints. body: the call. threads: of a
+    block. label: what people read."""
+
+    name: str
+    source: str
+    parameters: str
+    body: str
+    threads: int
+    label: str = ""
+
+    def entry(self, head: str) -> str:
+        return f'extern "C" {head} {self.name}({self.parameters}) {{ {self.body} }}\n'
+
+    def compile(self, target: Target) -> Compiled:
+        """Raises whatever the compiler does not take."""
+        from qcore_cuda.nvrtc import compiled
+
+        return compiled(self.text(), target.architecture)
+
+    def text(self) -> str:
+        """What NVRTC compiles."""
+        sources = [(_NATIVE / name).read_text().replace("#pragma once", "") for name in ("device.cuh", self.source)]
+        return "\n".join([*sources, self.entry(f"__global__ void __launch_bounds__({self.threads})")])
+
+    def run(self, grid: Grid, *arguments: torch.Tensor | int | None) -> None:
+        """On the device of the first argument. None stands for a pointer to nothing."""
+        first = arguments[0]
+        assert isinstance(first, torch.Tensor)
+        if first.is_cuda:
+            _on_gpu(self, first.device)(grid, (self.threads, 1, 1), [_address(a) for a in arguments])
+        else:
+            _on_cpu(self)(*grid, *(_address(a) for a in arguments))
+
+
+def _address(argument: torch.Tensor | int | None) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr()) if not argument.is_cuda else argument
+    return ctypes.c_void_p(None) if argument is None else argument
+
+
+@cache
+def _on_gpu(program: CppProgram, place: torch.device) -> Callable[..., None]:
+    major, minor = torch.cuda.get_device_capability(place)
+    kernel: Callable[..., None] = torch.cuda._compile_kernel(program.text(), program.name, f"{major}{minor}")
+    return kernel
+
+
+@cache
+def _on_cpu(program: CppProgram) -> Callable[..., None]:
+    """The same source on native/emulator.h. Raises Refused (missing-package) where no C++ compiler is."""
+    names = [part.split()[-1].lstrip("*") for part in program.parameters.split(",")]
+    text = "\n".join(
+        [
+            '#include "emulator.h"', "#define __global__", f'#include "{program.source}"', program.entry("void"),
+            f'extern "C" void on_grid(int gx, int gy, int gz, {program.parameters}) {{',
+            f"  emulated::run({{gx, gy, gz}}, {program.threads}, [&] {{ {program.name}({', '.join(names)}); }});", "}",
+        ]
+    )  # fmt: skip
+    folder = Path(_folder().name)
+    source, library = folder / f"{program.name}.cpp", folder / f"{program.name}.so"
+    source.write_text(text)
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{_NATIVE}", str(source), "-o", str(library)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise Refused(Refusal("missing-package", "missing-dep", program.label or program.name, "on a CPU it needs a C++ compiler, and there is none",
+                              fix="Install g++, or run it on a GPU.")) from error  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr[:2000])
+    function = ctypes.CDLL(str(library)).on_grid
+    kinds = [_POINTER if "*" in part else _INT for part in program.parameters.split(",")]
+    function.argtypes, function.restype = [_INT, _INT, _INT, *kinds], None
+    called: Callable[..., None] = function
+    return called
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Kept for as long as the process lives."""
+    return tempfile.TemporaryDirectory(prefix="qcore-cuda-")
+
+
+def splits(units: int, blocks: int, workers: int, wanted: int) -> int:
+    """Among how many blocks a sum is shared, so that there are about `wanted` of them; each block has `workers` that take whole units."""
+    return max(1, min(-(-wanted // blocks), units // workers))

@@ -1,0 +1,95 @@
+// What the kernels here need of a GPU, in PTX: loads, arithmetic on pairs of 16-bit floats, and the matrix unit. emulator.h has the same on a CPU.
+// Pairs are 32-bit words, the first number lowest. Layouts of fragments: PTX ISA, "Matrix Fragments for mma.m16n8k16".
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned char u8;
+typedef unsigned short u16;
+
+struct alignas(16) Vector {
+  u32 word[4];
+};
+
+__device__ inline Vector load_once(const Vector* from) {  // weights are read once: they need not stay in the first cache
+  Vector v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(from));
+  return v;
+}
+
+// (word & kept) | set
+template <u32 kept, u32 set>
+__device__ inline u32 masked(u32 word) {
+  u32 out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(word), "n"(kept), "n"(set));
+  return out;
+}
+
+__device__ inline u32 permuted(u32 low, u32 high, u32 selector) {
+  return __byte_perm(low, high, selector);
+}
+
+struct Half {
+  static __device__ u32 subtracted(u32 a, u32 b) {
+    u32 out;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+  }
+  static __device__ u32 fused(u32 a, u32 b, u32 c) {  // a * b + c, rounded once
+    u32 out;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+  }
+  static __device__ u32 pair(float low, float high) {
+    u32 out;
+    asm("{.reg .f16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h};}" : "=r"(out) : "f"(low), "f"(high));
+    return out;
+  }
+  static __device__ float wide(u16 bits) {
+    float out;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
+    return out;
+  }
+  static __device__ float at(const void* numbers, long long place) { return wide(static_cast<const u16*>(numbers)[place]); }
+  static __device__ void multiply(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+  }
+};
+
+struct Brain {  // bfloat16, from compute capability 8.0 on
+  static __device__ u32 fused(u32 a, u32 b, u32 c) {
+    u32 out;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+  }
+  static __device__ u32 pair(float low, float high) {
+    u32 out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+  }
+  static __device__ float wide(u16 bits) { return __int_as_float(static_cast<u32>(bits) << 16); }
+  static __device__ float at(const void* numbers, long long place) { return wide(static_cast<const u16*>(numbers)[place]); }
+  static __device__ void multiply(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+struct Single {
+  static __device__ float at(const void* numbers, long long place) { return static_cast<const float*>(numbers)[place]; }
+};
+
+__device__ inline float as_float(u32 bits) { return __int_as_float(bits); }
