@@ -25,6 +25,7 @@ class Row:
 
     methods: formats, by `Method.name`, or `name:variant` of `Method.variants`; one that can be read suffices, and none
     are needed where this is empty. family: of the kernels that count; empty takes any. schemes: all must have a kernel.
+    platforms: the only ones on which it can be; empty: any. because: why there can be none on the others.
     """
 
     id: str
@@ -34,6 +35,8 @@ class Row:
     schemes: tuple[str, ...]
     family: str = ""
     op: Op = "linear"
+    platforms: tuple[str, ...] = ()
+    because: str = ""
 
     @cached_property
     def parsed(self) -> tuple[Scheme, ...]:
@@ -51,7 +54,9 @@ _CT = "compressed-tensors"
 ROWS: tuple[Row, ...] = (
     Row("awq", "AWQ", "format", ("awq",), ("W4A16-g128-asym",)),
     Row("gptq", "GPTQ", "format", ("gptq",), (*_INT4, "W4A16-g128-sym-actorder", "W8A16-g128-sym")),
-    Row("marlin", "Marlin", "kernel family", (), (*_INT4, "W8A16-g128-sym", "W8A16-fp8-channel"), "marlin"),
+    Row("marlin", "Marlin", "kernel family", (), (*_INT4, "W8A16-g128-sym", "W8A16-fp8-channel"), "marlin",
+        platforms=("turing", "ampere", "ada", "hopper", "blackwell"),
+        because="its weights lie as the fragments of mma.m16n8k8 and m16n8k16, instructions of compute capability 7.5 and later"),
     Row("int8_w8a8", "INT8 W8A8", "format", (_CT,), _INT8),
     Row("fp8_w8a8", "FP8 W8A8", "format", (_CT,), (*_FP8, "W8A8-fp8-block128")),
     Row("bitblas", "BitBLAS", "format", ("bitblas",), ("W1A16-g128-sym", "W2A16-g128-asym", "W4A16-g128-asym")),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qcore.hookspecs import hookimpl
 from qcore.kernel import Accepts, Kernel
-from qcore.kernels.triton.rows import triton_fp8, triton_int8, triton_kernels
+from qcore.kernels.triton.rows import triton_fp8, triton_int8, triton_kernels, triton_kv_cache
 from qcore.platform import Device, Platform
 from qcore_cuda.columns import PLATFORMS
 from qcore_cuda.devices import examine
@@ -53,6 +53,8 @@ def qcore_kernels() -> Sequence[Kernel]:
         *triton_kernels("triton", _AMPERE_UP, ("bfloat16", "float16"), features=_BF16, requires=_TRITON),
         triton_int8("triton", _AMPERE_UP, features=(frozenset({"int8_tensor_core"}),), requires=_TRITON),
         *triton_fp8("triton", ("ada", "hopper", "blackwell"), features=(frozenset({"fp8"}),), requires=_TRITON),
+        triton_kv_cache("triton", _AMPERE_UP, ("bfloat16", "float16"), features=_BF16, requires=_TRITON),
+        triton_kv_cache("triton_fp16", ("volta", "turing"), ("float16",), requires=_TRITON),
         *triton_kernels("triton_fp16", ("volta", "turing"), ("float16",), requires=_TRITON),
     ]  # fmt: skip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qcore.hookspecs import hookimpl
 from qcore.kernel import Kernel
-from qcore.kernels.triton.rows import triton_fp8, triton_int8, triton_kernels
+from qcore.kernels.triton.rows import triton_fp8, triton_int8, triton_kernels, triton_kv_cache
 from qcore.platform import Device, Platform
 from qcore_rocm.devices import ARCHITECTURES, TARGETS, devices, report
 
@@ -28,6 +28,7 @@ def qcore_platforms() -> Sequence[Platform]:
 def qcore_kernels() -> Sequence[Kernel]:
     return [
         *triton_kernels("triton_rocm", ("amd",), ("bfloat16", "float16"), requires=_TRITON, architectures=_TRITON_ON),
+        triton_kv_cache("triton_rocm", ("amd",), ("bfloat16", "float16"), requires=_TRITON, architectures=_TRITON_ON),
         triton_int8("triton_rocm", ("amd",), requires=_TRITON, architectures=_TRITON_ON),
         *triton_fp8("triton_rocm", ("amd",), requires=_TRITON, architectures=_FP8_ON),
     ]

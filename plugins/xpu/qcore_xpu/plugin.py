@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qcore.hookspecs import hookimpl
 from qcore.kernel import Accepts, Kernel
-from qcore.kernels.triton.rows import triton_kernels
+from qcore.kernels.triton.rows import triton_kernels, triton_kv_cache
 from qcore.platform import Device, Platform
 from qcore_xpu.devices import ARCHITECTURES, examine, stand_ins
 
@@ -47,6 +47,7 @@ def qcore_kernels() -> Sequence[Kernel]:
                "oneDNN's int8 x int8 product, exact in int32; inputs are rounded by unfused operators", (8, 16)),
         onednn("fp8", Accepts(("fp8",), rows, inputs=("fp8-token-dyn", "fp8-tensor")), "scaled_mm", 0.4, "eights:Fp8ProductLinear",
                "oneDNN's fp8 x fp8 product; inputs are rounded by unfused operators", (16, 16)),
+        triton_kv_cache("triton_xpu", ("xpu",), _16_BITS, requires=_TRITON),
         *triton_kernels("triton_xpu", ("xpu",), _16_BITS, requires=_TRITON),
     ]  # fmt: skip
 

@@ -49,6 +49,17 @@ def triton_kernels(
     ]  # fmt: skip
 
 
+def triton_kv_cache(
+    prefix: str, platforms: tuple[str, ...], dtypes: tuple[str, ...], *, features: tuple[frozenset[str], ...] = (),
+    requires: tuple[tuple[str, str], ...] = (), architectures: tuple[str, ...] = ("*",),
+) -> Kernel:  # fmt: skip
+    """One stored scale, or one for each head, or at run time one for each token and head."""
+    return Kernel(f"{prefix}_kv_cache", "triton", "kv_cache", platforms, Accepts(("fp8", "e5m2", "int8"), ("tensor", "channel"), (None, "stored")),
+                  dtypes, 0.5, "qcore.kernels.triton.kv_cache:KvCache",
+                  "keys and values in 8 bits, rounded as they are written; attention gets all of them dequantized",
+                  features=features, requires=requires, ragged=True, architectures=architectures, compiles=True)  # fmt: skip
+
+
 def triton_int8(
     prefix: str, platforms: tuple[str, ...], *, features: tuple[frozenset[str], ...] = (), requires: tuple[tuple[str, str], ...] = (),
     architectures: tuple[str, ...] = ("*",),
