@@ -64,7 +64,7 @@ def explain(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     found = _device(known_platform(platform, registry().platforms) if platform else None, device)
     where = platform or (found.platform if found else "")
-    computed = compute_dtype(dtype, found, checkpoint)
+    computed = compute_dtype(dtype, found or registry().platforms.get(where), checkpoint)
     exact = exact_activations(activations)
     kernels, proved = registry().kernels, proofs(registry())
     layers = []

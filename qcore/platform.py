@@ -30,6 +30,7 @@ class Platform:
     architectures: what the vendor tells its devices apart by, in its own words, from the oldest to the newest
     (`gfx90a`, `sm_86`); kernels name those that they run on. portable: torch's own operators run on its devices, so
     that the core's portable kernels do. targets: the architectures that `qcore verify --compile-only` compiles for.
+    fast_dtype: as of a device, where only the platform is known.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Platform:
     architectures: tuple[str, ...] = ()
     portable: bool = False
     targets: tuple[Target, ...] = ()
+    fast_dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)

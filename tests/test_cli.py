@@ -130,6 +130,24 @@ def test_explain_traces_every_candidate() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("platform", "dtype"), [("volta", "float16"), ("turing", "float16"), ("ampere", "bfloat16"), ("amd", "bfloat16")]
+)
+def test_explain_computes_in_what_the_platform_is_fast_in(platform: str, dtype: str) -> None:
+    found = explain(GPTQ, platform=platform)
+    assert found.dtype == dtype
+    for layer in found.layers:
+        if layer.selection and layer.selection.kernel and layer.selection.kernel.op == "linear":
+            assert layer.selection.kernel.family in ("triton", "marlin", "torch"), layer
+
+
+def test_verify_stands_in_for_one_plugin_that_can() -> None:
+    for given, said in ((("--simulate",), "--plugin"), (("--simulate", "--plugin", "cpu"), "nothing to stand in")):
+        done = qcore("verify", *given)
+        assert done.returncode == 3 or done.returncode == 2, done.stderr
+        assert said in done.stderr and "Traceback" not in done.stderr
+
+
 def test_explain_says_what_to_install_for_a_platform_without_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     core_alone = sim_registry()
     monkeypatch.setattr("qcore.explanation.registry", lambda: core_alone)

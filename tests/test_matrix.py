@@ -221,7 +221,7 @@ def test_every_tick_rests_on_a_record_whose_command_reproduces_it() -> None:
                 assert proof.worst["error"] <= proof.worst["bound"] and proof.cases > 0
                 plugin = PLATFORM_PLUGINS[cell.platform]
                 where = f"--plugin {plugin} --platform {cell.platform} --row {cell.row.id} --kernel {proof.kernel}"
-                flag = " --compile-only" if proof.grade == "compiled" else ""
+                flag = {"compiled": " --compile-only", "simulated": " --simulate"}.get(proof.grade, "")
                 assert proof.command == f"qcore verify {where}{flag}"
                 if proof.grade == "measured" and proof.kernel != "reference_linear" and plugin == "cpu":
                     commands.add(proof.command)
@@ -237,6 +237,34 @@ def test_the_cpu_cells_of_the_seed_that_can_be_read_are_measured() -> None:
     found = qcore.matrix()
     for row in ("awq", "gptq", "int8_w8a8", "gguf", "int4_w4a16", "fp8_w8a8"):
         assert found.cell(row, "x86_cpu").evidence == "measured"
+
+
+SEED_OF_GPUS = [
+    place
+    for place, ticked in BASELINE.items()
+    if ticked and place[1] in ("volta", "turing", "ampere", "ada", "hopper", "amd")
+]
+
+
+@pytest.mark.parametrize(("row", "platform"), SEED_OF_GPUS, ids=" ".join)
+def test_the_gpus_cells_of_the_seed_are_compiled_or_measured(row: str, platform: str) -> None:
+    assert qcore.matrix().cell(row, platform).evidence in ("measured", "compiled")
+
+
+def test_the_intel_gpus_cells_of_the_seed_are_simulated_at_least() -> None:
+    for row in ("awq", "gptq"):
+        assert qcore.matrix().cell(row, "xpu").evidence in ("measured", "compiled", "simulated")
+
+
+@pytest.mark.parametrize("platform", ["volta", "turing", "ampere", "ada", "hopper", "blackwell", "amd", "xpu"])
+def test_what_can_be_on_a_gpu_is_there_and_what_cannot_is_never(platform: str) -> None:
+    for cell in qcore.matrix().part(platform=platform).cells:
+        if cell.refusal is not None:
+            assert (
+                cell.refusal.kind == "never"
+                and cell.row.id == "marlin"
+                and "compute capability 7.5" in cell.refusal.reason
+            ), cell.refusal
 
 
 def test_every_architecture_of_every_platform_selects_something() -> None:

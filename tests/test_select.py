@@ -56,6 +56,19 @@ def test_the_cheapest_wins_and_every_candidate_is_traced() -> None:
     }
 
 
+def test_either_of_two_packages_will_do() -> None:
+    there = replace(FAST, name="there", requires=(("no-such-dist|torch", "2.0"),))
+    old = replace(FAST, name="old", requires=(("no-such-dist|torch", "99"),))
+    found = {
+        c.kernel.name: c.refusal for c in select(request(), "hopper", [(there, "sim"), (old, "sim")], HOST).candidates
+    }
+    assert found["there"] is None
+    refusal = found["old"]
+    assert (
+        refusal is not None and refusal.code == "missing-requirement" and "no-such-dist>=99, found 2." in refusal.fact
+    )
+
+
 @pytest.mark.parametrize(
     ("asked", "platform", "code"),
     [

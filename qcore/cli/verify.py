@@ -28,7 +28,7 @@ def verify_command(
     compile_only: Annotated[
         bool,
         typer.Option(
-            "--compile-only", help="No device: run kernels in Triton's interpreter, and compile them for every GPU."
+            "--compile-only", help="No device: run kernels' sources on the CPU, and compile them for every GPU."
         ),
     ] = False,
     simulate: Annotated[
@@ -123,7 +123,7 @@ def _check(plugins: Registry, question: Question) -> None:
 def _nothing(question: Question, compile_only: bool) -> Refusal:
     asked = ", ".join(f"{name} {value}" for name, value in vars(question).items() if value) or "this host"
     if compile_only:
-        return Refusal("no-kernel", "notimpl", asked, "no kernel in Triton is compiled for what was asked for",
+        return Refusal("no-kernel", "notimpl", asked, "no kernel can be compiled for what was asked for",
                        fix="Leave --compile-only out where a device is there; `qcore plugins --json` lists all kernels.")  # fmt: skip
     return Refusal("no-device", "missing-dep", asked, "no device of this host runs what was asked for",
                    fix="`qcore doctor` lists the devices; run it on a machine that has one.")  # fmt: skip

@@ -6,7 +6,7 @@ import os
 
 from qcore.checkpoint.open import Checkpoint
 from qcore.discovery import registry
-from qcore.platform import Device
+from qcore.platform import Device, Platform
 from qcore.refusal import Refusal, Refused
 
 
@@ -33,9 +33,9 @@ def wanted_dtype(name: str, device: Device | None, checkpoint: Checkpoint) -> st
     return None if name == "checkpoint" else compute_dtype(name, device, checkpoint)
 
 
-def compute_dtype(name: str, device: Device | None, checkpoint: Checkpoint) -> str:
-    """What to compute in: auto is the device's fastest (bfloat16 where no device is known), checkpoint the checkpoint's
-    own, and any other name itself."""
+def compute_dtype(name: str, device: Device | Platform | None, checkpoint: Checkpoint) -> str:
+    """What to compute in: auto is the device's fastest, or the platform's (bfloat16 where neither is known), checkpoint the
+    checkpoint's own, and any other name itself."""
     if name == "auto":
         return device.fast_dtype if device else "bfloat16"
     return checkpoint.own_dtype if name == "checkpoint" else name

@@ -34,7 +34,10 @@ def _platform(name: str, title: str, *architectures: str) -> Platform:
         if architecture in _SHARED_KIB
         for number in [int(architecture.removeprefix("sm_"))]
     )
-    return Platform(name, title, architectures, portable=True, targets=targets)
+    older = all(not target.matrix for target in targets)
+    return Platform(
+        name, title, architectures, portable=True, targets=targets, fast_dtype="float16" if older else "bfloat16"
+    )
 
 
 PLATFORMS = (

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -32,14 +32,13 @@ Grid = tuple[int, int, int]
 @dataclass(frozen=True)
 class CppProgram:
     """name: of the entry. source: the file in native/ that it is made of. parameters: of the entry, in C++, pointers and ints. body: the call. threads: of a
-    block. label: what people read."""
+    block."""
 
     name: str
     source: str
     parameters: str
     body: str
     threads: int
-    label: str = ""
 
     def entry(self, head: str) -> str:
         return f'extern "C" {head} {self.name}({self.parameters}) {{ {self.body} }}\n'
@@ -56,19 +55,15 @@ class CppProgram:
         return "\n".join([*sources, self.entry(f"__global__ void __launch_bounds__({self.threads})")])
 
     def run(self, grid: Grid, *arguments: torch.Tensor | int | None) -> None:
-        """On the device of the first argument. None stands for a pointer to nothing."""
+        """On the device of the first argument. None stands for a pointer that is not looked at."""
         first = arguments[0]
         assert isinstance(first, torch.Tensor)
+        given = [first if argument is None else argument for argument in arguments]
         if first.is_cuda:
-            _on_gpu(self, first.device)(grid, (self.threads, 1, 1), [_address(a) for a in arguments])
+            with torch.cuda.device(first.device):
+                _on_gpu(self, first.device)(grid, (self.threads, 1, 1), given)
         else:
-            _on_cpu(self)(*grid, *(_address(a) for a in arguments))
-
-
-def _address(argument: torch.Tensor | int | None) -> Any:
-    if isinstance(argument, torch.Tensor):
-        return ctypes.c_void_p(argument.data_ptr()) if not argument.is_cuda else argument
-    return ctypes.c_void_p(None) if argument is None else argument
+            _on_cpu(self)(*grid, *(a if isinstance(a, int) else a.data_ptr() for a in given))
 
 
 @cache
@@ -96,7 +91,7 @@ def _on_cpu(program: CppProgram) -> Callable[..., None]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise Refused(Refusal("missing-package", "missing-dep", program.label or program.name, "on a CPU it needs a C++ compiler, and there is none",
+        raise Refused(Refusal("missing-package", "missing-dep", program.name, "on a CPU it needs a C++ compiler, and there is none",
                               fix="Install g++, or run it on a GPU.")) from error  # fmt: skip
     if done.returncode:
         raise RuntimeError(done.stderr[:2000])

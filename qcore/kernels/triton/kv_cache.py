@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -177,8 +177,14 @@ class KvCache(KvRounding):
         mantissa, least, largest = _FORMS[element.format if isinstance(element, Float) else "int8"]
         floats, zero = POINTERS[getattr(torch, dtype)], scheme.weight.zero is not None
         sizes = dict.fromkeys(("R", "D", "inner", "heads", "row_bytes"), "i32")
-        made_for = {"MANTISSA": mantissa, "DYNAMIC": False, "ZERO": zero, "ROWS": _ROWS, "BLOCK": 128}
-        ways = (
+        made_for: dict[str, object] = {
+            "MANTISSA": mantissa,
+            "DYNAMIC": False,
+            "ZERO": zero,
+            "ROWS": _ROWS,
+            "BLOCK": 128,
+        }
+        ways: tuple[tuple[str, Any, dict[str, str], str, dict[str, object]], ...] = (
             ("written", encode_rows, {"x_ptr": floats}, "*u8", {"LEAST": least, "LARGEST": largest}),
             ("read", decode_rows, {"rows_ptr": "*u8"}, floats, {}),
         )
