@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,8 @@ def verify_compiled(
     schemes = [str(scheme) for scheme in claimed(kernel, question.schemes() if question.row else row_schemes())]
     task = {"kernel": kernel.name, "schemes": schemes, "platforms": [platform.id for platform in platforms]}
     running = [_start(what, task) for what in ("interpret", "compile")]
-    answers, built = (_answer(process, json.dumps(task)) for process in running)
+    with ThreadPoolExecutor(len(running)) as side_by_side:
+        answers, built = side_by_side.map(lambda process: _answer(process, json.dumps(task)), running)
     builds = [Build(**row) for row in built]
     findings = []
     for platform in platforms:
