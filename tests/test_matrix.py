@@ -88,7 +88,9 @@ def test_a_world_with_exactly_the_seeds_evidence_gives_exactly_the_seed(
         cell = found.cell(row, platform)
         assert cell.supported == tick, cell
         assert (cell.refusal is None) == tick
-        if not tick:
+        if cell.row.platforms and platform not in cell.row.platforms:
+            assert cell.refusal is not None and (cell.refusal.code, cell.refusal.kind) == ("wrong-platform", "never")
+        elif not tick:
             assert cell.refusal is not None and cell.refusal.code == "unproved" and "qcore verify" in cell.refusal.fix
     assert summary(found) == {
         "baseline_ticks": 52, "baseline_supported": 52, "beyond_baseline": 0,
@@ -342,6 +344,7 @@ def test_the_terminals_table_fits(width: int) -> None:
     assert all(any(title in line for line in lines) for title in found.titles.values())
     row = next(line for line in lines if line.startswith("GPTQ "))
     assert row.split()[1:] == [
-        {"measured": "M", "compiled": "C", "declared": "d", "none": "-"}[c.evidence] + "*" * c.baseline
+        {"measured": "M", "compiled": "C", "simulated": "S", "declared": "d", "none": "-"}[c.evidence]
+        + "*" * c.baseline
         for c in found.part("gptq").cells
     ]

@@ -164,7 +164,7 @@ def test_verify_asks_equal_devices_once_and_grades_simulated_ones_so() -> None:
     twins = [Device(f"cuda:{i}", "hopper", "a simulated H200", "cpu", simulated=True) for i in range(8)]
     sim = Sim("cuda", columns_of("cuda"), [replace(REFERENCE, name="any", platforms=("hopper",))], devices=twins)
     plugins = sim_registry(sim)
-    ((plugin, device, row),) = verifiable(plugins, Question("cuda", kernel="any"))
+    ((plugin, device, row),) = verifiable(plugins, Question("cuda", kernel="any"), plugins.devices())
     finding = examine(plugin.name, device, row, INT4)
     assert not finding.failures and 0 < finding.error < finding.bound and finding.cases > 10
     assert records([replace(finding, scheme=Scheme.parse("W4A16-g128-sym"))])[0].grade == "simulated"

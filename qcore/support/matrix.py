@@ -211,12 +211,12 @@ class _Computation:
         def no(code: str, kind: Kind, reason: str, fact: str, fix: str = "") -> Refusal:
             return Refusal(code, kind, subject, reason, fact, fix)
 
+        if absent := self.plugins.absent(platform):
+            return replace(absent, subject=subject)
         if row.platforms and platform not in row.platforms:
             return no(
                 "wrong-platform", "never", row.because, f"found {platform}, expected {' or '.join(row.platforms)}"
             )
-        if absent := self.plugins.absent(platform):
-            return replace(absent, subject=subject)
         if row.methods and not self.readable & set(row.methods):
             return no("unknown-method", "notimpl", "no installed plugin reads checkpoints of this format",
                       f"found readers of {', '.join(sorted(method.name for method in self.plugins.methods))}")  # fmt: skip

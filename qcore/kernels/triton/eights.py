@@ -140,7 +140,12 @@ class EightsLinear(torch.nn.Module):
             ):  # no numbers; another number for some matrix units
                 scales[column // _BLOCK if isinstance(grid, Tile) else 0, row] = float("nan")
             codes = codes.masked_fill(codes == 0x80, 0)
-        return cls(rounding, codes.contiguous(), scales, None if layer.input_scale is None else layer.input_scale.to(torch.float32))
+        return cls(
+            rounding,
+            codes.contiguous(),
+            scales,
+            None if layer.input_scale is None else layer.input_scale.to(torch.float32),
+        )
 
     @classmethod
     def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[Program]:

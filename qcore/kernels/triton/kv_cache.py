@@ -55,7 +55,9 @@ def encode_rows(  # type: ignore[no-untyped-def]
             whole += tl.load(zero_ptr + head)
         codes = tl.minimum(tl.maximum(whole, -128.0), 127.0).to(tl.int8).to(tl.uint8, bitcast=True)
     elif MANTISSA == 3:
-        codes = tl.where(x == x, e4m3_bytes(nearest(scaled, MANTISSA, LEAST, LARGEST)), 0x7F).to(tl.uint8)
+        sign = (scaled.to(tl.int32, bitcast=True) >> 24) & 0x80  # zero has one here
+        codes = e4m3_bytes(nearest(scaled, MANTISSA, LEAST, LARGEST)).to(tl.int32) | sign
+        codes = tl.where(x == x, codes, 0x7F).to(tl.uint8)
     else:
         rounded = nearest(scaled, MANTISSA, LEAST, LARGEST).to(tl.float16)
         codes = ((rounded.to(tl.int16, bitcast=True) >> 8) & 255).to(tl.uint8)
