@@ -142,7 +142,12 @@ def test_explain_computes_in_what_the_platform_is_fast_in(platform: str, dtype: 
 
 
 def test_verify_stands_in_for_one_plugin_that_can() -> None:
-    for given, said in ((("--simulate",), "--plugin"), (("--simulate", "--plugin", "cpu"), "nothing to stand in")):
+    both = ("--simulate", "--compile-only", "--plugin", "xpu")
+    for given, said in (
+        (both, "one of the two"),
+        (("--simulate",), "--plugin"),
+        (("--simulate", "--plugin", "cpu"), "nothing to stand in"),
+    ):
         done = qcore("verify", *given)
         assert done.returncode == 3 or done.returncode == 2, done.stderr
         assert said in done.stderr and "Traceback" not in done.stderr

@@ -48,6 +48,9 @@ def verify_command(
     plugins = registry()
     question = Question(plugin, platform, known_row(row) if row else None, kernel)
     _check(plugins, question)
+    if compile_only and simulate:
+        raise Refused(Refusal("bad-argument", "usage", "--simulate", "kernels are either compiled or run on a stand-in",
+                              "found --compile-only too", "Give one of the two."))  # fmt: skip
     builds: list[Build] = []
     if compile_only:
         findings, builds = _compiled(plugins, question)

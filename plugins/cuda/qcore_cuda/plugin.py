@@ -17,6 +17,8 @@ QCORE_API = (1, 2)
 _AMPERE_UP = ("ampere", "ada", "hopper", "blackwell")
 _BF16 = (frozenset({"bf16"}),)
 _TORCH = (("torch", "2.8"),)
+_NVRTC = (("torch", "2.9"),)
+"""From where torch surely has `torch.cuda._compile_kernel`."""
 _TRITON = (*_TORCH, ("triton", "3.6"))
 
 
@@ -66,7 +68,7 @@ def _marlin(
     return [
         Kernel(f"{prefix}_{name}", "marlin", "linear", platforms, accepts, dtypes, 0.45, "qcore_cuda.kernels.marlin:MarlinLinear",
                f"{what} in CUDA C++, permuted as tensor cores take it and decoded by masks; more than 64 rows by a dense product",
-               features=features, requires=_TORCH, multiples=(16, 64), sources=("native/*",), compiles=True)
+               features=features, requires=_NVRTC, multiples=(16, 64), sources=("native/*",), compiles=True)
         for name, what, accepts in (
             ("int4", "int4", Accepts(("int4", "uint4"), scales, (None, "stored"), ordered=True)),
             ("eights", "int8 or e4m3", Accepts(("int8", "fp8"), scales, ordered=True)),
