@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qcore.testing.interpreter  # noqa: F401  the first to import Triton
+from qcore.discovery import registry
 from qcore.elements import Block
 from qcore.kernel import Kernel
 from qcore.kernels.activations import quantize_input
@@ -173,3 +174,31 @@ def test_an_input_that_is_no_number_gives_none(scheme: str) -> None:
             x = torch.ones(3, 256, dtype=torch.float16)
             x[1, 40] = float("nan")
             assert packed(x).isnan().all(1).tolist() == [False, True, False], kernel.name
+
+
+TARGETS = {
+    target.architecture: target
+    for platform in ("turing", "ada", "amd")
+    for target in registry().platforms[platform].targets
+}
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize(
+    "scheme", ["W4A16-g128-asym", "W2A16-gguf:iq2_xs", "W8A8-int8-dyn", "W8A8-fp8-dyn", "W8A8-fp8-block128"]
+)
+def test_products_in_the_blocks_of_other_architectures(
+    scheme: str, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And e4m3 by the bytes of e4m3fnuz, where the matrix unit has that."""
+    target = TARGETS[architecture]
+    for module in ("tilings", "eights"):
+        monkeypatch.setattr(f"qcore.kernels.triton.{module}.target_on", lambda place: target)
+    parsed = Scheme.parse(scheme)
+    layer = random_layer(parsed, 128, 512)
+    for kernel in KERNELS.values():
+        if kernel.accepts.refuse(parsed) is None:
+            bench = Bench(kernel, parsed, "float16", "odd", GPU, layer)
+            for rows in (3, 70):
+                x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(3)).to(torch.float16)
+                bench.compare(f"{rows} rows", bench.run(x), bench.product(x))
