@@ -45,11 +45,11 @@ def test_the_rows_take_every_scheme() -> None:
 
 @pytest.mark.parametrize(("name", "scheme"), CASES)
 def test_products(name: str, scheme: str) -> None:
-    """Of every scheme that a row takes: few rows of x, and so many that the weight is made dense, with a last group that is not whole."""
+    """Of every scheme that a row takes: one row of x, few, and so many that the weight is made dense, with a last group that is not whole."""
     parsed = Scheme.parse(scheme)
     ragged = not isinstance(parsed.weight.element, Block) and "actorder" not in scheme and "flat" not in scheme
     layer = random_layer(parsed, 37, 203 if ragged and KERNELS[name].ragged else 512)
-    for dtype, rows in ((torch.float16, 5), (torch.bfloat16, DENSE_FROM)):
+    for dtype, rows in ((torch.bfloat16, 1), (torch.float16, 5), (torch.bfloat16, DENSE_FROM)):
         bench = Bench(KERNELS[name], parsed, str(dtype).removeprefix("torch."), "odd", GPU, layer)
         x = torch.randn(rows, layer.weight.shape[1], generator=torch.Generator().manual_seed(3)).to(dtype)
         bench.compare(f"{rows} rows", bench.run(x), bench.product(x))
@@ -163,6 +163,27 @@ def test_inputs_are_rounded_to_the_bit(scheme: str) -> None:
         assert not (codes == 0x80).any() or how.element == "int8"
 
 
+@pytest.mark.parametrize("columns", [4000, 20000])
+@pytest.mark.parametrize(
+    "scheme", ["int8-token-sym-dyn", "int8-tensor-sym", "fp8-token-dyn", "fp8-token-dyn-bound2.5", "fp8-tensor"]
+)
+def test_rows_are_rounded_to_the_bit_however_long(scheme: str, columns: int) -> None:
+    """Held by a program, or read twice; and near the ends of bfloat16's range, with infinities under scales that are finite."""
+    given = TensorScheme.parse(scheme)
+    how = Rounding.of(given)
+    assert how is not None
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(5))
+    x = (x * torch.tensor([1.0, 1e-32, 1e-20, 1e35, 10.0])[:, None]).to(torch.bfloat16)
+    x[0, 7] = float("nan")
+    if not how.dynamic or how.bound < float("inf"):
+        x[4, 5:7] = torch.tensor([float("inf"), -float("inf")])
+    scale = None if given.dynamic else torch.tensor([0.03])
+    want = quantize_input(x.float(), given, scale)
+    codes, scales = round_input(x, scale, how.element, how.group, how.scale, how.dynamic, how.bound, True)
+    numbers = (codes if how.element == "int8" else codes.view(torch.float8_e4m3fn)).float() * scales[:, None]
+    assert torch.equal(numbers[1:], want[1:]) and bool(numbers[0].isnan().all())
+
+
 @pytest.mark.parametrize(
     "scheme", ["W8A8-int8-dyn", "W8A8-int8-static", "W8A8-fp8-dyn", "W8A8-fp8-block128", "W4A4-mxfp4"]
 )
@@ -199,6 +220,6 @@ def test_products_in_the_blocks_of_other_architectures(
     for kernel in KERNELS.values():
         if kernel.accepts.refuse(parsed) is None:
             bench = Bench(kernel, parsed, "float16", "odd", GPU, layer)
-            for rows in (3, 70):
+            for rows in (1, 3, 70):
                 x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(3)).to(torch.float16)
                 bench.compare(f"{rows} rows", bench.run(x), bench.product(x))

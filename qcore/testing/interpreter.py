@@ -31,5 +31,12 @@ def _cast_to_nearest(self: Any, source: Any, kind: Any) -> Any:
     return interpreter.TensorHandle(np.where(np.isnan(source.data), 0x7FC0, rounded).astype(np.uint16), kind.scalar)
 
 
+def _multiply_and_add(self: Any, a: Any, b: Any, c: Any) -> Any:
+    """GPUs round once; Triton 3.6 to 3.9 round the product too. A product of float32 is exact in float64."""
+    wide = [np.asarray(given.data, np.float64) for given in (a, b, c)]
+    return interpreter.TensorHandle((wide[0] * wide[1] + wide[2]).astype(a.data.dtype), a.dtype.scalar)
+
+
 interpreter.InterpreterBuilder.cast_impl = _cast_to_nearest
+interpreter.InterpreterBuilder.create_fma = _multiply_and_add
 interpreter.InterpreterBuilder.create_dot = _create_dot_of_floats

@@ -7,10 +7,11 @@ A program is one entry point, `extern "C"`, made from the sources and a body tha
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from qcore.refusal import Refusal, Refused
 if TYPE_CHECKING:
     from qcore.kernels.triton.program import Compiled
     from qcore.platform import Target
+    from qcore_cuda.driver import Function
 
 _NATIVE = Path(__file__).with_name("native")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
@@ -31,14 +33,17 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class CppProgram:
-    """name: of the entry. source: the file in native/ that it is made of. parameters: of the entry, in C++, pointers and ints. body: the call. threads: of a
-    block."""
+    """name: of the entry. source: the file in native/ that it is made of. parameters: of the entry, in C++, pointers and ints. body: the call. threads, shared: of a
+    block, and the bytes of shared memory that it asks for at a call. own: it has instructions of one architecture alone (`sm_90a`).
+    Every kernel waits for those before it (native/device.cuh), so it may begin early."""
 
     name: str
     source: str
     parameters: str
     body: str
     threads: int
+    shared: int = field(default=0, compare=False)
+    own: bool = False
 
     def entry(self, head: str) -> str:
         return f'extern "C" {head} {self.name}({self.parameters}) {{ {self.body} }}\n'
@@ -47,12 +52,18 @@ class CppProgram:
         """Raises whatever the compiler does not take."""
         from qcore_cuda.nvrtc import compiled
 
-        return compiled(self.text(), target.architecture)
+        made = compiled(self.text(), target.architecture + "a" * self.own)
+        return replace(made, shared=made.shared + self.shared)
 
     def text(self) -> str:
         """What NVRTC compiles."""
-        sources = [(_NATIVE / name).read_text().replace("#pragma once", "") for name in ("device.cuh", self.source)]
-        return "\n".join([*sources, self.entry(f"__global__ void __launch_bounds__({self.threads})")])
+        return "\n".join(
+            [
+                _source("device.cuh"),
+                _source(self.source),
+                self.entry(f"__global__ void __launch_bounds__({self.threads})"),
+            ]
+        )
 
     def run(self, grid: Grid, *arguments: torch.Tensor | int | None) -> None:
         """On the device of the first argument. None stands for a pointer that is not looked at."""
@@ -61,16 +72,24 @@ class CppProgram:
         given = [first if argument is None else argument for argument in arguments]
         if first.is_cuda:
             with torch.cuda.device(first.device):
-                _on_gpu(self, first.device)(grid, (self.threads, 1, 1), given)
+                _on_gpu(self, first.device)(grid, self.threads, self.shared, given)
         else:
             _on_cpu(self)(*grid, *(a if isinstance(a, int) else a.data_ptr() for a in given))
 
 
+def _source(name: str) -> str:
+    """A file of native/ with those that it includes in their places."""
+    text = (_NATIVE / name).read_text().replace("#pragma once", "")
+    return re.sub(r'#include "(.*)"', lambda found: _source(found[1]), text)
+
+
 @cache
-def _on_gpu(program: CppProgram, place: torch.device) -> Callable[..., None]:
+def _on_gpu(program: CppProgram, place: torch.device) -> Function:
+    from qcore_cuda.driver import Function
+    from qcore_cuda.nvrtc import machine_code
+
     major, minor = torch.cuda.get_device_capability(place)
-    kernel: Callable[..., None] = torch.cuda._compile_kernel(program.text(), program.name, f"{major}{minor}")
-    return kernel
+    return Function(machine_code(program.text(), f"sm_{major}{minor}{'a' * program.own}"), program.name, place)
 
 
 @cache
@@ -106,8 +125,3 @@ def _on_cpu(program: CppProgram) -> Callable[..., None]:
 def _folder() -> tempfile.TemporaryDirectory[str]:
     """Kept for as long as the process lives."""
     return tempfile.TemporaryDirectory(prefix="qcore-cuda-")
-
-
-def splits(units: int, blocks: int, workers: int, wanted: int) -> int:
-    """Among how many blocks a sum is shared, so that there are about `wanted` of them; each block has `workers` that take whole units."""
-    return max(1, min(-(-wanted // blocks), units // workers))

@@ -1,6 +1,6 @@
 """NVIDIA's runtime compiler (NVRTC, of CUDA 12, which knows Volta to Blackwell) as a library: CUDA C++ compiled for GPUs that need not be here.
 
-Prototypes are those of nvrtc.h; the library is of the wheel `nvidia-cuda-nvrtc-cu12`, or where torch's CUDA builds have it.
+Prototypes are those of nvrtc.h; the library is of the wheel `nvidia-cuda-nvrtc-cu12`, or where torch's CUDA builds have it, or where the loader finds it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def compiled(source: str, architecture: str) -> Compiled:
         _compile(source, f"--gpu-architecture={architecture.replace('sm', 'compute')}", "PTX").decode()
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(_compile(source, f"--gpu-architecture={architecture}", "CUBIN"))
+        file.write(machine_code(source, architecture))
         file.flush()
         tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
         said = subprocess.run(
@@ -43,6 +43,11 @@ def compiled(source: str, architecture: str) -> Compiled:
         ).stdout
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED):(\d+)", said)}
     return Compiled(max(set(found), key=found.count) if found else "", usage["REG"], usage["STACK"], usage["SHARED"])
+
+
+def machine_code(source: str, architecture: str) -> bytes:
+    """For one architecture (`sm_90`). Raises as `compiled` does."""
+    return _compile(source, f"--gpu-architecture={architecture}", "CUBIN")
 
 
 def _compile(source: str, architecture: str, kind: str) -> bytes:
@@ -74,6 +79,11 @@ def _library() -> ctypes.CDLL:
                 for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
                     ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
                 return ctypes.CDLL(str(path))
+    for name in _NAMES:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
     raise Refused(Refusal("missing-package", "missing-dep", "NVRTC", "kernels in CUDA C++ are compiled by it, and it is not installed",
                           fix="pip install 'nvidia-cuda-nvrtc-cu12>=12.9,<13'"))  # fmt: skip
 

@@ -17,8 +17,6 @@ QCORE_API = (1, 2)
 _AMPERE_UP = ("ampere", "ada", "hopper", "blackwell")
 _BF16 = (frozenset({"bf16"}),)
 _TORCH = (("torch", "2.8"),)
-_NVRTC = (("torch", "2.9"),)
-"""From where torch surely has `torch.cuda._compile_kernel`."""
 _TRITON = (*_TORCH, ("triton", "3.6"))
 
 
@@ -32,12 +30,12 @@ def qcore_kernels() -> Sequence[Kernel]:
     return [
         Kernel("cuda_int4pack", "torch", "linear", ("hopper",),
                Accepts(("int4", "uint4"), ("g32", "g64", "g128", "g256"), (None, "stored"), ordered=True),
-               ("bfloat16",), cost=0.4, implementation="qcore_cuda.kernels.int4:Int4Linear",
+               ("bfloat16",), cost=0.6, implementation="qcore_cuda.kernels.int4:Int4Linear",
                note="torch's weight-only int4 operator, beyond 64 rows slower: a dense product; scales and zero points in bfloat16",
                features=_BF16, requires=_TORCH, multiples=(8, 32)),
         Kernel("cuda_int4pack_gguf", "torch", "linear", ("hopper",),
                Accepts(("gguf:q4_0", "gguf:q4_1", "gguf:q4_k")),
-               ("bfloat16",), cost=0.4, implementation="qcore_cuda.kernels.int4:Int4Linear",
+               ("bfloat16",), cost=0.6, implementation="qcore_cuda.kernels.int4:Int4Linear",
                note="blocks repacked for torch's weight-only int4 operator, beyond 64 rows slower: a dense product; scales in bfloat16",
                features=_BF16, requires=_TORCH, multiples=(8, 32)),
         Kernel("cublas_int8", "cublas", "linear", ("turing", *_AMPERE_UP),
@@ -46,10 +44,10 @@ def qcore_kernels() -> Sequence[Kernel]:
                note="cuBLASLt's int8 x int8 product, exact in int32; inputs are rounded by unfused operators, slower than a dense layer",
                features=(frozenset({"int8_tensor_core"}),), requires=_TORCH, multiples=(8, 8)),
         Kernel("cublas_fp8", "cublas", "linear", ("ada", "hopper", "blackwell"),
-               Accepts(("fp8",), ("channel", "tensor"), inputs=("fp8-token-dyn", "fp8-tensor")),
-               ("bfloat16",), cost=0.6, implementation="qcore_cuda.kernels.scaled:Fp8Linear",
-               note="cuBLASLt's fp8 x fp8 product; inputs are rounded by unfused operators, slower than a dense layer",
-               features=(frozenset({"fp8"}),), requires=_TORCH, multiples=(16, 16)),
+               Accepts(("fp8",), ("channel", "tensor"), inputs=("fp8-token-dyn*", "fp8-tensor")),
+               ("bfloat16",), cost=0.3, implementation="qcore_cuda.kernels.scaled:Fp8Linear",
+               note="cuBLASLt's fp8 x fp8 product, up to 64 rows Triton's; inputs are rounded by one kernel before",
+               features=(frozenset({"fp8"}),), requires=_TRITON, multiples=(16, 16)),
         *_marlin("marlin", _AMPERE_UP, ("bfloat16", "float16"), _BF16),
         *_marlin("marlin_fp16", ("turing",), ("float16",), ()),
         *triton_kernels("triton", _AMPERE_UP, ("bfloat16", "float16"), features=_BF16, requires=_TRITON),
@@ -64,14 +62,19 @@ def qcore_kernels() -> Sequence[Kernel]:
 def _marlin(
     prefix: str, platforms: tuple[str, ...], dtypes: tuple[str, ...], features: tuple[frozenset[str], ...]
 ) -> Sequence[Kernel]:  # fmt: skip
-    scales = ("g64", "g128", "g256", "g512", "channel")
+    sizes = (16, 32, *range(64, 1025, 64))
+    scales = (*(f"g{size}" for size in sizes), "channel", "tensor")
+    flat = tuple(f"flat{size}" for size in sizes)
+    nested = tuple(f"flat{size}:dynamic8+flat{256 * size}" for size in sizes)
     return [
-        Kernel(f"{prefix}_{name}", "marlin", "linear", platforms, accepts, dtypes, 0.45, "qcore_cuda.kernels.marlin:MarlinLinear",
-               f"{what} in CUDA C++, permuted as tensor cores take it and decoded by masks; more than 64 rows by a dense product",
-               features=features, requires=_NVRTC, multiples=(16, 64), sources=("native/*",), compiles=True)
-        for name, what, accepts in (
-            ("int4", "int4", Accepts(("int4", "uint4"), scales, (None, "stored"), ordered=True)),
-            ("eights", "int8 or e4m3", Accepts(("int8", "fp8"), scales, ordered=True)),
+        Kernel(f"{prefix}_{name}", "marlin", "linear", platforms, accepts, dtypes, 0.3, "qcore_cuda.kernels.marlin:MarlinLinear",
+               f"{what} in CUDA C++, permuted as tensor cores take it and decoded by {by}; more than 256 rows by a dense product",
+               features=features, requires=_TORCH, multiples=(16, 64), sources=("native/*",), compiles=True)
+        for name, what, by, accepts in (
+            ("int4", "int4", "masks", Accepts(("int4", "uint4"), scales, (None, "stored"), ordered=True)),
+            ("eights", "int8 or e4m3", "masks", Accepts(("int8", "fp8"), (*scales, "block128"), ordered=True)),
+            ("tables", "4-bit codebooks and floats", "a table in registers",
+             Accepts(("nf4", "fp4", "e2m1"), (*scales, *flat, *nested, "g32:e8m0", "g16:e4m3fn", "g16:e4m3fn+tensor"))),
         )
     ]  # fmt: skip
 

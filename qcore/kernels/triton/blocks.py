@@ -93,7 +93,8 @@ class BlockLinear(PlanesLinear):
         kind = block_type(weight.scheme)
         found, rows = _TYPES[kind], weight.shape[0]
         scales, zeros, coarse = _scales(kind, weight.codes.reshape(-1, BLOCK_TYPES[kind].nbytes))
-        table = torch.tensor(found.values, dtype=dtype) / found.unit if found.form.table else None
+        place = weight.codes.device
+        table = torch.tensor(found.values, dtype=dtype, device=place) / found.unit if found.form.table else None
         return cls(
             found.form,
             _codes(weight, kind),
@@ -162,7 +163,7 @@ def _scales(kind: str, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         for place, part in enumerate([scales, *([] if minima is None else [minima])])
     ]
     if minima is not None:
-        coarse = coarse * torch.tensor([1, -1], dtype=torch.float16)
+        coarse = coarse * coarse.new_tensor([1, -1])
     return wholes[0], wholes[1] if minima is not None else None, coarse
 
 

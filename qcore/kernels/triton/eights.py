@@ -13,15 +13,15 @@ import triton
 import triton.language as tl
 
 from qcore.elements import Int, Tile
-from qcore.kernels.triton.launch import built, constants_of, in_shares
-from qcore.kernels.triton.linear import by_group
+from qcore.kernels.scales import by_group
+from qcore.kernels.triton.launch import POINTERS, built, constants_of
+from qcore.kernels.triton.program import Program
 from qcore.kernels.triton.rounding import Rounding, round_input
 from qcore.kernels.triton.tilings import eights_of, eights_on, target_on
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from qcore.kernels.triton.program import Program
     from qcore.platform import Target
     from qcore.scheme import Scheme
     from qcore.tensor import LayerTensors
@@ -30,17 +30,42 @@ _BLOCK = 128
 """Columns of one product, and of a group."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+_TOGETHER = 16
+"""Blocks of rows of x that take turns at a block of the weight's rows: what programs that run at a time read stays in the cache."""
+_PROGRAMS = 256
+"""Programs that there should be at least, by sharing sums: two for each of a large GPU's processors."""
+_MOST_SHARES = 16
+_ADDED = 256
+"""Results of one program that adds shares."""
+
+
+@triton.jit(do_not_specialize=("M", "shares"))  # type: ignore[untyped-decorator]
 def multiply_eights(  # type: ignore[no-untyped-def]
     x_ptr, codes_ptr, scales_ptr, inputs_ptr, out_ptr, M, N, K, shares,
-    FORMAT: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, GROUPED: tl.constexpr, EVEN: tl.constexpr, TOGETHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [shares, M, N] of x [M, K] and codes [N, K], int8, or the bytes of e4m3fn, which have no other zero than 0. scales: float32 [groups, N]; inputs:
+    """out [shares, M, N] of x [M, K] and codes [N, K], int8, or the bytes of e4m3fn. scales: float32 [groups, N]; inputs:
     float32 [M, groups]; groups of BK columns where GROUPED, else one. FORMAT: `int8`, `e4m3fn`, or `e4m3fnuz` where the matrix unit has that: the
-    same bytes, which stand for half as much there."""
+    same bytes, which stand for half as much there, and have no other zero than 0. EVEN: K is a multiple of BK.
+
+    Bytes are loaded as the numbers that they stand for: a cast on the way would keep a matrix unit from reading them where the load left them. Some
+    keep 14 bits of their own sums of e4m3, so that those of BK columns are added in float32. Where rows of x fill the matrix unit they are its left
+    side, else the weight's are."""
+    if FORMAT == "e4m3fn":
+        x_ptr = x_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+        codes_ptr = codes_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+    if FORMAT == "e4m3fnuz":
+        x_ptr = x_ptr.to(tl.pointer_type(tl.float8e4b8), bitcast=True)
+        codes_ptr = codes_ptr.to(tl.pointer_type(tl.float8e4b8), bitcast=True)
+    none: tl.constexpr = 0 if FORMAT == "int8" else 0.0
+    kind: tl.constexpr = tl.int32 if FORMAT == "int8" else tl.float32
+    left: tl.constexpr = BM >= 64
     blocks = tl.cdiv(M, BM)
-    m = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
-    n = tl.program_id(0) // blocks * BN + tl.arange(0, BN)
+    turn_of = tl.cdiv(N, BN) * TOGETHER
+    first = tl.program_id(0) // turn_of * TOGETHER
+    beside = tl.minimum(blocks - first, TOGETHER)
+    m = (first + tl.program_id(0) % turn_of % beside) * BM + tl.arange(0, BM)
+    n = tl.program_id(0) % turn_of // beside * BN + tl.arange(0, BN)
     share = tl.program_id(1)
     inside = tl.arange(0, BK)
     row = codes_ptr + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K + inside[None, :]
@@ -48,33 +73,47 @@ def multiply_eights(  # type: ignore[no-untyped-def]
     turns = tl.cdiv(K, BK)
     each = tl.cdiv(turns, shares)
     groups = turns if GROUPED else 1
-    sums = tl.zeros((BN, BM), dtype=tl.int32 if FORMAT == "int8" else tl.float32)
+    sums = tl.zeros((BM, BN), dtype=kind) if left else tl.zeros((BN, BM), dtype=kind)
     for turn in range(share * each, tl.minimum(turns, share * each + each)):
-        left = K - turn * BK
-        weight = tl.load(row + turn * BK, mask=inside[None, :] < left, other=0)
-        x = tl.load(given + turn * BK, mask=inside[None, :] < left, other=0)
-        if FORMAT == "e4m3fn":
-            weight, x = weight.to(tl.float8e4nv, bitcast=True), x.to(tl.float8e4nv, bitcast=True)
-        if FORMAT == "e4m3fnuz":
-            weight, x = weight.to(tl.float8e4b8, bitcast=True), x.to(tl.float8e4b8, bitcast=True)
-        if GROUPED:
-            products = tl.dot(weight, tl.trans(x))
-            scale = tl.load(scales_ptr + turn * N + n, mask=n < N, other=0.0)
-            inputs = tl.load(inputs_ptr + m * groups + turn, mask=m < M, other=0.0)
-            sums += products * (scale[:, None] * inputs[None, :])
-        elif FORMAT == "int8":
-            sums = tl.dot(weight, tl.trans(x), sums, out_dtype=tl.int32)
+        if EVEN:
+            weight = tl.load(row + turn * BK)
+            x = tl.load(given + turn * BK)
         else:
-            sums += tl.dot(weight, tl.trans(x))
+            weight = tl.load(row + turn * BK, mask=inside[None, :] < K - turn * BK, other=none)
+            x = tl.load(given + turn * BK, mask=inside[None, :] < K - turn * BK, other=none)
+        if FORMAT == "int8":
+            sums = (
+                tl.dot(x, tl.trans(weight), sums, out_dtype=kind)
+                if left
+                else tl.dot(weight, tl.trans(x), sums, out_dtype=kind)
+            )
+        else:
+            products = tl.dot(x, tl.trans(weight)) if left else tl.dot(weight, tl.trans(x))
+            if GROUPED:
+                scale = tl.load(scales_ptr + turn * N + n, mask=n < N, other=0.0)
+                inputs = tl.load(inputs_ptr + m * groups + turn, mask=m < M, other=0.0)
+                products *= inputs[:, None] * scale[None, :] if left else scale[:, None] * inputs[None, :]
+            sums += products
     total = sums.to(tl.float32)
     if not GROUPED:
         scale = tl.load(scales_ptr + n, mask=n < N, other=0.0)
         inputs = tl.load(inputs_ptr + m, mask=m < M, other=0.0)
-        total = total * scale[:, None] * inputs[None, :]
+        total = total * scale[None, :] * inputs[:, None] if left else total * scale[:, None] * inputs[None, :]
     if FORMAT == "e4m3fnuz":
         total *= 4.0
-    out = out_ptr + (share * M + m[None, :]).to(tl.int64) * N + n[:, None]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
+    if not left:
+        total = tl.trans(total)
+    out = out_ptr + (share * M + m[:, None]).to(tl.int64) * N + n[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def add_shares(parts_ptr, out_ptr, size, SHARES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out: [size], in its type, of parts, float32 [SHARES, size]."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    share = tl.arange(0, SHARES).to(tl.int64)
+    parts = tl.load(parts_ptr + share[:, None] * size + place[None, :], mask=place[None, :] < size, other=0.0)
+    tl.store(out_ptr + place, tl.sum(parts, 0).to(out_ptr.dtype.element_ty), mask=place < size)
 
 
 @torch.library.custom_op("qcore::triton_eights", mutates_args=())
@@ -83,18 +122,27 @@ def product(
 ) -> torch.Tensor:  # fmt: skip
     """[M, N] in dtype. x, inputs: codes and scales as round_input gives them. codes, scales: as multiply_eights takes them."""
     (rows, columns), outputs = x.shape, len(codes)
+    out = x.new_empty(rows, outputs, dtype=dtype)
     if not rows:
-        return x.new_empty(0, outputs, dtype=dtype)
+        return out
     tiling = next(tiling for tiling in eights_on(x.device) if rows <= tiling.most)
     target = target_on(x.device)
     form = "int8" if x.dtype == torch.int8 else (target.fp8 if target else "") or "e4m3fn"
+    blocks = triton.cdiv(rows, tiling.rows) * triton.cdiv(outputs, tiling.outputs)
+    shares = shares_of(blocks, rows, columns)
+    parts = out if shares == 1 else x.new_empty(shares, rows, outputs, dtype=torch.float32)
+    constants = _constants(form, inputs.dim() == 2, columns) | constants_of(tiling)
+    multiply_eights[(blocks, shares)](x, codes, scales, inputs, parts, rows, outputs, columns, shares, **constants)
+    if shares > 1:
+        add_shares[(triton.cdiv(rows * outputs, _ADDED),)](parts, out, rows * outputs, shares, _ADDED, num_warps=4)
+    return out
 
-    def run(grid: tuple[int, int], out: torch.Tensor) -> None:
-        multiply_eights[grid](
-            x, codes, scales, inputs, out, rows, outputs, columns, grid[1], **_constants(form, inputs.dim() == 2), **constants_of(tiling)
-        )  # fmt: skip
 
-    return in_shares(dtype, rows, outputs, triton.cdiv(columns, _BLOCK), tiling, x.device, run)
+def shares_of(blocks: int, rows: int, columns: int) -> int:
+    """Programs that share a block's sums, a power of two. Their parts, 4 bytes that are written and read, are to move half of what the weight's codes
+    do at most; and each has two turns to make at least."""
+    most = min(_MOST_SHARES, _PROGRAMS // blocks, columns // (2 * _BLOCK), columns // (16 * rows))
+    return 1 << max(1, most).bit_length() - 1
 
 
 @product.register_fake
@@ -104,8 +152,8 @@ def _(
     return x.new_empty(x.shape[0], codes.shape[0], dtype=dtype)
 
 
-def _constants(form: str, grouped: bool) -> dict[str, object]:
-    return {"FORMAT": form, "GROUPED": grouped, "BK": _BLOCK}
+def _constants(form: str, grouped: bool, columns: int) -> dict[str, object]:
+    return {"FORMAT": form, "GROUPED": grouped, "EVEN": columns % _BLOCK == 0, "TOGETHER": _TOGETHER, "BK": _BLOCK}
 
 
 class EightsLinear(torch.nn.Module):
@@ -160,11 +208,18 @@ class EightsLinear(torch.nn.Module):
             "inputs_ptr": torch.float32,
             "out_ptr": getattr(torch, dtype),
         }
-        constants = _constants("int8" if whole else target.fp8, rounding.group > 0)
+        form, grouped, name = "int8" if whole else target.fp8, rounding.group > 0, f"{scheme} {dtype}"
         products = [
-            built(f"{scheme} {dtype}", multiply_eights, pointers, ("M", "N", "K"), constants, tiling) for tiling in eights_of(target)
+            built(f"{name}{more}", multiply_eights, pointers, ("M", "N", "K"), _constants(form, grouped, columns), tiling)
+            for tiling in eights_of(target)
+            for more, columns in (("", _BLOCK), (", ragged", _BLOCK + 16))
         ]  # fmt: skip
-        return [*products, *rounding.programs(True, dtype)]
+        sums = {"parts_ptr": "*fp32", "out_ptr": POINTERS[getattr(torch, dtype)], "size": "i32"}
+        added = [
+            Program(f"{shares} shares added {dtype}", add_shares, sums, {"SHARES": shares, "BLOCK": _ADDED}, frozenset(sums), {"num_warps": 4})
+            for shares in (2, _MOST_SHARES)
+        ]  # fmt: skip
+        return [*products, *added, *rounding.programs(True, dtype, target)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat, how = x.reshape(-1, x.shape[-1]), self.rounding
@@ -173,5 +228,10 @@ class EightsLinear(torch.nn.Module):
         codes, inputs = round_input(
             flat, self.input_scale, how.element, how.group, how.scale, how.dynamic, how.bound, True
         )
-        out: torch.Tensor = product(codes, inputs, self.codes, self.scales, x.dtype)
+        out = self.product(codes, inputs, x.dtype)
         return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def product(self, codes: torch.Tensor, inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[M, N] in dtype. codes, inputs: as round_input gives them."""
+        out: torch.Tensor = product(codes, inputs, self.codes, self.scales, dtype)
+        return out

@@ -34,7 +34,7 @@ _TURN = 128
 """Columns of one turn of the loop."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("M", "shares"))  # type: ignore[untyped-decorator]
 def multiply_tuples(  # type: ignore[no-untyped-def]
     x_ptr, words_ptr, scales_ptr, coarse_ptr, grid_ptr, out_ptr, M, N, K, start, x_stride, shares,
     INDEX: tl.constexpr, GROUP: tl.constexpr, DENSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -99,7 +99,7 @@ def tuple_product(
             x, words, scales, coarse, table, out, rows, len(words), x.shape[1], start, x.stride(0), grid[1], INDEX=index, GROUP=group, **constants
         )  # fmt: skip
 
-    return multiplied(x, len(words), _TURN, launch)
+    return multiplied(x, len(words), _TURN, launch, slow=True)
 
 
 @tuple_product.register_fake
@@ -148,7 +148,9 @@ class GridLinear(torch.nn.Module):
             "coarse_ptr": torch.float16,
             "grid_ptr": torch.int32,
         }
-        return programs(str(scheme), multiply_tuples, parts, (), {"INDEX": index, "GROUP": group}, dtype, target)
+        return programs(
+            str(scheme), multiply_tuples, parts, (), {"INDEX": index, "GROUP": group}, dtype, target, slow=True
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])

@@ -8,7 +8,8 @@ import torch
 
 from qcore.elements import Int
 from qcore.kernels.order import columns_by_group
-from qcore.kernels.triton.linear import PlanesLinear, by_group, group_size, rows_of
+from qcore.kernels.scales import by_group, group_size
+from qcore.kernels.triton.linear import PlanesLinear, rows_of
 from qcore.kernels.triton.product import Form, programs_of
 
 if TYPE_CHECKING:

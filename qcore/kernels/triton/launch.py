@@ -6,11 +6,12 @@ A kernel here is a Triton function of (x, parts .., out, M, N, K, start, x_strid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import triton
+import triton.language as tl
 
 from qcore.kernels.triton.program import Program
 from qcore.kernels.triton.tilings import DENSE, Tiling, tilings_of, tilings_on
@@ -25,6 +26,12 @@ _DENSE_TURNS = 4
 _PROGRAMS = 512
 """Programs that there should be at least, by sharing sums: some for each of a large GPU's processors."""
 _MOST_SHARES = 16
+_VECTOR_PROGRAMS = 1024
+"""The same for one row of x, whose programs are small."""
+_SLOW_ROWS = 16
+"""Of x, that a block has at most where weights take long to decode."""
+_SUMS = 128
+"""Outputs whose shares a program adds."""
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16",
     torch.int32: "*i32",
@@ -46,19 +53,38 @@ class Launch(Protocol):
     ) -> None: ...
 
 
-def multiplied(x: torch.Tensor, outputs: int, turn: int, launch: Launch) -> torch.Tensor:
-    """[M, N] in x's dtype of x [M, K]. outputs: N. turn: columns of one turn of the kernel's loop."""
+@triton.jit(do_not_specialize=("shares",))  # type: ignore[untyped-decorator]
+def add_shares(parts_ptr, out_ptr, size, shares, MOST: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out [size]: of parts, float32 [shares, size], the sums, from the first to the last. shares: MOST at most."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for share in tl.static_range(MOST):
+        total += tl.load(parts_ptr + share * size + at, mask=at < tl.minimum(1, shares - share) * size, other=0.0)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < size)
+
+
+def multiplied(
+    x: torch.Tensor, outputs: int, turn: int, launch: Launch, vector: int = 0, slow: bool = False
+) -> torch.Tensor:
+    """[M, N] in x's dtype of x [M, K]. outputs: N. turn: columns of one turn of the kernel's loop. vector: of the kernel for one row of x, which `launch`
+    takes where the constant BM is 1; 0: there is none. slow: weights take long to decode, and are made dense for fewer rows."""
     rows, columns = x.shape
     if not rows:
         return x.new_empty(0, outputs)
-    tiling = next((tiling for tiling in tilings_on(x.device) if rows <= tiling.most), None)
+    tiling = next((tiling for tiling in _fit(tilings_on(x.device), vector > 0, slow) if rows <= tiling.most), None)
     if tiling is None:
         return _dense_product(x, outputs, turn, launch)
 
     def run(grid: tuple[int, int], out: torch.Tensor) -> None:
         launch(grid, x, out, rows, 0, {"DENSE": False} | constants_of(tiling))
 
-    return in_shares(x.dtype, rows, outputs, triton.cdiv(columns, turn), tiling, x.device, run)
+    turns = triton.cdiv(columns, vector if tiling.rows == 1 else turn)
+    return in_shares(x.dtype, rows, outputs, turns, tiling, x.device, run)
+
+
+def _fit(tilings: Sequence[Tiling], vector: bool, slow: bool) -> list[Tiling]:
+    """Those that a product may take. Measured on Hopper: codes of several planes, tables and blocks are slower beyond 16 rows than dense."""
+    return [t for t in tilings if (vector or t.rows > 1) and (not slow or t.rows <= _SLOW_ROWS)]
 
 
 def in_shares(
@@ -67,10 +93,19 @@ def in_shares(
     """[rows, outputs] in dtype. turns: of the kernel's loop, which programs share where there are few; their parts are added in a fixed order, so that
     results do not change from run to run. run: launches the kernel on a grid (blocks, shares) that fills [shares, rows, outputs]."""
     blocks = triton.cdiv(rows, tiling.rows) * triton.cdiv(outputs, tiling.outputs)
-    shares = max(1, min(_MOST_SHARES, _PROGRAMS // blocks, triton.cdiv(turns, 2)))
-    out = torch.empty(shares, rows, outputs, dtype=torch.float32 if shares > 1 else dtype, device=place)
-    run((blocks, shares), out)
-    return out[0] if shares == 1 else out.sum(0).to(dtype)
+    programs, least = (_PROGRAMS, 2) if tiling.rows > 1 else (_VECTOR_PROGRAMS, 1)
+    shares = max(1, min(_MOST_SHARES, programs // blocks, triton.cdiv(turns, least)))
+    shares = triton.cdiv(turns, triton.cdiv(turns, shares))  # none without a turn
+    if shares == 1:
+        out = torch.empty(rows, outputs, dtype=dtype, device=place)
+        run((blocks, 1), out)
+        return out
+    parts = torch.empty(shares, rows, outputs, dtype=torch.float32, device=place)
+    run((blocks, shares), parts)
+    out = torch.empty(rows, outputs, dtype=dtype, device=place)
+    grid = (triton.cdiv(out.numel(), _SUMS),)
+    add_shares[grid](parts, out, out.numel(), shares, MOST=_MOST_SHARES, BLOCK=_SUMS)
+    return out
 
 
 def _dense_product(x: torch.Tensor, outputs: int, turn: int, launch: Launch) -> torch.Tensor:
@@ -95,7 +130,9 @@ def _dense_product(x: torch.Tensor, outputs: int, turn: int, launch: Launch) -> 
 
 def constants_of(tiling: Tiling) -> dict[str, Any]:
     """What a program is made for, of its tiling, and how it is launched."""
-    return {"BM": tiling.rows, "BN": tiling.outputs, "num_warps": tiling.warps, "num_stages": tiling.stages}
+    found = {"BM": tiling.rows, "BN": tiling.outputs, "num_warps": tiling.warps, "num_stages": tiling.stages}
+    # Triton has loads run ahead of products on a matrix unit only, unless the loop itself says so.
+    return found if tiling.rows > 1 else found | {"STAGES": tiling.stages}
 
 
 def built(
@@ -117,13 +154,27 @@ def built(
 
 
 def programs(
-    name: str, kernel: Any, parts: Mapping[str, torch.dtype], sizes: tuple[str, ...], constants: Mapping[str, object], dtype: str, target: Target
+    name: str, kernel: Any, parts: Mapping[str, torch.dtype], sizes: tuple[str, ...], constants: Mapping[str, object], dtype: str, target: Target,
+    vector: Any = None, slow: bool = False,
 ) -> list[Program]:  # fmt: skip
     """All that a layer may run on the target. name: the scheme. parts: types of the kernel's own pointers. sizes: its own other arguments. dtype: of the
-    activations, `float16` or `bfloat16`."""
+    activations, `float16` or `bfloat16`. vector: the kernel for one row of x, where there is one, of the same arguments. slow: as `multiplied`
+    has it."""
     floats = getattr(torch, dtype)
     pointers = {"x_ptr": floats, **parts, "out_ptr": floats}
-    return [
-        built(f"{name} {dtype}", kernel, pointers, ("M", "N", "K", "start", "x_stride", *sizes), {**constants, "DENSE": tiling is DENSE}, tiling)
-        for tiling in (*tilings_of(target), DENSE)
+    made = [
+        built(
+            f"{name} {dtype}", vector if tiling.rows == 1 else kernel, pointers, ("M", "N", "K", "start", "x_stride", *sizes),
+            {**constants, "DENSE": tiling is DENSE}, tiling,
+        )
+        for tiling in (*_fit(tilings_of(target), vector is not None, slow), DENSE)
     ]  # fmt: skip
+    signature = {"parts_ptr": "*fp32", "out_ptr": POINTERS[floats], "size": "i32", "shares": "i32"}
+    sums = Program(
+        f"sums of shares {dtype}",
+        add_shares,
+        signature,
+        {"MOST": _MOST_SHARES, "BLOCK": _SUMS},
+        frozenset(signature) - {"shares"},
+    )
+    return [*made, sums]

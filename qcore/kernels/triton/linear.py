@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcore.bits import unpack
-from qcore.elements import FlatGroup, Granularity, Group, Tile
 from qcore.kernels.triton.planes import pack_planes
 from qcore.kernels.triton.product import Form, product
 
@@ -66,21 +65,3 @@ def rows_of(weight: QuantizedTensor) -> Iterator[torch.Tensor]:
     bits = weight.scheme.weight.bits
     for part in weight.codes.split(ROWS):
         yield unpack(part, bits, weight.shape[1]).to(torch.uint8) if bits < 8 else part.view(torch.uint8)
-
-
-def by_group(part: torch.Tensor, grid: Granularity | None, rows: int) -> torch.Tensor:
-    """Scales or zero points of a weight [rows, K] as the product has them: [groups, N]. Float64 stands for numbers that no narrower type holds; their
-    nearest float32 is taken."""
-    part = part.to(torch.float32) if part.dtype == torch.float64 else part
-    if isinstance(grid, Tile):
-        part = part.repeat_interleave(min(grid.rows, rows), 0)[:rows]
-    if isinstance(grid, FlatGroup):
-        part = part.view(rows, -1)
-    return part.expand(rows, -1).t().contiguous()
-
-
-def group_size(grid: Granularity | None) -> int:
-    """Columns under one scale; 0 where rows have one."""
-    if isinstance(grid, Group | FlatGroup):
-        return grid.size
-    return grid.cols if isinstance(grid, Tile) else 0

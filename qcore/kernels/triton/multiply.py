@@ -69,7 +69,7 @@ def group_of(  # type: ignore[no-untyped-def]
     return scale, subtracted, added
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("M", "shares"))  # type: ignore[untyped-decorator]
 def multiply_codes(  # type: ignore[no-untyped-def]
     x_ptr, codes_ptr, scales_ptr, coarse_ptr, zeros_ptr, table_ptr, order_ptr, out_ptr,
     M, N, K, start, x_stride, row_bytes, shares,

@@ -13,6 +13,7 @@ import torch
 from qcore.kernels.triton.launch import multiplied, programs
 from qcore.kernels.triton.multiply import multiply_codes
 from qcore.kernels.triton.planes import parts_of, section_of, together_of
+from qcore.kernels.triton.vector import VECTOR_BYTES, multiply_vector
 
 if TYPE_CHECKING:
     from qcore.kernels.triton.program import Program
@@ -50,6 +51,11 @@ class Form:
         """Columns of one turn of the loop."""
         return self.section * together_of(self.bits)
 
+    @property
+    def slow(self) -> bool:
+        """Whether a weight takes long to decode, or its scales to find."""
+        return self.table or self.exponent > 0 or self.bits not in (1, 2, 4, 8) or self.coarse_group > 0
+
     @cached_property
     def constants(self) -> dict[str, object]:
         """What a program is made for, but for its tiling. RUN: how many sections of a turn have one scale."""
@@ -80,12 +86,13 @@ def product(
     def launch(
         grid: tuple[int, int], x: torch.Tensor, out: torch.Tensor, rows: int, start: int, constants: dict[str, Any]
     ) -> None:
-        multiply_codes[grid](
+        kernel = multiply_vector if constants["BM"] == 1 else multiply_codes
+        kernel[grid](
             x, codes, scales, *stand_ins, codes if order is None else order, out, rows, len(codes), x.shape[1], start, x.stride(0),
             codes.shape[1], grid[1], **form.constants, **constants,
         )  # fmt: skip
 
-    return multiplied(x, len(codes), form.turn, launch)
+    return multiplied(x, len(codes), form.turn, launch, VECTOR_BYTES * parts_of(bits), form.slow)
 
 
 @product.register_fake
@@ -110,4 +117,6 @@ def programs_of(
         "codes_ptr": torch.uint8, "scales_ptr": scales, "coarse_ptr": coarse or scales, "zeros_ptr": zeros or scales,
         "table_ptr": getattr(torch, dtype), "order_ptr": torch.int32 if form.ordered else torch.uint8,
     }  # fmt: skip
-    return programs(name, multiply_codes, parts, ("row_bytes",), form.constants, dtype, target)
+    return programs(
+        name, multiply_codes, parts, ("row_bytes",), form.constants, dtype, target, multiply_vector, form.slow
+    )

@@ -1,4 +1,4 @@
-"""Rounding activations as a scheme says, in one pass over memory or two: int8 and small floats, by row, by group, or under a scale that is given.
+"""Rounding activations as a scheme says, in one pass over memory: int8 and small floats, by row, by group, or under a scale that is given.
 
 The arithmetic is that of qcore.kernels.activations where tools divide by the scale, each operation rounded to float32. A value that is no number
 stays none; where codes cannot say so, the row's scale does.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -18,13 +18,19 @@ import triton.language as tl
 from qcore.elements import Group, PerToken
 from qcore.kernels.minifloat import LARGEST
 from qcore.kernels.triton.program import Program
+from qcore.kernels.triton.tilings import eights_cast, target_on
 
 if TYPE_CHECKING:
+    from qcore.platform import Target
     from qcore.scheme import TensorScheme
     from qcore.tensor import Order
 
 _BLOCK = 1024
-"""Values that a program holds at a time."""
+"""Values that a program holds at a time: of groups, and of rows that are too long to be held."""
+_LONGEST = 1 << 14
+"""Values of a row that a program holds, so that the row is read once: 32 a thread at most."""
+_FEW_ROWS = 64
+"""Up to so many rows the time is that of one program, and it gets as many threads as there are pieces of 16 bytes."""
 _GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 _MANTISSA = {"e2m1": 1, "e2m3": 3, "e3m2": 2, "e4m3fn": 3, "e5m2": 2}
 _LEAST = {"e2m1": 0, "e2m3": 0, "e3m2": -2, "e4m3fn": -6, "e5m2": -14}
@@ -47,6 +53,23 @@ def nearest(values, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.con
         step = (((exponent + 23 - MANTISSA) << 23) | 0x400000).to(tl.float32, bitcast=True)
         rounded = (held + step) - step
     return tl.where(values == values, rounded, values)
+
+
+@triton.jit
+def quotients(x, scale):  # type: ignore[no-untyped-def]
+    """x / scale, float32, rounded to nearest, for what `nearest` makes of it. scale: of x's shape, or of one that becomes it.
+
+    A division takes a dozen instructions, of which one runs at an eighth of the rate. By Markstein's theorem, q + (x - q * scale) / scale is the
+    rounded quotient once q is within a unit in its last place; x times the reciprocal is within two, and so corrected twice. Both are moved away from
+    the ends of float32's range first. Infinity minus itself is no number: there, and where a product overflows, the first quotient stays."""
+    far = tl.where(scale < 2.0**-64, 2.0**64, tl.where(scale > 2.0**64, 2.0**-64, 1.0))
+    scale = scale * far
+    inverse = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    x = x * far
+    first = x * inverse
+    better = tl.fma(tl.fma(first, -scale, x), inverse, first)
+    better = tl.fma(tl.fma(better, -scale, x), inverse, better)
+    return tl.where(tl.abs(first) < 1e30, better, first)
 
 
 @triton.jit
@@ -75,43 +98,67 @@ def scale_for(largest, whole, MANTISSA: tl.constexpr, LARGEST: tl.constexpr, SCA
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def stored_as(x, scale, kind: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, CODES: tl.constexpr, CAST: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """What round_rows and round_groups store of x, float32, under scales of x's shape, or of one. kind: the type of `out` where it is no CODES."""
+    values = quotients(x, scale)
+    if CODES and MANTISSA < 0:  # the whole number is in the last bits of the sum
+        held = tl.minimum(tl.maximum(values, -LARGEST - 1.0), LARGEST)
+        stored = (held + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    elif CODES and CAST:  # saturates
+        stored = values.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    elif CODES:
+        stored = e4m3_bytes(nearest(values, MANTISSA, LEAST, LARGEST))
+    else:
+        stored = (nearest(values, MANTISSA, LEAST, LARGEST) * scale).to(kind)
+    return stored
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def round_rows(  # type: ignore[no-untyped-def]
     x_ptr, given_ptr, out_ptr, scales_ptr, K, x_stride, bound,
     DYNAMIC: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, STEPS: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr,
+    HELD: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     """One row of x [M, K] a program. out: where CODES, int8 or the bytes of e4m3fn, and scales float32 [M]; otherwise what the codes stand for, in x's
-    type. given: float32 [1], the scale where it is not DYNAMIC. bound: run-time scales are for magnitudes up to it. STEPS: what the largest becomes."""
+    type. given: float32 [1], the scale where it is not DYNAMIC. bound: run-time scales are for magnitudes up to it. STEPS: what the largest becomes.
+    HELD: BLOCK is no less than K. CAST: the processor converts to e4m3fn; its zero has a sign.
+
+    Magnitudes are compared as whole numbers, of which those of what is no number are the largest."""
     row = tl.program_id(0).to(tl.int64)
     inside = tl.arange(0, BLOCK)
-    if DYNAMIC:
-        most = tl.zeros((BLOCK,), dtype=tl.float32)
+    bits = tl.full((BLOCK,), 0, tl.int32)
+    if HELD:
+        x = tl.load(x_ptr + row * x_stride + inside, mask=inside < K, other=0.0).to(tl.float32)
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    elif DYNAMIC:
         for start in range(0, K, BLOCK):
-            x = tl.load(x_ptr + row * x_stride + start + inside, mask=start + inside < K, other=0.0).to(tl.float32)
-            most = tl.maximum(most, tl.where(x == x, tl.abs(x), float("inf")))
-        scale = scale_for(tl.minimum(tl.max(most, 0), bound), 1.0, MANTISSA, STEPS, "plain", 0, 0)
+            part = tl.load(x_ptr + row * x_stride + start + inside, mask=start + inside < K, other=0.0).to(tl.float32)
+            bits = tl.maximum(bits, part.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    if DYNAMIC:
+        largest = tl.minimum(tl.max(bits, 0), 0x7F800000).to(tl.float32, bitcast=True)
+        scale = scale_for(tl.minimum(largest, bound), 1.0, MANTISSA, STEPS, "plain", 0, 0)
     else:
         scale = tl.load(given_ptr)
-    strange = tl.zeros((BLOCK,), dtype=tl.int32)
-    for start in range(0, K, BLOCK):
-        x = tl.load(x_ptr + row * x_stride + start + inside, mask=start + inside < K, other=0.0).to(tl.float32)
-        rounded = nearest(tl.math.div_rn(x, scale), MANTISSA, LEAST, LARGEST)
-        if not CODES:
-            stored = (rounded * scale).to(out_ptr.dtype.element_ty)
-        elif MANTISSA < 0:
-            stored = rounded.to(tl.int8)
-        else:
-            stored = e4m3_bytes(rounded)
-        tl.store(out_ptr + row * K + start + inside, stored, mask=start + inside < K)
-        strange = strange | tl.where(x == x, 0, 1)
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    if HELD:
+        stored = stored_as(x, scale, kind, MANTISSA, LEAST, LARGEST, CODES, CAST)
+        tl.store(out_ptr + row * K + inside, stored, mask=inside < K)
+    else:
+        for start in range(0, K, BLOCK):
+            part = tl.load(x_ptr + row * x_stride + start + inside, mask=start + inside < K, other=0.0).to(tl.float32)
+            stored = stored_as(part, scale, kind, MANTISSA, LEAST, LARGEST, CODES, CAST)
+            tl.store(out_ptr + row * K + start + inside, stored, mask=start + inside < K)
+            bits = tl.maximum(bits, part.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     if CODES:
-        tl.store(scales_ptr + row, tl.where((tl.max(strange, 0) > 0) | (scale == float("inf")), float("nan"), scale))
+        most = tl.max(bits, 0)
+        tl.store(scales_ptr + row, tl.where((most > 0x7F800000) | (scale == float("inf")), float("nan"), scale))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def round_groups(  # type: ignore[no-untyped-def]
     x_ptr, given_ptr, out_ptr, scales_ptr, K, x_stride,
     GROUP: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, SCALE: tl.constexpr, CARRY: tl.constexpr,
-    EXPONENT: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr,
+    EXPONENT: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     """Of each row, BLOCK // GROUP groups a program; as round_rows, but scales are [M, groups]. given: float32 [1], the scale above NVFP4's own."""
     row = tl.program_id(0).to(tl.int64)
@@ -121,13 +168,12 @@ def round_groups(  # type: ignore[no-untyped-def]
     most = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
     whole = tl.load(given_ptr) if SCALE == "e4m3fn" else 1.0
     scale = scale_for(most, whole, MANTISSA, LARGEST, SCALE, CARRY, EXPONENT)
-    rounded = nearest(tl.math.div_rn(x, scale[:, None] + tl.zeros_like(x)), MANTISSA, LEAST, LARGEST)
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    stored = stored_as(x, scale[:, None], kind, MANTISSA, LEAST, LARGEST, CODES, CAST)
+    tl.store(out_ptr + row * K + column, stored, mask=column < K)
     if CODES:
-        tl.store(out_ptr + row * K + column, e4m3_bytes(rounded), mask=column < K)
         scale = tl.where(scale == float("inf"), float("nan"), scale)
         tl.store(scales_ptr + row * tl.cdiv(K, GROUP) + group, scale, mask=group * GROUP < K)
-    else:
-        tl.store(out_ptr + row * K + column, (rounded * scale[:, None]).to(out_ptr.dtype.element_ty), mask=column < K)
 
 
 @dataclass(frozen=True)
@@ -164,14 +210,12 @@ class Rounding:
                 "LEAST": 0,
                 "LARGEST": 127.0,
                 "STEPS": 127.5,
-                "BLOCK": _BLOCK,
             }
         largest = LARGEST[self.element]
         of_element = {
             "MANTISSA": _MANTISSA[self.element],
             "LEAST": _LEAST[self.element],
             "LARGEST": largest,
-            "BLOCK": _BLOCK,
         }
         if not self.group:
             return {"DYNAMIC": self.dynamic, "STEPS": largest, **of_element}
@@ -185,8 +229,18 @@ class Rounding:
             **of_element,
         }
 
-    def programs(self, codes: bool, dtype: str) -> list[Program]:
-        """What rounds activations of this type."""
+    def shape(self, rows: int, columns: int) -> dict[str, Any]:
+        """How a program goes about x [rows, columns], and with how many warps."""
+        if self.group:
+            return {"BLOCK": _BLOCK, "num_warps": 4}
+        if columns > _LONGEST:
+            return {"BLOCK": 2 * _BLOCK, "HELD": False, "num_warps": 8}
+        block = max(256, triton.next_power_of_2(columns))
+        each = 8 if rows <= _FEW_ROWS else 32
+        return {"BLOCK": block, "HELD": True, "num_warps": min(16, max(1, block // 32 // each))}
+
+    def programs(self, codes: bool, dtype: str, target: Target | None = None) -> list[Program]:
+        """What rounds activations of this type. target: needed for codes."""
         floats = {"bfloat16": "*bf16", "float16": "*fp16"}[dtype]
         stored = floats if not codes else "*i8" if self.element == "int8" else "*u8"
         signature = {
@@ -197,18 +251,19 @@ class Rounding:
             "K": "i32",
             "x_stride": "i32",
         }
-        kernel = round_groups if self.group else round_rows
         more = {} if self.group else {"bound": "fp32"}
-        constants = self.constants | {"CODES": codes}
+        constants = self.constants | {"CODES": codes, "CAST": eights_cast(target)}
+        shapes = [self.shape(1 << 20, columns) for columns in ((4096,) if self.group else (4096, 2 * _LONGEST))]
         return [
             Program(
-                f"rounding to {self.element} {dtype}",
-                kernel,
+                f"rounding to {self.element} {dtype}, {shape['BLOCK']} at a time",
+                round_groups if self.group else round_rows,
                 signature | more,
-                constants,
+                constants | {key: value for key, value in shape.items() if key != "num_warps"},
                 frozenset(signature),
-                {"num_warps": 4},
+                {"num_warps": shape["num_warps"]},
             )
+            for shape in shapes
         ]
 
 
@@ -224,11 +279,13 @@ def round_input(
     if not rows:
         return kept, scales
     parts = (x, scales if given is None else given, kept, scales, columns, x.stride(0))
+    how = (
+        rounding.constants | rounding.shape(rows, columns) | {"CODES": codes, "CAST": eights_cast(target_on(x.device))}
+    )
     if group:
-        blocks = triton.cdiv(columns, _BLOCK)
-        round_groups[(rows, blocks)](*parts, **rounding.constants, CODES=codes, num_warps=4)
+        round_groups[(rows, triton.cdiv(columns, _BLOCK))](*parts, **how)
     else:
-        round_rows[(rows,)](*parts, bound, **rounding.constants, CODES=codes, num_warps=4)
+        round_rows[(rows,)](*parts, bound, **how)
     return kept, scales
 
 

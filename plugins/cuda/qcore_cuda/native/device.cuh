@@ -10,12 +10,67 @@ struct alignas(16) Vector {
   u32 word[4];
 };
 
+struct alignas(8) Pair {
+  u32 word[2];
+};
+
+#define DYNAMIC_SHARED(name) extern __shared__ Vector name[]
+
 __device__ inline Vector load_once(const Vector* from) {  // weights are read once: they need not stay in the first cache
   Vector v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
                : "l"(from));
   return v;
+}
+
+// Copies of 16 bytes, or of a word, into shared memory that go on behind what the thread does next; `commit` ends a batch of them, and `wait_for<n>` waits until no more than the
+// last n batches are on their way. Before Ampere they are done at once.
+__device__ inline void copy_async(Vector* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+#else
+  *to = *static_cast<const Vector*>(from);
+#endif
+}
+
+__device__ inline void copy_word_async(u32* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+#else
+  *to = *static_cast<const u32*>(from);
+#endif
+}
+
+__device__ inline void commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int n>
+__device__ inline void wait_for() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+#endif
+}
+
+__device__ inline void sync_warp() { __syncwarp(); }
+
+// Into the second cache. It changes nothing that can be seen.
+__device__ inline void prefetch(const Vector* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
+// From Hopper on a kernel may begin while the one before it ends, and waits here before it reads or writes what others may have written or read.
+__device__ inline void wait_for_earlier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void let_later_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 // (word & kept) | set
@@ -31,6 +86,7 @@ __device__ inline u32 permuted(u32 low, u32 high, u32 selector) {
 }
 
 struct Half {
+  static constexpr int kBytes = 2;
   static __device__ u32 subtracted(u32 a, u32 b) {
     u32 out;
     asm("sub.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
@@ -69,6 +125,7 @@ struct Half {
 };
 
 struct Brain {  // bfloat16, from compute capability 8.0 on
+  static constexpr int kBytes = 2;
   static __device__ u32 fused(u32 a, u32 b, u32 c) {
     u32 out;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
@@ -89,6 +146,7 @@ struct Brain {  // bfloat16, from compute capability 8.0 on
 };
 
 struct Single {
+  static constexpr int kBytes = 4;
   static __device__ float at(const void* numbers, long long place) { return static_cast<const float*>(numbers)[place]; }
 };
 

@@ -14,6 +14,7 @@ typedef uint32_t u32;
 typedef uint8_t u8;
 typedef uint16_t u16;
 
+#define EMULATED
 #define __device__
 #define __shared__ static  // blocks run one after the other
 
@@ -21,9 +22,18 @@ struct alignas(16) Vector {
   u32 word[4];
 };
 
+struct alignas(8) Pair {
+  u32 word[2];
+};
+
+#define DYNAMIC_SHARED(name) static Vector name[1 << 14]
+
 struct Index {
   int x, y, z;
 };
+
+typedef uint64_t Tile;  // where rows of 128 bytes begin, which leaves four bits for the product
+constexpr Tile kNextProduct = 1, kVector = 16;
 
 namespace emulated {
 
@@ -142,6 +152,28 @@ void multiply(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   wait();
 }
 
+// wgmma.m64nNk16: a warp has the rows of mma.m16n8k16, and every row of the tile; see wgmma.cuh.
+template <float (*wide)(u16), int N>
+void multiply_tile(float (&sums)[N / 2], const u32 (&a)[4], Tile at, bool keep) {
+  const int lane = thread.x % 32, g = lane / 4, t = lane % 4;
+  Warp& warp = warps[thread.x / 32];
+  const Vector* tile = reinterpret_cast<const Vector*>(at & ~static_cast<Tile>(15));
+  const int product = static_cast<int>(at & 15);
+  memcpy(warp.a[lane], a, sizeof a);
+  wait();
+  for (int i = 0; i < N / 2; ++i) {
+    const int row = i / 4 * 8 + 2 * t + i % 2;
+    double sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      const u32 left = warp.a[g * 4 + k % 8 / 2][k / 8 * 2 + i / 2 % 2];
+      const u32 right = tile[row * 8 + ((2 * product + k / 8) ^ (row & 7))].word[k % 8 / 2];
+      sum += static_cast<double>(wide(static_cast<u16>(left >> k % 2 * 16))) * wide(static_cast<u16>(right >> k % 2 * 16));
+    }
+    sums[i] = (keep ? sums[i] : 0) + static_cast<float>(sum);
+  }
+  wait();
+}
+
 }  // namespace emulated
 
 #define threadIdx emulated::thread
@@ -151,6 +183,16 @@ void multiply(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 inline void __syncthreads() { emulated::barrier(); }
 
 inline Vector load_once(const Vector* from) { return *from; }
+
+inline void copy_async(Vector* to, const void* from) { memcpy(to, from, sizeof *to); }
+inline void copy_word_async(u32* to, const void* from) { memcpy(to, from, sizeof *to); }
+inline void commit() {}
+template <int n>
+void wait_for() {}
+inline void sync_warp() { emulated::wait(); }
+inline void prefetch(const Vector*) {}
+inline void wait_for_earlier() {}
+inline void let_later_begin() {}
 
 template <u32 kept, u32 set>
 u32 masked(u32 word) {
@@ -168,6 +210,7 @@ inline float as_float(u32 bits) { return emulated::bits_to_float(bits); }
 
 template <float (*to)(u16), u16 (*of)(double)>
 struct Sixteen {
+  static constexpr int kBytes = 2;
   static u32 each(u32 a, u32 b, u32 c, double (*f)(double, double, double)) {
     u32 out = 0;
     for (int shift = 0; shift < 32; shift += 16)
@@ -190,5 +233,28 @@ struct Half : Sixteen<emulated::half_to_float, emulated::half_of> {};
 struct Brain : Sixteen<emulated::brain_to_float, emulated::brain_of> {};
 
 struct Single {
+  static constexpr int kBytes = 4;
   static float at(const void* numbers, long long place) { return static_cast<const float*>(numbers)[place]; }
+};
+
+inline void begin_products() {}
+inline void end_products() {}
+template <int n>
+void wait_for_products() {}
+inline void publish() {}
+inline Tile tile_at(const Vector* rows) { return reinterpret_cast<Tile>(rows); }
+
+template <class T, int N>
+struct Products;
+template <int N>
+struct Products<Half, N> {
+  static void multiply(float (&sums)[N / 2], const u32 (&a)[4], Tile tile, bool keep) {
+    emulated::multiply_tile<emulated::half_to_float, N>(sums, a, tile, keep);
+  }
+};
+template <int N>
+struct Products<Brain, N> {
+  static void multiply(float (&sums)[N / 2], const u32 (&a)[4], Tile tile, bool keep) {
+    emulated::multiply_tile<emulated::brain_to_float, N>(sums, a, tile, keep);
+  }
 };
