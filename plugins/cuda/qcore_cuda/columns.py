@@ -17,6 +17,8 @@ _SHARED_KIB = {"sm_70": 96, "sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_87": 163
 _FIRST_MATRIX = 80
 """From where Triton uses tensor cores; before, it makes products one by one."""
 _FIRST_FP8 = 89
+_RESERVED = 1024
+"""Bytes of shared memory that the driver takes of every block from Ampere on (CUDA C++ Programming Guide, "Shared Memory")."""
 
 
 def _platform(name: str, title: str, *architectures: str) -> Platform:
@@ -29,6 +31,7 @@ def _platform(name: str, title: str, *architectures: str) -> Platform:
             _SHARED_KIB[architecture] << 10,
             matrix=number >= _FIRST_MATRIX,
             fp8="e4m3fn" if number >= _FIRST_FP8 else "",
+            reserved=_RESERVED if number >= _FIRST_MATRIX else 0,
         )
         for architecture in architectures
         if architecture in _SHARED_KIB

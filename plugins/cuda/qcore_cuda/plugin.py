@@ -48,8 +48,8 @@ def qcore_kernels() -> Sequence[Kernel]:
                ("bfloat16",), cost=0.3, implementation="qcore_cuda.kernels.scaled:Fp8Linear",
                note="cuBLASLt's fp8 x fp8 product, up to 64 rows Triton's; inputs are rounded by one kernel before",
                features=(frozenset({"fp8"}),), requires=_TRITON, multiples=(16, 16)),
-        *_marlin("marlin", _AMPERE_UP, ("bfloat16", "float16"), _BF16),
-        *_marlin("marlin_fp16", ("turing",), ("float16",), ()),
+        *_marlin("marlin", "marlin:MarlinLinear", _AMPERE_UP, ("bfloat16", "float16"), _BF16),
+        *_marlin("marlin_fp16", "marlin_small:SmallMarlinLinear", ("turing",), ("float16",), ()),
         *triton_kernels("triton", _AMPERE_UP, ("bfloat16", "float16"), features=_BF16, requires=_TRITON),
         triton_int8("triton", _AMPERE_UP, features=(frozenset({"int8_tensor_core"}),), requires=_TRITON),
         *triton_fp8("triton", ("ada", "hopper", "blackwell"), features=(frozenset({"fp8"}),), requires=_TRITON),
@@ -60,14 +60,14 @@ def qcore_kernels() -> Sequence[Kernel]:
 
 
 def _marlin(
-    prefix: str, platforms: tuple[str, ...], dtypes: tuple[str, ...], features: tuple[frozenset[str], ...]
+    prefix: str, implementation: str, platforms: tuple[str, ...], dtypes: tuple[str, ...], features: tuple[frozenset[str], ...]
 ) -> Sequence[Kernel]:  # fmt: skip
     sizes = (16, 32, *range(64, 1025, 64))
     scales = (*(f"g{size}" for size in sizes), "channel", "tensor")
     flat = tuple(f"flat{size}" for size in sizes)
     nested = tuple(f"flat{size}:dynamic8+flat{256 * size}" for size in sizes)
     return [
-        Kernel(f"{prefix}_{name}", "marlin", "linear", platforms, accepts, dtypes, 0.3, "qcore_cuda.kernels.marlin:MarlinLinear",
+        Kernel(f"{prefix}_{name}", "marlin", "linear", platforms, accepts, dtypes, 0.3, f"qcore_cuda.kernels.{implementation}",
                f"{what} in CUDA C++, permuted as tensor cores take it and decoded by {by}; more than 256 rows by a dense product",
                features=features, requires=_TORCH, multiples=(16, 64), sources=("native/*",), compiles=True)
         for name, what, by, accepts in (

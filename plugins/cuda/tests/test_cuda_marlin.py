@@ -2,35 +2,89 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from triton.backends import nvidia
 
 from qcore.discovery import registry
 from qcore.platform import Device
 from qcore.refusal import Refused
 from qcore.scheme import Scheme
+from qcore.tensor import LayerTensors
 from qcore.testing.cases import catalogue, claimed
 from qcore.testing.checks import CHECKS, Bench
 from qcore.testing.layers import random_layer
 from qcore.testing.verify import applies
-from qcore_cuda import nvrtc
+from qcore_cuda import driver, nvrtc
+from qcore_cuda.kernels import marlin_product, marlin_small
 from qcore_cuda.kernels.marlin import permuted
 
 KERNELS = {kernel.name: kernel for kernel, _ in registry().kernels if kernel.family == "marlin"}
 GPU = Device("gpu", "ampere", "its source on a CPU", "cpu", "sm_80", frozenset({"bf16"}), simulated=True)
+HOPPER = (4, 227 << 10, True)
+"""What the launcher is told of a GPU with Hopper's matrix unit."""
 CASES = [(n, str(s)) for n, k in KERNELS.items() if k.platforms != ("turing",) for s in claimed(k, catalogue())]
 
 
 @pytest.mark.parametrize(("name", "scheme"), CASES)
 def test_products(name: str, scheme: str) -> None:
-    """Every number of blocks of eight rows of x, and so many rows that the weight is made dense."""
+    """One row of x, every number of blocks of eight, and so many rows that the weight is made dense."""
     layer = random_layer(Scheme.parse(scheme), 48, 1024)
-    for dtype, rows in (("float16", 1), ("bfloat16", 9), ("float16", 32), ("bfloat16", 61), ("float16", 65)):
-        bench = Bench(KERNELS[name], Scheme.parse(scheme), dtype, "odd", GPU, layer)
-        x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(3)).to(getattr(torch, dtype))
-        bench.compare(f"{rows} rows", bench.run(x), bench.product(x))
+    for dtype, rows in (
+        ("float16", 1),
+        ("bfloat16", 2),
+        ("float16", 9),
+        ("bfloat16", 32),
+        ("float16", 100),
+        ("bfloat16", 257),
+    ):
+        _compare(name, scheme, layer, dtype, rows)
+
+
+def _compare(name: str, scheme: str, layer: LayerTensors, dtype: str, rows: int) -> None:
+    bench = Bench(KERNELS[name], Scheme.parse(scheme), dtype, "odd", GPU, layer)
+    x = torch.randn(rows, layer.weight.shape[1], generator=torch.Generator().manual_seed(3)).to(getattr(torch, dtype))
+    bench.compare(f"{rows} rows", bench.run(x), bench.product(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "columns"),
+    [
+        ("marlin_int4", "W4A16-g16-sym", 320), ("marlin_int4", "W4A16-g32-asym", 832), ("marlin_int4", "W4A16-g64-sym", 192),
+        ("marlin_int4", "W4A16-g128-asym", 1408), ("marlin_int4", "W4A16-g192-sym", 1920), ("marlin_int4", "W4A16-g512-asym", 2560),
+        ("marlin_int4", "W4A16-channel-sym", 832), ("marlin_eights", "W8A16-g128-sym", 640), ("marlin_eights", "W8A16-fp8-channel", 64),
+        ("marlin_tables", "W4A16-nf4-g64", 832), ("marlin_tables", "W4A16-nvfp4", 320), ("marlin_tables", "W4A16-mxfp4", 832),
+    ],
+)  # fmt: skip
+def test_products_of_warpgroups(monkeypatch: pytest.MonkeyPatch, name: str, scheme: str, columns: int) -> None:
+    """Every size of a block, rows and steps that are not whole, and groups longer and shorter than a step."""
+    monkeypatch.setattr(marlin_product, "_limits", lambda place: HOPPER)
+    layer = random_layer(Scheme.parse(scheme), 208, columns)
+    for dtype, rows in (("bfloat16", 2), ("float16", 17), ("bfloat16", 64), ("float16", 130)):
+        _compare(name, scheme, layer, dtype, rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("marlin_fp16_int4", "W4A16-g128-asym"), ("marlin_fp16_eights", "W8A16-g128-sym"), ("marlin_fp16_tables", "W4A16-nvfp4")],
+)  # fmt: skip
+def test_products_in_little_memory(name: str, scheme: str) -> None:
+    """Every size of a block; a small GPU shares columns among a block's warps, as far as two steps fit."""
+    layer = random_layer(Scheme.parse(scheme), 48, 1408)
+    for rows in (1, 2, 9, 30, 61, 100, 257):
+        _compare(name, scheme, layer, "float16", rows)
+    form = KERNELS[name].load().from_layer(layer, torch.float16).form
+    for tokens in marlin_product.TOKENS:
+        for deep in (1, 2, 4):
+            program = marlin_small.wide_program(form, tokens, deep)
+            assert 1 <= marlin_small.deep_of(program) <= deep and program.shared <= 64 << 10
+            assert f", {marlin_small.deep_of(program)}, 1>" not in program.body
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -51,15 +105,14 @@ def test_sums_that_warps_share(columns: int, group: int) -> None:
     """Fewer groups than warps, some more, and a last round that is not whole."""
     scheme = Scheme.parse(f"W4A16-g{group}-asym")
     layer = random_layer(scheme, 16, columns)
-    bench = Bench(KERNELS["marlin_int4"], scheme, "float16", "odd", GPU, layer)
-    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(3)).to(torch.float16)
-    bench.compare("three rows", bench.run(x), bench.product(x))
+    for rows in (1, 3):
+        _compare("marlin_int4", str(scheme), layer, "float16", rows)
 
 
-@pytest.mark.parametrize(("code", "words"), [("Int4", 128), ("Int8", 256), ("Float8", 256)])
+@pytest.mark.parametrize(("code", "words"), [("Int4", 128), ("Table4", 128), ("Int8", 256), ("Float8", 256)])
 def test_every_code_has_its_place(code: str, words: int) -> None:
     """Chunks hold each code once: a code that is set alone sets bits that no other does."""
-    bits = 4 if code == "Int4" else 8
+    bits = 4 if code.endswith("4") else 8
     seen = torch.zeros(words * 32, dtype=torch.bool)
     for row in range(16):
         for column in range(64):
@@ -75,7 +128,7 @@ def test_a_weight_that_is_no_number_gives_none() -> None:
     layer = random_layer(Scheme.parse("W8A16-fp8-channel"), 32, 128)
     layer.weight.codes.view(torch.uint8)[5, 40] = 0xFF
     packed = KERNELS["marlin_eights"].load().from_layer(layer, torch.float16)
-    for rows in (1, 65):
+    for rows in (1, 65, 257):
         out = packed(torch.ones(rows, 128, dtype=torch.float16))
         assert bool(out[:, 5].isnan().all()) and int(out.isnan().sum()) == rows
 
@@ -101,8 +154,62 @@ def test_tensor_cores_multiply(name: str) -> None:
         for target in (targets[0], targets[-1]):
             for program in kernel.load().programs(Scheme.parse(scheme), kernel.dtypes[0], target):
                 made = program.compile(target)
-                assert made.matrix.startswith("mma.sync") == ("dense" not in program.name), program.name
-                assert made.registers <= 255 and made.spilled <= 16 and made.shared <= 8192, (program.name, made)
+                multiplies = "dense" not in program.name and "add" not in program.name
+                assert made.matrix.startswith("mma.sync") == multiplies, program.name
+                assert made.registers <= 255 and made.spilled <= 32 and made.shared <= target.shared, (
+                    program.name,
+                    made,
+                )
+
+
+@pytest.mark.parametrize("rows", marlin_product.WARPGROUP_ROWS)
+def test_products_of_warpgroups_run_on(rows: int) -> None:
+    """Four for each chunk and no wait between them: where the compiler does not see that it may, it waits for each."""
+    form = marlin_product.Form("Int4", 8, False, torch.bfloat16, torch.bfloat16)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(nvrtc.machine_code(form.warpgroup(rows, HOPPER[1]).text(), "sm_90a"))
+        file.flush()
+        tool = Path(nvidia.__file__).parent / "bin" / "nvdisasm"
+        said = subprocess.run([tool, "-c", file.name], stdout=subprocess.PIPE, text=True, check=True).stdout
+    products = len(re.findall(r"\bHGMMA\.64x", said))
+    assert products >= 8 and products % 4 == 0
+    assert len(re.findall(r"WARPGROUP\.DEPBAR", said)) <= products // 4 + 1
+
+
+@pytest.mark.parametrize("processors", [1, 4, 48, 132])
+@pytest.mark.parametrize("tiles", [1, 12, 64, 256, 688, 1792])
+@pytest.mark.parametrize("chunks", [1, 9, 64, 172, 448])
+def test_every_processor_gets_work(tiles: int, chunks: int, processors: int) -> None:
+    """Blocks have work, and there are no more of them than so many rows of chunks and columns give."""
+    for shared in (64 << 10, 227 << 10):
+        across, shares, _ = marlin_product.vector_grid(tiles, chunks, processors, shared)
+        assert 1 <= across <= tiles and 1 <= shares <= max(1, chunks)
+        assert -(-chunks // shares) * 128 <= shared // 3 + 128, "x has its place"
+        assert across * shares >= min(tiles, processors) or across == tiles
+    deep, shares = marlin_product.wide_split(tiles, chunks, 1, processors)
+    assert deep in (1, 2, 4) and 1 <= shares <= max(1, chunks // deep)
+
+
+def test_launches_are_laid_out_as_the_driver_has_them() -> None:
+    """Sizes of cuda.h's CUlaunchAttribute and CUlaunchConfig, and where their members are."""
+    assert ctypes.sizeof(driver._Attribute) == 72 and driver._Attribute.value.offset == 8
+    assert ctypes.sizeof(driver._Config) == 56
+    assert [getattr(driver._Config, name).offset for name in ("shared", "stream", "attributes", "count")] == [
+        24,
+        32,
+        40,
+        48,
+    ]
+
+
+def test_the_drivers_words_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        def cuGetErrorString(self, status: int, words: object) -> None:  # noqa: N802  the driver's own name
+            ctypes.cast(words, ctypes.POINTER(ctypes.c_char_p))[0] = b"out of memory"
+
+    monkeypatch.setattr(driver, "_driver", Driver)
+    with pytest.raises(RuntimeError, match=r"out of memory \(2\)"):
+        driver._checked(2)
 
 
 def test_a_fault_of_the_compiler_is_told() -> None:
