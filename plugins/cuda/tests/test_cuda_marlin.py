@@ -156,7 +156,9 @@ def test_tensor_cores_multiply(name: str) -> None:
                 made = program.compile(target)
                 multiplies = "dense" not in program.name and "add" not in program.name
                 assert made.matrix.startswith("mma.sync") == multiplies, program.name
-                assert made.registers <= 255 and made.spilled <= 32 and made.shared <= target.shared, (
+                assert (
+                    made.registers <= 255 and made.spilled <= 32 and made.shared <= target.shared + target.reserved
+                ), (
                     program.name,
                     made,
                 )
@@ -230,8 +232,8 @@ def test_sources_are_read_by_the_digest() -> None:
 
     kernel = KERNELS["marlin_int4"]
     assert kernel.sources == ("native/*",) and source_digest(kernel)
-    assert {path.name for path in Path(nvrtc.__file__).with_name("native").iterdir()} == {
-        "device.cuh",
+    found = {path.name for path in Path(nvrtc.__file__).with_name("native").iterdir()}
+    assert found == {
         "emulator.h",
-        "marlin.cuh",
+        *(f"{name}.cuh" for name in ("codes", "dense", "device", "vector", "warpgroup", "wgmma", "wide")),
     }
