@@ -102,6 +102,7 @@ def tools(scheme: str, rows: int, columns: int) -> dict[str, torch.nn.Module]:
         try:
             import bitsandbytes
         except ImportError:
+            print("bitsandbytes: not installed, and left out")
             return found
         layer = bitsandbytes.nn.Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
         found["bitsandbytes"] = layer.to("cuda")
@@ -111,6 +112,7 @@ def tools(scheme: str, rows: int, columns: int) -> dict[str, torch.nn.Module]:
         try:
             from torchao import quantization
         except ImportError:
+            print("torchao: not installed, and left out")
             return found
         dense = torch.nn.Sequential(torch.nn.Linear(columns, rows, bias=False, device="cuda", dtype=torch.bfloat16))
         try:
@@ -148,7 +150,8 @@ def packed(kernel: Kernel, scheme: Scheme, rows: int, columns: int) -> torch.nn.
     """The kernel's layer on the GPU; where its weight cannot be packed there, it is on the CPU."""
     try:
         return kernel.load().from_layer(wide_layer(scheme, rows, columns, "cuda"), torch.bfloat16).to("cuda")
-    except RuntimeError:
+    except RuntimeError as fault:
+        print(f"{kernel.name} is packed on the CPU: {fault}"[:200])
         return kernel.load().from_layer(wide_layer(scheme, rows, columns, "cpu"), torch.bfloat16).to("cuda")
 
 
