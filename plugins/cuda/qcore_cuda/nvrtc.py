@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _NAMES = ("libnvrtc.so.12", "libnvrtc.so.13")
 
 
-_MATRIX = re.compile(r"\bmma\.sync[\w.:]*")
+_PRODUCT = re.compile(r"\b(?:mma\.sync|dp4a)[\w.:]*")
 
 
 def compiled(source: str, architecture: str) -> Compiled:
@@ -31,7 +31,7 @@ def compiled(source: str, architecture: str) -> Compiled:
 
     from qcore.kernels.triton.program import Compiled
 
-    found = _MATRIX.findall(
+    found = _PRODUCT.findall(
         _compile(source, f"--gpu-architecture={architecture.replace('sm', 'compute')}", "PTX").decode()
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,0 +1,201 @@
+"""int8 x int8 in CUDA C++ (native/int8_*.cuh), for GPUs on which Triton has no products of 8 bits: inputs are rounded by one kernel, and multiplied by dot products of
+four bytes (dp4a) or on tensor cores; sums are exact in int32, and both scales follow in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from qcore.kernels.scales import by_group
+from qcore_cuda.cpp import CppProgram
+from qcore_cuda.driver import limits
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from qcore.platform import Target
+    from qcore.scheme import Scheme
+    from qcore.tensor import LayerTensors
+
+STEP = 64
+"""Columns of a step of a tile, of which rows are multiples."""
+_VECTOR = 16
+"""Columns that a thread reads at a time."""
+FEW_ROWS = (1, 2, 4, 8, 16)
+"""Rows of x that a program of int8_few.cuh is made for."""
+_WARPS, _OUTPUTS = 8, 4
+"""Of a block of int8_few.cuh, and rows of the weight of a warp."""
+_THREADS = 256
+"""Of a block of what rounds, and of what adds shares."""
+_RESIDENT = 2
+"""Blocks of a tile that a multiprocessor holds at a time."""
+_LEAST_STEPS = 4
+"""Of a block that shares columns with others."""
+_ROUND = "const u16* x, const float* given, Pair* codes, float* scales, int K, int stride, int units, int dynamic, int even"
+_FEW = "const Vector* x, const float* inputs, const Vector* weight, const float* scales, void* out, int M, int N, int vectors, int deep"
+_TILE = "const Vector* x, const float* inputs, const Vector* weight, const float* scales, void* out, int M, int N, int vectors"
+_ADD = "const int* parts, const float* inputs, const float* scales, u16* out, int shares, int M, int N"
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """unit: what multiplies, `Dots` or `Tensors` of int8_tiles.cuh. own: rows and columns of a thread's sums, or of a warp's products. warps: of a block, along rows of x
+    and of the weight."""
+
+    unit: str
+    own: tuple[int, int]
+    warps: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of x and of the weight that a block has."""
+        rows = {"Dots": 4, "Tensors": 8}[self.unit]
+        return rows * self.own[0] * self.warps[0], 8 * self.own[1] * self.warps[1]
+
+    @property
+    def program(self) -> CppProgram:
+        kind = f"{self.unit}<{self.own[0]}, {self.own[1]}>, {self.warps[0]}, {self.warps[1]}"
+        name = "int8_{}_{}x{}".format(self.unit.lower(), *self.shape)
+        return _program(name, "int8_tiles.cuh", _TILE, f"tile<Half, {kind}>", 32 * self.warps[0] * self.warps[1])
+
+
+TILINGS = {
+    "dots": (
+        Tiling("Dots", (8, 4), (1, 4)),
+        Tiling("Dots", (8, 4), (2, 4)),
+        Tiling("Dots", (8, 8), (4, 2)),
+    ),
+    "tensors": (
+        Tiling("Tensors", (4, 4), (1, 4)),
+        Tiling("Tensors", (4, 8), (2, 2)),
+        Tiling("Tensors", (8, 8), (2, 2)),
+    ),
+}
+"""By what multiplies, for more rows of x the later."""
+
+
+def _program(name: str, source: str, parameters: str, call: str, threads: int) -> CppProgram:
+    given = ", ".join(part.split()[-1].lstrip("*") for part in parameters.split(","))
+    return CppProgram(name, source, parameters, f"{call}({given});", threads)
+
+
+ROUNDING = _program("int8_round", "int8_round.cuh", _ROUND, "round_rows<Half>", _THREADS)
+ADDING = _program("int8_add", "int8_sums.cuh", _ADD, "add_shares<Half>", _THREADS)
+
+
+def few(rows: int) -> CppProgram:
+    """rows: one of FEW_ROWS."""
+    return _program(f"int8_few_{rows}", "int8_few.cuh", _FEW, f"few<Half, {rows}>", 32 * _WARPS)
+
+
+@torch.library.custom_op("qcore::cuda_round_int8", mutates_args=())
+def round_input(x: torch.Tensor, given: torch.Tensor | None, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [M, columns], zeros behind column K, and float32 [M], their scales. x: float16 [M, K] of unit stride along K. given: float32 [1], the scale where it is static."""
+    rows, width = x.shape
+    codes, scales = _rounded(x, columns)
+    if rows:
+        even = width % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+        dynamic = given is None
+        ROUNDING.run((rows, 1, 1), x, given, codes, scales, width, x.stride(0), columns // 8, int(dynamic), int(even))
+    return codes, scales
+
+
+@round_input.register_fake
+def _(x: torch.Tensor, given: torch.Tensor | None, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _rounded(x, columns)
+
+
+def _rounded(x: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape[0], columns, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("qcore::cuda_int8", mutates_args=())
+def product(
+    x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, unit: str
+) -> torch.Tensor:  # fmt: skip
+    """float16 [M, N]. x, inputs: codes and scales as round_input gives them. weight: int8 [N, columns of x]. scales: float32 [N]. unit: of TILINGS."""
+    (rows, columns), outputs = x.shape, len(weight)
+    out = x.new_empty(rows, outputs, dtype=torch.float16)
+    if not rows:
+        return out
+    vectors = columns // _VECTOR
+    if rows <= FEW_ROWS[-1]:
+        program, deep = few(next(most for most in FEW_ROWS if rows <= most)), deep_of(vectors)
+        grid = (-(-outputs * deep // (_WARPS * _OUTPUTS)), 1, 1)
+        program.run(grid, x, inputs, weight, scales, out, rows, outputs, vectors, deep)
+        return out
+    tiling = next((tiling for tiling in TILINGS[unit] if rows <= tiling.shape[0]), TILINGS[unit][-1])
+    blocks = -(-rows // tiling.shape[0]) * -(-outputs // tiling.shape[1])
+    shares = shares_of(blocks, rows, columns, _processors(x.device))
+    parts = out if shares == 1 else x.new_empty(shares, rows, outputs, dtype=torch.int32)
+    tiling.program.run((blocks, shares, 1), x, inputs, weight, scales, parts, rows, outputs, vectors)
+    if shares > 1:
+        ADDING.run((-(-out.numel() // _THREADS), 1, 1), parts, inputs, scales, out, shares, rows, outputs)
+    return out
+
+
+@product.register_fake
+def _(
+    x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, unit: str
+) -> torch.Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float16)
+
+
+def deep_of(vectors: int) -> int:
+    """Warps of a block of int8_few.cuh that share a row of so many vectors, each of which has all its threads at work where there are enough."""
+    return next(deep for deep in (8, 4, 2, 1) if vectors >= 32 * deep or deep == 1)
+
+
+def shares_of(blocks: int, rows: int, columns: int, processors: int) -> int:
+    """Blocks that share the columns of a tile, so that every multiprocessor has as many as it holds. Their parts, four bytes that are written and read, are to move half of
+    what the weight's codes do at most."""
+    return max(1, min(_RESIDENT * processors // blocks, columns // (16 * rows), columns // (_LEAST_STEPS * STEP)))
+
+
+def _processors(place: torch.device) -> int:
+    """A CPU stands for a small GPU."""
+    return 4 if place.type == "cpu" else limits(place)[0]
+
+
+class DotsLinear(torch.nn.Module):
+    """codes: int8 [N, K], zeros behind it up to a multiple of STEP. scales: float32 [N]. input_scale: of static inputs, float32 [1]."""
+
+    unit: ClassVar[str] = "dots"
+    codes: torch.Tensor
+    scales: torch.Tensor
+    input_scale: torch.Tensor | None
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, input_scale: torch.Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("input_scale", input_scale)
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
+        weight, given = layer.weight, layer.input_scale
+        rows, columns = weight.shape
+        codes = torch.nn.functional.pad(weight.codes, (0, -columns % STEP)) if columns % STEP else weight.codes
+        scales = by_group(weight.scales[0].to(torch.float32), weight.scheme.weight.granularity, rows)[0]
+        return cls(codes.contiguous(), scales, None if given is None else given.to(torch.float32))
+
+    @classmethod
+    def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[CppProgram]:
+        """All that may run, which neither the scheme nor the target changes."""
+        return [ROUNDING, *map(few, FEW_ROWS), *(tiling.program for tiling in TILINGS[cls.unit]), ADDING]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        if flat.stride(-1) != 1:
+            flat = flat.contiguous()
+        codes, inputs = round_input(flat, self.input_scale, self.codes.shape[1])
+        out: torch.Tensor = product(codes, inputs, self.codes, self.scales, self.unit)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+class TensorsLinear(DotsLinear):
+    """The same layer, more than a few rows of x multiplied on tensor cores."""
+
+    unit = "tensors"
