@@ -34,7 +34,8 @@ Grid = tuple[int, int, int]
 @dataclass(frozen=True)
 class CppProgram:
     """name: of the entry. source: the file in native/ that it is made of. parameters: of the entry, in C++, pointers and ints. body: the call. threads, shared: of a
-    block, and the bytes of shared memory that it asks for at a call. own: it has instructions of one architecture alone (`sm_90a`).
+    block, and the bytes of shared memory that it asks for at a call. own: it has instructions of one architecture alone (`sm_90a`). resident: blocks that a multiprocessor
+    is to hold at a time, for which the compiler keeps to fewer registers; 0: as it likes.
     Every kernel waits for those before it (native/device.cuh), so it may begin early."""
 
     name: str
@@ -44,6 +45,7 @@ class CppProgram:
     threads: int
     shared: int = field(default=0, compare=False)
     own: bool = False
+    resident: int = 0
 
     def entry(self, head: str) -> str:
         return f'extern "C" {head} {self.name}({self.parameters}) {{ {self.body} }}\n'
@@ -61,7 +63,7 @@ class CppProgram:
             [
                 _source("device.cuh"),
                 _source(self.source),
-                self.entry(f"__global__ void __launch_bounds__({self.threads})"),
+                self.entry(f"__global__ void __launch_bounds__({self.threads}{f', {self.resident}' * bool(self.resident)})"),
             ]
         )
 

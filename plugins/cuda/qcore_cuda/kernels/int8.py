@@ -30,11 +30,11 @@ _WARPS, _OUTPUTS = 8, 4
 _THREADS = 256
 """Of a block of what rounds, and of what adds shares."""
 _RESIDENT = 2
-"""Blocks of a tile that a multiprocessor holds at a time."""
+"""Blocks of int8_few.cuh that a multiprocessor holds at least."""
 _LEAST_STEPS = 4
 """Of a block that shares columns with others."""
 _ROUND = "const u16* x, const float* given, Pair* codes, float* scales, int K, int stride, int units, int dynamic, int even"
-_FEW = "const Vector* x, const float* inputs, const Vector* weight, const float* scales, void* out, int M, int N, int vectors, int deep"
+_FEW = "const Vector* x, const float* inputs, const Vector* weight, const float* scales, void* out, int M, int N, int vectors, int shift"
 _TILE = "const Vector* x, const float* inputs, const Vector* weight, const float* scales, void* out, int M, int N, int vectors"
 _ADD = "const int* parts, const float* inputs, const float* scales, u16* out, int shares, int M, int N"
 
@@ -42,11 +42,12 @@ _ADD = "const int* parts, const float* inputs, const float* scales, u16* out, in
 @dataclass(frozen=True)
 class Tiling:
     """unit: what multiplies, `Dots` or `Tensors` of int8_tiles.cuh. own: rows and columns of a thread's sums, or of a warp's products. warps: of a block, along rows of x
-    and of the weight."""
+    and of the weight. resident: blocks that a multiprocessor holds at a time."""
 
     unit: str
     own: tuple[int, int]
     warps: tuple[int, int]
+    resident: int
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,29 +57,29 @@ class Tiling:
 
     @property
     def program(self) -> CppProgram:
-        kind = f"{self.unit}<{self.own[0]}, {self.own[1]}>, {self.warps[0]}, {self.warps[1]}"
+        kind = ", ".join(map(str, (self.unit, *self.own, *self.warps)))
         name = "int8_{}_{}x{}".format(self.unit.lower(), *self.shape)
-        return _program(name, "int8_tiles.cuh", _TILE, f"tile<Half, {kind}>", 32 * self.warps[0] * self.warps[1])
+        return _program(name, "int8_tiles.cuh", _TILE, f"tile<Half, {kind}>", 32 * self.warps[0] * self.warps[1], self.resident)
 
 
 TILINGS = {
     "dots": (
-        Tiling("Dots", (8, 4), (1, 4)),
-        Tiling("Dots", (8, 4), (2, 4)),
-        Tiling("Dots", (8, 8), (4, 2)),
+        Tiling("Dots", (8, 4), (1, 4), 4),
+        Tiling("Dots", (8, 4), (2, 4), 2),
+        Tiling("Dots", (8, 8), (4, 2), 2),
     ),
     "tensors": (
-        Tiling("Tensors", (4, 4), (1, 4)),
-        Tiling("Tensors", (4, 8), (2, 2)),
-        Tiling("Tensors", (8, 8), (2, 2)),
+        Tiling("Tensors", (4, 4), (1, 4), 4),
+        Tiling("Tensors", (4, 8), (2, 2), 3),
+        Tiling("Tensors", (8, 8), (2, 2), 2),
     ),
 }
 """By what multiplies, for more rows of x the later."""
 
 
-def _program(name: str, source: str, parameters: str, call: str, threads: int) -> CppProgram:
+def _program(name: str, source: str, parameters: str, call: str, threads: int, resident: int = 1) -> CppProgram:
     given = ", ".join(part.split()[-1].lstrip("*") for part in parameters.split(","))
-    return CppProgram(name, source, parameters, f"{call}({given});", threads)
+    return CppProgram(name, source, parameters, f"{call}({given});", threads, resident=resident)
 
 
 ROUNDING = _program("int8_round", "int8_round.cuh", _ROUND, "round_rows<Half>", _THREADS)
@@ -87,7 +88,7 @@ ADDING = _program("int8_add", "int8_sums.cuh", _ADD, "add_shares<Half>", _THREAD
 
 def few(rows: int) -> CppProgram:
     """rows: one of FEW_ROWS."""
-    return _program(f"int8_few_{rows}", "int8_few.cuh", _FEW, f"few<Half, {rows}>", 32 * _WARPS)
+    return _program(f"int8_few_{rows}", "int8_few.cuh", _FEW, f"few<Half, {rows}>", 32 * _WARPS, _RESIDENT)
 
 
 @torch.library.custom_op("qcore::cuda_round_int8", mutates_args=())
@@ -122,13 +123,13 @@ def product(
         return out
     vectors = columns // _VECTOR
     if rows <= FEW_ROWS[-1]:
-        program, deep = few(next(most for most in FEW_ROWS if rows <= most)), deep_of(vectors)
-        grid = (-(-outputs * deep // (_WARPS * _OUTPUTS)), 1, 1)
-        program.run(grid, x, inputs, weight, scales, out, rows, outputs, vectors, deep)
+        program, shift = few(next(most for most in FEW_ROWS if rows <= most)), shift_of(vectors)
+        grid = (-(-(outputs << shift) // (_WARPS * _OUTPUTS)), 1, 1)
+        program.run(grid, x, inputs, weight, scales, out, rows, outputs, vectors, shift)
         return out
     tiling = next((tiling for tiling in TILINGS[unit] if rows <= tiling.shape[0]), TILINGS[unit][-1])
     blocks = -(-rows // tiling.shape[0]) * -(-outputs // tiling.shape[1])
-    shares = shares_of(blocks, rows, columns, _processors(x.device))
+    shares = shares_of(blocks, tiling.resident * _processors(x.device), rows, columns)
     parts = out if shares == 1 else x.new_empty(shares, rows, outputs, dtype=torch.int32)
     tiling.program.run((blocks, shares, 1), x, inputs, weight, scales, parts, rows, outputs, vectors)
     if shares > 1:
@@ -143,15 +144,15 @@ def _(
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float16)
 
 
-def deep_of(vectors: int) -> int:
-    """Warps of a block of int8_few.cuh that share a row of so many vectors, each of which has all its threads at work where there are enough."""
-    return next(deep for deep in (8, 4, 2, 1) if vectors >= 32 * deep or deep == 1)
+def shift_of(vectors: int) -> int:
+    """2 to this power warps of a block of int8_few.cuh share a row of so many vectors: all that have work for every thread."""
+    return next(shift for shift in (3, 2, 1, 0) if vectors >= 32 << shift or not shift)
 
 
-def shares_of(blocks: int, rows: int, columns: int, processors: int) -> int:
-    """Blocks that share the columns of a tile, so that every multiprocessor has as many as it holds. Their parts, four bytes that are written and read, are to move half of
-    what the weight's codes do at most."""
-    return max(1, min(_RESIDENT * processors // blocks, columns // (16 * rows), columns // (_LEAST_STEPS * STEP)))
+def shares_of(blocks: int, places: int, rows: int, columns: int) -> int:
+    """Blocks that share the columns of a tile, so that the GPU's places for blocks are taken. Their parts, four bytes that are written and read, are to move half of what the
+    weight's codes do at most."""
+    return max(1, min(places // blocks, columns // (16 * rows), columns // (_LEAST_STEPS * STEP)))
 
 
 def _processors(place: torch.device) -> int:

@@ -6,27 +6,30 @@
 
 constexpr int kTogether = 8;  // blocks of rows of x that take turns at a block of the weight's rows: what blocks that run at a time read stays in the cache
 
-// Where a vector of a row's four is. Two rows are 128 bytes, all banks, whose vectors change places from one pair to the next: eight threads that read a vector each use all banks
-// where their rows follow each other, where they are every other row, and where they are two rows with all their vectors.
-__device__ inline int place(int row, int vector) { return row / 2 * 8 + ((row % 2 * 4 + vector) ^ (row / 2 & 7)); }
+// Where a vector of a row's four is. Two rows are a line of 128 bytes, all banks, whose vectors change places from one line to the next: eight threads that read a vector each use
+// all banks where their rows follow each other, where they are every other row, and where they are two rows with all their vectors. The last three bits are the place in the line.
+__device__ inline int place(u32 row, u32 vector) { return row / 2 * 8 + ((row % 2 * 4 + vector) ^ (row / 2 & 7)); }
 
-// By dot products of four bytes: a thread has ROWS x OUTPUTS sums, of every fourth row of x, and of pairs of the weight's.
-template <int ROWS, int OUTPUTS>
+// By dot products of four bytes: a thread has ROWS x OUTPUTS sums, of every (4 DOWN)-th row of x, and of pairs of the weight's. A block has DOWN x ACROSS warps.
+template <int ROWS, int OUTPUTS, int DOWN, int ACROSS>
 struct Dots {
-  static constexpr int kRows = 4 * ROWS, kOutputs = 8 * OUTPUTS;  // of a warp
-  int sums[ROWS][OUTPUTS] = {}, row = threadIdx.x % 32 / 8, output = threadIdx.x % 8 * 2;
+  static constexpr int kRows = 4 * ROWS * DOWN, kOutputs = 8 * OUTPUTS * ACROSS;  // of a block
+  int sums[ROWS][OUTPUTS] = {};
+  int row = threadIdx.x / 32 / ACROSS * 4 + threadIdx.x % 32 / 8, output = threadIdx.x / 32 % ACROSS * 8 * OUTPUTS + threadIdx.x % 8 * 2;
+  int of_x = place(row, 0), of_weight = place(kRows + output, 0);
 
-  __device__ void multiply(const Vector* memory, int first_row, int first_output) {
+  __device__ void multiply(const Vector* memory) {
+    const Pair* halves = reinterpret_cast<const Pair*>(memory);
+#pragma unroll 1
+    for (int h = 0; h < 8; ++h) {
+      Pair given[ROWS];
 #pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      Vector given[ROWS];
-#pragma unroll
-      for (int i = 0; i < ROWS; ++i) given[i] = memory[place(first_row + row + 4 * i, v)];
+      for (int i = 0; i < ROWS; ++i) given[i] = halves[(2 * of_x ^ h ^ (4 * DOWN * i & 15)) + 32 * DOWN * i];
 #pragma unroll
       for (int j = 0; j < OUTPUTS; ++j) {
-        const Vector codes = memory[place(first_output + output + j / 2 * 16 + j % 2, v)];
+        const Pair codes = halves[(2 * of_weight ^ (j % 2 * 8 + h)) + j / 2 * 128];
 #pragma unroll
-        for (int s = 0; s < 4; ++s)
+        for (int s = 0; s < 2; ++s)
 #pragma unroll
           for (int i = 0; i < ROWS; ++i) sums[i][j] = dot(given[i].word[s], codes.word[s], sums[i][j]);
       }
@@ -40,24 +43,26 @@ struct Dots {
 #pragma unroll
       for (int j = 0; j < OUTPUTS; j += 2) {
         const int pair[2] = {sums[i][j], sums[i][j + 1]};
-        store<T>(to, pair, m + row + 4 * i, n + output + j * 8);
+        store<T>(to, pair, m + row + 4 * DOWN * i, n + output + j * 8);
       }
   }
 };
 
 // By tensor cores: a warp has ROWS x OUTPUTS products of 8 x 8. The weight's rows are dealt to products so that those of a thread follow each other.
-template <int ROWS, int OUTPUTS>
+template <int ROWS, int OUTPUTS, int DOWN, int ACROSS>
 struct Tensors {
-  static constexpr int kRows = 8 * ROWS, kOutputs = 8 * OUTPUTS;
-  int sums[ROWS][2 * OUTPUTS] = {}, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  static constexpr int kRows = 8 * ROWS * DOWN, kOutputs = 8 * OUTPUTS * ACROSS;
+  int sums[ROWS][2 * OUTPUTS] = {};
+  int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, row = threadIdx.x / 32 / ACROSS * 8 + g, output = threadIdx.x / 32 % ACROSS * 8 * OUTPUTS;
+  int of_x = place(row, t), of_weight = place(kRows + output + g / 2 * 2 * OUTPUTS + g % 2, t);
 
-  __device__ void multiply(const Vector* memory, int first_row, int first_output) {
+  __device__ void multiply(const Vector* memory) {
     Vector given[ROWS];
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) given[i] = memory[place(first_row + 8 * i + g, t)];
+    for (int i = 0; i < ROWS; ++i) given[i] = memory[(of_x ^ (4 * DOWN * i & 7)) + 32 * DOWN * i];
 #pragma unroll
     for (int j = 0; j < OUTPUTS; ++j) {
-      const Vector codes = memory[place(first_output + g / 2 * 2 * OUTPUTS + 2 * j + g % 2, t)];
+      const Vector codes = memory[(of_weight ^ j) + 8 * j];
 #pragma unroll
       for (int s = 0; s < 4; ++s)
 #pragma unroll
@@ -68,19 +73,19 @@ struct Tensors {
   template <class T>
   __device__ void store_in(const Results& to, int m, int n) const {
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) store<T>(to, sums[i], m + 8 * i + g, n + t * 2 * OUTPUTS);
+    for (int i = 0; i < ROWS; ++i) store<T>(to, sums[i], m + row + 8 * DOWN * i, n + output + t * 2 * OUTPUTS);
   }
 };
 
-// x: int8 [M, K]. weight: int8 [N, K]. vectors: of 16 columns, of a row, a multiple of four. Unit: of a warp, of which a block has DOWN x ACROSS.
-// Blocks along x: one for each DOWN x Unit::kRows rows of x and ACROSS x Unit::kOutputs of the weight.
-template <class T, class Unit, int DOWN, int ACROSS>
+// x: int8 [M, K]. weight: int8 [N, K]. vectors: of 16 columns, of a row, a multiple of four. Unit: what multiplies. Blocks along x: one for each kRows of x and kOutputs of the weight.
+template <class T, template <int, int, int, int> class Unit, int ROWS, int OUTPUTS, int DOWN, int ACROSS>
 __device__ void tile(const Vector* x, const float* inputs, const Vector* weight, const float* scales, void* out, int M, int N, int vectors) {
-  constexpr int kRows = DOWN * Unit::kRows, kOutputs = ACROSS * Unit::kOutputs, kThreads = DOWN * ACROSS * 32;
+  using Own = Unit<ROWS, OUTPUTS, DOWN, ACROSS>;
+  constexpr int kRows = Own::kRows, kOutputs = Own::kOutputs, kThreads = DOWN * ACROSS * 32;
   constexpr int kVectors = (kRows + kOutputs) * 4, kEach = kVectors / kThreads, kGiven = kRows * 4 / kThreads;  // kEach: of a thread, the first kGiven of them x's
   static_assert(kVectors % kThreads == 0 && kRows * 4 % kThreads == 0 && kThreads % 64 == 0, "threads have whole vectors, at the same place in lines");
   __shared__ Vector memory[2][kVectors];
-  const int warp = threadIdx.x / 32, steps = vectors / 4;
+  const int steps = vectors / 4;
   const int down = (M + kRows - 1) / kRows, turn = (N + kOutputs - 1) / kOutputs * kTogether, before = blockIdx.x / turn * kTogether;
   const int beside = down - before < kTogether ? down - before : kTogether;
   const int row = (before + blockIdx.x % turn % beside) * kRows, output = blockIdx.x % turn / beside * kOutputs;
@@ -108,17 +113,16 @@ __device__ void tile(const Vector* x, const float* inputs, const Vector* weight,
     for (int i = 0; i < kEach; ++i) memory[side][own + i * kThreads] = held[i];
   };
 
-  Unit unit;
-  const int in_row = warp / ACROSS * Unit::kRows, in_output = warp % ACROSS * Unit::kOutputs;
+  Own unit;
   fetch();
   keep(0);
   __syncthreads();
   for (int step = first, side = 0; step < end; ++step, side ^= 1) {
     const bool more = step + 1 < end;
     if (more) fetch();
-    unit.multiply(memory[side], in_row, kRows + in_output);
+    unit.multiply(memory[side]);
     if (more) keep(side ^ 1);  // all have read it before the last barrier
     __syncthreads();
   }
-  unit.template store_in<T>({inputs, scales, out, M, N}, row + in_row, output + in_output);
+  unit.template store_in<T>({inputs, scales, out, M, N}, row, output);
 }
