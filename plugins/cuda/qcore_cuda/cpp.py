@@ -59,13 +59,9 @@ class CppProgram:
 
     def text(self) -> str:
         """What NVRTC compiles."""
-        return "\n".join(
-            [
-                _source("device.cuh"),
-                _source(self.source),
-                self.entry(f"__global__ void __launch_bounds__({self.threads}{f', {self.resident}' * bool(self.resident)})"),
-            ]
-        )
+        bounds = f"{self.threads}, {self.resident}" if self.resident else self.threads
+        head = f"__global__ void __launch_bounds__({bounds})"
+        return "\n".join([_source("device.cuh"), _source(self.source), self.entry(head)])
 
     def run(self, grid: Grid, *arguments: torch.Tensor | int | None) -> None:
         """On the device of the first argument. None stands for a pointer that is not looked at."""

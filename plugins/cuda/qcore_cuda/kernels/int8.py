@@ -4,6 +4,7 @@ four bytes (dp4a) or on tensor cores; sums are exact in int32, and both scales f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -33,9 +34,11 @@ _RESIDENT = 2
 """Blocks of int8_few.cuh that a multiprocessor holds at least."""
 _LEAST_STEPS = 4
 """Of a block that shares columns with others."""
-_ROUND = "const u16* x, const float* given, Pair* codes, float* scales, int K, int stride, int units, int dynamic, int even"
-_FEW = "const Vector* x, const float* inputs, const Vector* weight, const float* scales, void* out, int M, int N, int vectors, int shift"
+_ROUND = (
+    "const u16* x, const float* given, Pair* codes, float* scales, int K, int stride, int units, int dynamic, int even"
+)
 _TILE = "const Vector* x, const float* inputs, const Vector* weight, const float* scales, void* out, int M, int N, int vectors"
+_FEW = f"{_TILE}, int shift"
 _ADD = "const int* parts, const float* inputs, const float* scales, u16* out, int shares, int M, int N"
 
 
@@ -55,11 +58,12 @@ class Tiling:
         rows = {"Dots": 4, "Tensors": 8}[self.unit]
         return rows * self.own[0] * self.warps[0], 8 * self.own[1] * self.warps[1]
 
-    @property
+    @cached_property
     def program(self) -> CppProgram:
+        """Of int8_tiles.cuh."""
         kind = ", ".join(map(str, (self.unit, *self.own, *self.warps)))
-        name = "int8_{}_{}x{}".format(self.unit.lower(), *self.shape)
-        return _program(name, "int8_tiles.cuh", _TILE, f"tile<Half, {kind}>", 32 * self.warps[0] * self.warps[1], self.resident)
+        name, threads = "int8_{}_{}x{}".format(self.unit.lower(), *self.shape), 32 * self.warps[0] * self.warps[1]
+        return _program(name, "int8_tiles.cuh", _TILE, f"tile<Half, {kind}>", threads, self.resident)
 
 
 TILINGS = {
@@ -69,8 +73,8 @@ TILINGS = {
         Tiling("Dots", (8, 8), (4, 2), 2),
     ),
     "tensors": (
-        Tiling("Tensors", (4, 4), (1, 4), 4),
-        Tiling("Tensors", (4, 8), (2, 2), 3),
+        Tiling("Tensors", (4, 4), (1, 4), 3),
+        Tiling("Tensors", (4, 8), (2, 2), 2),
         Tiling("Tensors", (8, 8), (2, 2), 2),
     ),
 }
@@ -86,8 +90,9 @@ ROUNDING = _program("int8_round", "int8_round.cuh", _ROUND, "round_rows<Half>", 
 ADDING = _program("int8_add", "int8_sums.cuh", _ADD, "add_shares<Half>", _THREADS)
 
 
+@cache
 def few(rows: int) -> CppProgram:
-    """rows: one of FEW_ROWS."""
+    """Of int8_few.cuh. rows: one of FEW_ROWS."""
     return _program(f"int8_few_{rows}", "int8_few.cuh", _FEW, f"few<Half, {rows}>", 32 * _WARPS, _RESIDENT)
 
 
