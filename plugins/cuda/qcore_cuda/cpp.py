@@ -47,6 +47,14 @@ class CppProgram:
     own: bool = False
     resident: int = 0
 
+    @classmethod
+    def calling(
+        cls, name: str, source: str, parameters: str, function: str, threads: int, resident: int = 0
+    ) -> CppProgram:  # fmt: skip
+        """An entry that gives its parameters to a function of the source."""
+        given = ", ".join(part.split()[-1].lstrip("*") for part in parameters.split(","))
+        return cls(name, source, parameters, f"{function}({given});", threads, resident=resident)
+
     def entry(self, head: str) -> str:
         return f'extern "C" {head} {self.name}({self.parameters}) {{ {self.body} }}\n'
 

@@ -68,16 +68,22 @@ def _native(*names: str) -> tuple[str, ...]:
 
 
 def _int8() -> Sequence[Kernel]:
+    few = "dot products of four bytes"
+    units = (
+        ("dp4a", "volta", "dp4a", "Dots", f"by {few}; hundreds of rows at half of the peak of float16 tensor cores"),
+        ("mma", "turing", "int8_tensor_core", "Tensors", f"on tensor cores, and up to 16 rows by {few}"),
+    )
+    inputs = (
+        ("int8", ("int8-token-sym-dyn", "int8-tensor-sym"), "int8:{}Linear", "inputs are rounded by one kernel before", _INT8),
+        ("llm_int8", ("int8-token-sym-dyn-outliers*",), "int8_outliers:{}OutliersLinear",
+         "columns with outliers are added in float32, which takes the longer the more there are", (*_INT8, "int8_outliers")),
+    )  # fmt: skip
     return [
-        Kernel(f"{unit}_int8", "cuda", "linear", (platform,),
-               Accepts(("int8",), ("channel", "tensor"), inputs=("int8-token-sym-dyn", "int8-tensor-sym")),
-               ("float16",), 0.35, f"qcore_cuda.kernels.int8:{implementation}",
-               f"int8 x int8 in CUDA C++, exact in int32, {by}; inputs are rounded by one kernel before",
-               features=(frozenset({feature}),), requires=_TORCH, sources=_native(*_INT8), compiles=True)
-        for unit, platform, feature, implementation, by in (
-            ("dp4a", "volta", "dp4a", "DotsLinear", "by dot products of four bytes; hundreds of rows at half of the peak of float16 tensor cores"),
-            ("mma", "turing", "int8_tensor_core", "TensorsLinear", "on tensor cores, and up to 16 rows by dot products of four bytes"),
-        )
+        Kernel(f"{unit}_{name}", "cuda", "linear", (platform,), Accepts(("int8",), ("channel", "tensor"), inputs=taken), ("float16",), 0.35,
+               f"qcore_cuda.kernels.{implementation.format(prefix)}", f"int8 x int8 in CUDA C++, exact in int32, {by}; {more}",
+               features=(frozenset({feature}),), requires=_TORCH, sources=_native(*files), compiles=True)
+        for unit, platform, feature, prefix, by in units
+        for name, taken, implementation, more, files in inputs
     ]  # fmt: skip
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from qcore.accuracy import worst_error
 from qcore.discovery import registry
+from qcore.kernels import llm_int8
 from qcore.kernels.activations import dynamic_int8, static_int8
 from qcore.platform import Device
 from qcore.scheme import Scheme
@@ -18,9 +20,10 @@ from qcore.testing.layers import random_layer
 from qcore.testing.verify import applies
 from qcore_cuda import nvrtc
 from qcore_cuda.cpp import CppProgram
-from qcore_cuda.kernels import int8
+from qcore_cuda.kernels import int8, int8_outliers
 
-KERNELS = {kernel.name: kernel for kernel, _ in registry().kernels if kernel.name in ("dp4a_int8", "mma_int8")}
+KERNELS = {kernel.name: kernel for kernel, _ in registry().kernels if kernel.family == "cuda"}
+LLM_INT8 = "W8A8-int8-channel-sym/int8-token-sym-dyn-outliers6.0"
 CPU = Device("gpu", "turing", "its source on a CPU", "cpu", "sm_75", frozenset({"dp4a"}), simulated=True)
 
 
@@ -88,6 +91,43 @@ def test_products(unit: str, outputs: int, columns: int) -> None:
         assert torch.equal(int8.product(x, inputs, weight, scales, unit), _exact(x, inputs, weight, scales)), rows
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 203), (3, 5000), (40, 300)])
+def test_outliers_are_kept(rows: int, columns: int) -> None:
+    """Codes, scales and columns as LLM.int8 has them; rows of zeros, and threads that mark one column together."""
+    x = (2 * _random(rows, columns)).to(torch.float16)
+    x[0, 3], x[-1, :5] = 6.0, torch.tensor([0.0, 5.996, -6.0, 100.0, -0.0])
+    x[rows // 2] = 0 if rows > 1 else x[0]
+    padded = -(-columns // int8.STEP) * int8.STEP
+    codes, scales, kept = int8_outliers.split(x, padded, 0x4600)
+    wanted, largest, columns_kept = llm_int8.split(x, 6.0)
+    assert torch.equal(kept[:columns].bool(), columns_kept) and not kept[columns:].any() and columns_kept[3]
+    assert torch.equal(codes[:, :columns].float(), wanted) and not codes[:, columns:].any()
+    assert torch.equal(scales, (largest * (llm_int8.PRODUCT * 127.0)).flatten())
+
+
+@pytest.mark.parametrize("name", ["dp4a_llm_int8", "mma_llm_int8"])
+@pytest.mark.parametrize("spread", [0.5, 3.0, 20.0])
+def test_products_beside_outliers(name: str, spread: float) -> None:
+    """None, some, and nearly all columns kept; rows and outputs that are not whole, and more columns than threads mark at once."""
+    layer = random_layer(Scheme.parse(LLM_INT8), 37, 4200)
+    packed = KERNELS[name].load().from_layer(layer, torch.float16)
+    x = (spread * _random(19, 4200)).to(torch.float16)
+    for rows in (1, 19):
+        codes, absmax, kept = llm_int8.split(x[:rows], 6.0)
+        stands_for = torch.where(kept, x[:rows].double(), codes.double() * absmax.double() * llm_int8.PRODUCT * 127)
+        assert worst_error(packed(x[:rows]), stands_for @ layer.weight.dequantize().double().t()) < 2e-3
+
+
+def test_outliers_that_are_no_numbers() -> None:
+    layer = random_layer(Scheme.parse(LLM_INT8), 33, 100)
+    packed = KERNELS["mma_llm_int8"].load().from_layer(layer, torch.float16)
+    x = _random(3, 100).to(torch.float16)
+    x[1, 7] = float("nan")
+    assert packed(x).isnan().all(1).tolist() == [False, True, False]
+    x[1, 7] = float("inf")
+    assert packed(x).isfinite().all(1).tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("unit", ["dots", "tensors"])
 def test_the_largest_sums(unit: str) -> None:
     """-128 times -128 in every place, which 32 bits hold and 16 do not."""
@@ -116,7 +156,8 @@ def test_conformance(name: str, scheme: str, check: str) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_code_for_its_gpus(name: str) -> None:
     """Products by the instruction that the row names, nothing spilled, and as many blocks as are wanted find registers and shared memory."""
-    kernel, scheme = KERNELS[name], Scheme.parse("W8A8-int8-dyn")
+    kernel = KERNELS[name]
+    scheme = claimed(kernel, catalogue())[0]
     layer: Any = kernel.load()
     for target in (target for platform in kernel.platforms for target in registry().platforms[platform].targets):
         for program in layer.programs(scheme, "float16", target):
@@ -163,12 +204,14 @@ def test_blocks_share_columns_where_there_are_few(rows: int, columns: int, place
         assert 0 <= shift <= 3 and (shift == 0 or vectors >= 32 << shift)
 
 
-@pytest.mark.parametrize(("platform", "name"), [("volta", "dp4a_int8"), ("turing", "mma_int8")])
-@pytest.mark.parametrize("scheme", ["W8A8-int8-dyn", "W8A8-int8-static"])
-def test_it_is_chosen(platform: str, name: str, scheme: str) -> None:
+@pytest.mark.parametrize(("platform", "name"), [("volta", "dp4a"), ("turing", "mma")])
+@pytest.mark.parametrize(
+    ("scheme", "kind"), [("W8A8-int8-dyn", "int8"), ("W8A8-int8-static", "int8"), (LLM_INT8, "llm_int8")]
+)
+def test_it_is_chosen(platform: str, name: str, scheme: str, kind: str) -> None:
     request = LayerRequest("linear", Scheme.parse(scheme), (4095, 4097), "float16")
     found = select(request, platform, registry().kernels)
-    assert found.kernel is not None and found.kernel.name == name
+    assert found.kernel is not None and found.kernel.name == f"{name}_{kind}"
 
 
 def test_a_graph_has_shapes_without_running() -> None:

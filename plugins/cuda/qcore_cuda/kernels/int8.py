@@ -63,7 +63,7 @@ class Tiling:
         """Of int8_tiles.cuh."""
         kind = ", ".join(map(str, (self.unit, *self.own, *self.warps)))
         name, threads = "int8_{}_{}x{}".format(self.unit.lower(), *self.shape), 32 * self.warps[0] * self.warps[1]
-        return _program(name, "int8_tiles.cuh", _TILE, f"tile<Half, {kind}>", threads, self.resident)
+        return CppProgram.calling(name, "int8_tiles.cuh", _TILE, f"tile<Half, {kind}>", threads, self.resident)
 
 
 TILINGS = {
@@ -81,19 +81,14 @@ TILINGS = {
 """By what multiplies, for more rows of x the later."""
 
 
-def _program(name: str, source: str, parameters: str, call: str, threads: int, resident: int = 1) -> CppProgram:
-    given = ", ".join(part.split()[-1].lstrip("*") for part in parameters.split(","))
-    return CppProgram(name, source, parameters, f"{call}({given});", threads, resident=resident)
-
-
-ROUNDING = _program("int8_round", "int8_round.cuh", _ROUND, "round_rows<Half>", _THREADS)
-ADDING = _program("int8_add", "int8_sums.cuh", _ADD, "add_shares<Half>", _THREADS)
+ROUNDING = CppProgram.calling("int8_round", "int8_round.cuh", _ROUND, "round_rows<Half>", _THREADS)
+ADDING = CppProgram.calling("int8_add", "int8_sums.cuh", _ADD, "add_shares<Half>", _THREADS)
 
 
 @cache
 def few(rows: int) -> CppProgram:
     """Of int8_few.cuh. rows: one of FEW_ROWS."""
-    return _program(f"int8_few_{rows}", "int8_few.cuh", _FEW, f"few<Half, {rows}>", 32 * _WARPS, _RESIDENT)
+    return CppProgram.calling(f"int8_few_{rows}", "int8_few.cuh", _FEW, f"few<Half, {rows}>", 32 * _WARPS, _RESIDENT)
 
 
 @torch.library.custom_op("qcore::cuda_round_int8", mutates_args=())
@@ -190,15 +185,23 @@ class DotsLinear(torch.nn.Module):
     @classmethod
     def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[CppProgram]:
         """All that may run, which neither the scheme nor the target changes."""
-        return [ROUNDING, *map(few, FEW_ROWS), *(tiling.program for tiling in TILINGS[cls.unit]), ADDING]
+        return [ROUNDING, *cls.of_product()]
+
+    @classmethod
+    def of_product(cls) -> list[CppProgram]:
+        """What may multiply."""
+        return [*map(few, FEW_ROWS), *(tiling.program for tiling in TILINGS[cls.unit]), ADDING]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        if flat.stride(-1) != 1:
-            flat = flat.contiguous()
-        codes, inputs = round_input(flat, self.input_scale, self.codes.shape[1])
-        out: torch.Tensor = product(codes, inputs, self.codes, self.scales, self.unit)
+        out = self.multiplied(flat if flat.stride(-1) == 1 else flat.contiguous())
         return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def multiplied(self, x: torch.Tensor) -> torch.Tensor:
+        """[M, N] of x [M, K] of unit stride along K."""
+        codes, inputs = round_input(x, self.input_scale, self.codes.shape[1])
+        out: torch.Tensor = product(codes, inputs, self.codes, self.scales, self.unit)
+        return out
 
 
 class TensorsLinear(DotsLinear):

@@ -152,6 +152,7 @@ struct Single {
 
 __device__ inline float as_float(u32 bits) { return __int_as_float(bits); }
 __device__ inline u32 as_bits(float number) { return __float_as_uint(number); }
+__device__ inline float times(float a, float b) { return __fmul_rn(a, b); }  // rounded, whatever is added to it
 
 // sum + a . b of four bytes each, signed.
 __device__ inline int dot(u32 a, u32 b, int sum) { return __dp4a(static_cast<int>(a), static_cast<int>(b), sum); }

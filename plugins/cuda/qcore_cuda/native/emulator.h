@@ -240,6 +240,8 @@ inline u32 as_bits(float number) {
   return bits;
 }
 
+inline float times(float a, float b) { return a * b; }
+
 using emulated::dot;
 using emulated::multiply_bytes;
 using emulated::of_lane;
