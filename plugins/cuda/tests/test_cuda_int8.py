@@ -12,6 +12,7 @@ from qcore.discovery import registry
 from qcore.kernels import llm_int8
 from qcore.kernels.activations import dynamic_int8, static_int8
 from qcore.platform import Device
+from qcore.refusal import Refused
 from qcore.scheme import Scheme
 from qcore.select import LayerRequest, select
 from qcore.testing.cases import catalogue, claimed
@@ -108,11 +109,11 @@ def test_outliers_are_kept(rows: int, columns: int) -> None:
 @pytest.mark.parametrize("name", ["dp4a_llm_int8", "mma_llm_int8"])
 @pytest.mark.parametrize("spread", [0.5, 3.0, 20.0])
 def test_products_beside_outliers(name: str, spread: float) -> None:
-    """None, some, and nearly all columns kept; rows and outputs that are not whole, and more columns than threads mark at once."""
-    layer = random_layer(Scheme.parse(LLM_INT8), 37, 4200)
+    """None, some, and nearly all columns kept; rows and outputs that are not whole, and more rows than blocks at once."""
+    layer = random_layer(Scheme.parse(LLM_INT8), 37, 840)
     packed = KERNELS[name].load().from_layer(layer, torch.float16)
-    x = (spread * _random(19, 4200)).to(torch.float16)
-    for rows in (1, 19):
+    x = (spread * _random(263, 840)).to(torch.float16)
+    for rows in (1, 19, 263):
         codes, absmax, kept = llm_int8.split(x[:rows], 6.0)
         stands_for = torch.where(kept, x[:rows].double(), codes.double() * absmax.double() * llm_int8.PRODUCT * 127)
         assert worst_error(packed(x[:rows]), stands_for @ layer.weight.dequantize().double().t()) < 2e-3
@@ -212,6 +213,20 @@ def test_it_is_chosen(platform: str, name: str, scheme: str, kind: str) -> None:
     request = LayerRequest("linear", Scheme.parse(scheme), (4095, 4097), "float16")
     found = select(request, platform, registry().kernels)
     assert found.kernel is not None and found.kernel.name == f"{name}_{kind}"
+
+
+def test_operators_keep_torchs_rules() -> None:
+    """Schemas, shapes without running, and nothing written that is not said."""
+    x, (weight, scales) = _random(3, 200).to(torch.float16), _weight(37, 200)
+    torch.library.opcheck(int8.round_input, (x, None, 256))
+    torch.library.opcheck(int8.product, (*int8.round_input(x, None, 256), weight, scales, "dots"))
+    torch.library.opcheck(int8_outliers.llm_int8, (x, weight, scales, 0x4600, "tensors"))
+
+
+def test_sums_that_do_not_fit_are_refused() -> None:
+    layer = random_layer(Scheme.parse("W8A8-int8-dyn"), 1, 1 << 17)
+    with pytest.raises(Refused, match="131072 columns"):
+        KERNELS["dp4a_int8"].load().from_layer(layer, torch.float16)
 
 
 def test_a_graph_has_shapes_without_running() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from qcore.kernels.scales import by_group
+from qcore.refusal import Refusal, Refused
 from qcore_cuda.cpp import CppProgram
 from qcore_cuda.driver import limits
 
@@ -32,6 +33,8 @@ _THREADS = 256
 """Of a block of what rounds, and of what adds shares."""
 _RESIDENT = 2
 """Blocks of int8_few.cuh that a multiprocessor holds at least."""
+_MOST_COLUMNS = 1 << 17
+"""Of which sums of products of bytes, 2^14 at most, may not fit into 32 bits."""
 _LEAST_STEPS = 4
 """Of a block that shares columns with others."""
 _ROUND = (
@@ -176,8 +179,12 @@ class DotsLinear(torch.nn.Module):
 
     @classmethod
     def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
+        """Raises Refused (shape-unsupported) where sums might not fit into 32 bits."""
         weight, given = layer.weight, layer.input_scale
         rows, columns = weight.shape
+        if columns >= _MOST_COLUMNS:
+            raise Refused(Refusal("shape-unsupported", "notimpl", "int8 x int8", "sums of so many products do not fit into 32 bits",
+                                  f"found {columns} columns, expected fewer than {_MOST_COLUMNS}", "Another kernel takes this layer."))  # fmt: skip
         codes = torch.nn.functional.pad(weight.codes, (0, -columns % STEP)) if columns % STEP else weight.codes
         scales = by_group(weight.scales[0].to(torch.float32), weight.scheme.weight.granularity, rows)[0]
         return cls(codes.contiguous(), scales, None if given is None else given.to(torch.float32))

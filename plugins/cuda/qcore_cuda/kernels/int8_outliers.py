@@ -23,6 +23,8 @@ _MARKED_ROWS = 32
 """Rows of x of a block that marks columns."""
 _ROWS, _OUTPUTS = 8, 32
 """Rows of x and of the weight of a block that adds outliers."""
+_TURNS = 32
+"""Such blocks at most that take turns at rows of x."""
 
 
 def _program(name: str, parameters: str, function: str) -> CppProgram:
@@ -62,7 +64,7 @@ def llm_int8(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, least:
         return x.new_empty(0, outputs)
     codes, inputs, kept = split(x, columns, least)
     out: torch.Tensor = product(codes, inputs, weight, scales, unit)
-    grid = (-(-outputs // _OUTPUTS), -(-rows // _ROWS), 1)
+    grid = (-(-outputs // _OUTPUTS), min(_TURNS, -(-rows // _ROWS)), 1)
     _ADD.run(grid, x, kept, weight, scales, out, rows, outputs, x.stride(0), columns // 16)
     return out
 

@@ -7,6 +7,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kInfinity = 0x7c00;  // of a float16; what is greater is no number
 constexpr int kMarked = 32;        // rows of a block that marks
 constexpr int kRows = 8;           // of x, that a thread of `add_outliers` has
+constexpr int kMost = 1 << 17;     // columns, of which sums of products of bytes fit into 32 bits
 
 // kept: zeros before. Blocks along x have a column a thread, those along y kMarked rows.
 __device__ void mark(const u16* x, u8* kept, int M, int K, int stride, int least) {
@@ -53,51 +54,54 @@ __device__ void round_inside(const u16* x, const u8* kept, u8* codes, float* sca
   if (threadIdx.x == 0) scales[blockIdx.x] = largest * static_cast<float>(6.200124e-05 * 127.0);
 }
 
-// out: T [M, N], to which products of the columns that are kept are added. weight: int8 [N, 16 vectors]. Blocks along x: of 32 outputs, whose columns warps share; along y: of kRows.
+// out: T [M, N], to which products of the columns that are kept are added. weight: int8 [N, 16 vectors]. Blocks along x: of 32 outputs, whose columns warps share; those along y take
+// turns at kRows rows of x.
 template <class T>
 __device__ void add_outliers(
     const u16* x, const Vector* kept, const u8* weight, const float* scales, u16* out, int M, int N, int stride, int vectors) {
-  __shared__ Vector masks[kThreads / 8];  // of 16 columns each, in 16 bits
+  __shared__ Vector masks[kMost / 128];  // a bit for each column
   __shared__ float parts[kWarps][kRows][32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, begin = blockIdx.y * kRows, n = blockIdx.x * 32 + lane;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = blockIdx.x * 32 + lane, words = (vectors + 7) / 8;
   const u8* codes = weight + static_cast<long long>(n < N ? n : N - 1) * 16 * vectors;
-  float sums[kRows] = {};
-  bool found = false;
   wait_for_earlier();
   let_later_begin();
-  for (int first = 0; first < vectors; first += kThreads) {
+  for (int v = threadIdx.x; v < words * 8; v += kThreads) {
     u32 mask = 0;
-    if (first + static_cast<int>(threadIdx.x) < vectors) {
-      const Vector flags = kept[first + threadIdx.x];
+    if (v < vectors) {
+      const Vector flags = kept[v];
 #pragma unroll
       for (int i = 0; i < 16; ++i) mask |= (flags.word[i / 4] >> i % 4 * 8 & 1) << i;
     }
-    reinterpret_cast<u16*>(masks)[threadIdx.x] = static_cast<u16>(mask);
-    __syncthreads();
-    for (int i = 0; i < kThreads / 2; ++i) {
-      const u32 word = masks[i / 4].word[i % 4];
-      if (!word) continue;
+    reinterpret_cast<u16*>(masks)[v] = static_cast<u16>(mask);
+  }
+  __syncthreads();
+  for (int begin = blockIdx.y * kRows; begin < M; begin += gridDim.y * kRows) {
+    float sums[kRows] = {};
+    bool found = false;
+    for (int i = 0; i < words; ++i) {
+      const Vector mask = masks[i];
+      if (!(mask.word[0] | mask.word[1] | mask.word[2] | mask.word[3])) continue;
       found = true;
-      for (int bit = warp; bit < 32; bit += kWarps) {
-        if (!(word >> bit & 1)) continue;
-        const int column = first * 16 + i * 32 + bit;
-        const float code = static_cast<float>(static_cast<signed char>(codes[column]));
+      for (int bit = warp; bit < 128; bit += kWarps) {
+        if (!(masks[i].word[bit / 32] >> bit % 32 & 1)) continue;
+        const float code = static_cast<float>(static_cast<signed char>(codes[i * 128 + bit]));
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
-          if (begin + r < M) sums[r] += T::wide(x[static_cast<long long>(begin + r) * stride + column]) * code;
+          if (begin + r < M) sums[r] += T::wide(x[static_cast<long long>(begin + r) * stride + i * 128 + bit]) * code;
       }
+    }
+    if (!found) return;  // so for the whole block
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) parts[warp][r][lane] = sums[r];
+    __syncthreads();
+    static_assert(kRows == kWarps, "a warp adds a row");
+    if (begin + warp < M && n < N) {
+      float sum = 0;
+      for (int other = 0; other < kWarps; ++other) sum += parts[other][warp][lane];
+      u16* to = out + static_cast<long long>(begin + warp) * N + n;
+      sum = T::wide(*to) + sum * scales[n];
+      *to = static_cast<u16>(T::pair(sum, sum));
     }
     __syncthreads();
   }
-  if (!found) return;  // so for the whole block
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) parts[warp][r][lane] = sums[r];
-  __syncthreads();
-  static_assert(kRows == kWarps, "a warp adds a row");
-  if (begin + warp >= M || n >= N) return;
-  float sum = 0;
-  for (int other = 0; other < kWarps; ++other) sum += parts[other][warp][lane];
-  u16* to = out + static_cast<long long>(begin + warp) * N + n;
-  sum = T::wide(*to) + sum * scales[n];
-  *to = static_cast<u16>(T::pair(sum, sum));
 }
