@@ -1,7 +1,9 @@
-"""int8 x int8 in CUDA C++: its source on a CPU, thread by thread, to the last bit, and compiled for Volta and Turing."""
+"""int8 x int8 in CUDA C++: its source on a CPU, thread by thread, to the last bit, and compiled for Volta and Turing. `QCORE_DEVICE=cuda:0` has a GPU compute
+instead, which need be neither: all later ones have the instructions."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -25,7 +27,18 @@ from qcore_cuda.kernels import int8, int8_outliers
 
 KERNELS = {kernel.name: kernel for kernel, _ in registry().kernels if kernel.family == "cuda"}
 LLM_INT8 = "W8A8-int8-channel-sym/int8-token-sym-dyn-outliers6.0"
+PLACE = torch.device(os.environ.get("QCORE_DEVICE", "cpu"))
 CPU = Device("gpu", "turing", "its source on a CPU", "cpu", "sm_75", frozenset({"dp4a"}), simulated=True)
+
+
+def _rounded(x: torch.Tensor, given: torch.Tensor | None, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales = int8.round_input(x.to(PLACE), None if given is None else given.to(PLACE), columns)
+    return codes.cpu(), scales.cpu()
+
+
+def _product(*parts: torch.Tensor, unit: str) -> torch.Tensor:
+    found: torch.Tensor = int8.product(*(part.to(PLACE) for part in parts), unit)
+    return found.cpu()
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,12 +66,12 @@ def _exact(x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, scales: 
 @pytest.mark.parametrize("static", [False, True])
 def test_rounding(columns: int, static: bool) -> None:
     """Every row as the definition has it, and those behind gaps too; zeros follow."""
-    wide = (3 * _random(7, columns + 24)).to(torch.float16)
+    wide = (3 * _random(7, columns + 24)).to(PLACE, torch.float16)
     given = torch.tensor([0.0321]) if static else None
     for x in (wide[:, :columns].contiguous(), wide[:, 8 : 8 + columns], wide[:, 3 : 3 + columns]):
         padded = -(-columns // int8.STEP) * int8.STEP
-        codes, scales = int8.round_input(x, given, padded)
-        wanted, scale = dynamic_int8(x) if given is None else static_int8(x, given)
+        codes, scales = _rounded(x, given, padded)
+        wanted, scale = dynamic_int8(x.cpu()) if given is None else static_int8(x.cpu(), given)
         assert torch.equal(codes[:, :columns], wanted) and not codes[:, columns:].any()
         assert torch.equal(scales, scale.flatten().expand(7))
 
@@ -68,16 +81,16 @@ def test_rounding_of_every_float16() -> None:
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.float16)
     numbers = every[every.isfinite()]
     given = torch.tensor([0.0703125])  # halves of steps are among them
-    codes, _ = int8.round_input(numbers[None], given, 63488)
+    codes, _ = _rounded(numbers[None], given, 63488)
     assert torch.equal(codes[0], static_int8(numbers, given)[0])
     rows = numbers[::61, None].contiguous()
-    codes, scales = int8.round_input(rows, None, int8.STEP)
+    codes, scales = _rounded(rows, None, int8.STEP)
     wanted, scale = dynamic_int8(rows)
     assert torch.equal(codes[:, :1], wanted) and torch.equal(scales, scale.flatten())
     beyond = torch.tensor([[1.0, float("nan")], [1.0, float("inf")], [1.0, 2.0]], dtype=torch.float16)
-    for row, found in enumerate(int8.round_input(beyond, None, int8.STEP)[1].isnan().tolist()):
+    for row, found in enumerate(_rounded(beyond, None, int8.STEP)[1].isnan().tolist()):
         assert found == (row < 2)
-    assert int8.round_input(beyond, given, int8.STEP)[1].isnan().tolist() == [True, False, False]
+    assert _rounded(beyond, given, int8.STEP)[1].isnan().tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("unit", ["dots", "tensors"])
@@ -89,7 +102,7 @@ def test_products(unit: str, outputs: int, columns: int) -> None:
         if rows * columns * outputs > 1 << 24:
             continue
         x, inputs = _inputs(rows, columns)
-        assert torch.equal(int8.product(x, inputs, weight, scales, unit), _exact(x, inputs, weight, scales)), rows
+        assert torch.equal(_product(x, inputs, weight, scales, unit=unit), _exact(x, inputs, weight, scales)), rows
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 203), (3, 5000), (40, 300)])
@@ -99,7 +112,7 @@ def test_outliers_are_kept(rows: int, columns: int) -> None:
     x[0, 3], x[-1, :5] = 6.0, torch.tensor([0.0, 5.996, -6.0, 100.0, -0.0])
     x[rows // 2] = 0 if rows > 1 else x[0]
     padded = -(-columns // int8.STEP) * int8.STEP
-    codes, scales, kept = int8_outliers.split(x, padded, 0x4600)
+    codes, scales, kept = (part.cpu() for part in int8_outliers.split(x.to(PLACE), padded, 0x4600))
     wanted, largest, columns_kept = llm_int8.split(x, 6.0)
     assert torch.equal(kept[:columns].bool(), columns_kept) and not kept[columns:].any() and columns_kept[3]
     assert torch.equal(codes[:, :columns].float(), wanted) and not codes[:, columns:].any()
@@ -111,22 +124,22 @@ def test_outliers_are_kept(rows: int, columns: int) -> None:
 def test_products_beside_outliers(name: str, spread: float) -> None:
     """None, some, and nearly all columns kept; rows and outputs that are not whole, and more rows than blocks at once."""
     layer = random_layer(Scheme.parse(LLM_INT8), 37, 840)
-    packed = KERNELS[name].load().from_layer(layer, torch.float16)
+    packed = KERNELS[name].load().from_layer(layer, torch.float16).to(PLACE)
     x = (spread * _random(263, 840)).to(torch.float16)
     for rows in (1, 19, 263):
         codes, absmax, kept = llm_int8.split(x[:rows], 6.0)
         stands_for = torch.where(kept, x[:rows].double(), codes.double() * absmax.double() * llm_int8.PRODUCT * 127)
-        assert worst_error(packed(x[:rows]), stands_for @ layer.weight.dequantize().double().t()) < 2e-3
+        assert worst_error(packed(x[:rows].to(PLACE)).cpu(), stands_for @ layer.weight.dequantize().double().t()) < 2e-3
 
 
 def test_outliers_that_are_no_numbers() -> None:
     layer = random_layer(Scheme.parse(LLM_INT8), 33, 100)
-    packed = KERNELS["mma_llm_int8"].load().from_layer(layer, torch.float16)
+    packed = KERNELS["mma_llm_int8"].load().from_layer(layer, torch.float16).to(PLACE)
     x = _random(3, 100).to(torch.float16)
     x[1, 7] = float("nan")
-    assert packed(x).isnan().all(1).tolist() == [False, True, False]
+    assert packed(x.to(PLACE)).cpu().isnan().all(1).tolist() == [False, True, False]
     x[1, 7] = float("inf")
-    assert packed(x).isfinite().all(1).tolist() == [True, False, True]
+    assert packed(x.to(PLACE)).cpu().isfinite().all(1).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("unit", ["dots", "tensors"])
@@ -135,7 +148,7 @@ def test_the_largest_sums(unit: str) -> None:
     weight, scales = torch.full((20, 512), -128, dtype=torch.int8), torch.full((20,), 2.0**-20)
     for rows in (1, 16, 20):
         x, inputs = torch.full((rows, 512), -128, dtype=torch.int8), torch.ones(rows)
-        assert bool((int8.product(x, inputs, weight, scales, unit) == 8).all())
+        assert bool((_product(x, inputs, weight, scales, unit=unit) == 8).all())
 
 
 @pytest.mark.parametrize("unit", ["dots", "tensors"])
@@ -143,7 +156,7 @@ def test_blocks_take_turns(unit: str) -> None:
     """More blocks of rows than take turns at once, so that each tile is somewhere."""
     weight, scales = _weight(260, 64)
     x, inputs = _inputs(1200, 64)
-    assert torch.equal(int8.product(x, inputs, weight, scales, unit), _exact(x, inputs, weight, scales))
+    assert torch.equal(_product(x, inputs, weight, scales, unit=unit), _exact(x, inputs, weight, scales))
 
 
 @pytest.mark.parametrize("check", CHECKS)
