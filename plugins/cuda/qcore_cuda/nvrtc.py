@@ -25,7 +25,8 @@ _PRODUCT = re.compile(r"\b(?:mma\.sync|dp4a)[\w.:]*")
 
 
 def compiled(source: str, architecture: str) -> Compiled:
-    """What became of one entry point on an architecture (`sm_90`); its matrix instruction is `dp4a` where that makes the products. Raises Refused (missing-package), and RuntimeError with the compiler's words."""
+    """What became of one entry point on an architecture (`sm_90`); its matrix instruction is `dp4a` where that makes the products. Raises Refused
+    (missing-package), and RuntimeError with the compiler's words."""
     from triton.backends import nvidia  # its wheel has the tool that reads machine code
 
     from qcore.kernels.triton.program import Compiled
