@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qcore.kernels.triton.program import Compiled
 
 _NAMES = ("libnvrtc.so.12", "libnvrtc.so.13")
-_PRODUCT = re.compile(r"\b(?:mma\.sync|dp4a)[\w.:]*")
+_PRODUCT = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|dp4a)[\w.:]*")
 """Instructions in PTX that make many products at once."""
 
 
