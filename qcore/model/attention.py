@@ -45,14 +45,16 @@ class RowStates(torch.Tensor):
     def __new__(cls, rows: torch.Tensor, rounding: KvRounding, like: torch.Tensor) -> RowStates:
         """like: states of the same dtype and head_dim."""
         shape = (*rows.shape[:-1], like.shape[-1])
-        made: RowStates = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=rows.device)  # type: ignore[attr-defined]
+        made: RowStates = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=rows.device)
         made.rows, made.rounding, made._dense = rows, rounding, None
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = tree_map_only(RowStates, RowStates.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -68,27 +70,47 @@ class RowStates(torch.Tensor):
         return self._dense
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def row_states(rows: torch.Tensor, rounding: KvRounding, like: torch.Tensor) -> RowStates:
+    """As RowStates takes them. Dynamo makes no such tensors: where a model is compiled, a graph ends here and another begins behind attention."""
+    return RowStates(rows, rounding, like)
+
+
 def sdpa_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """transformers' `sdpa`, [texts, queries, heads, head_dim], but that it reads rows where their kernel takes what is asked for."""
     if isinstance(key, RowStates) and isinstance(value, RowStates):
-        queries, tokens = query.shape[2], key.shape[2]
-        causal = queries > 1 and attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        # Without a mask, torch counts causal tokens from the first query on: it is the last one's too only in a square.
-        plain = not dropout and (not causal or queries == tokens) and all(kwargs.get(name) is None for name in _SCORES)
-        of_keys = cast("RowAttention", key.rounding)
-        asked = (query, key.rows, value.rows, value.rounding, attention_mask)
-        if plain and key.untouched and value.untouched and of_keys.attends(*asked):
-            return of_keys.attention(*asked, query.shape[-1] ** -0.5 if scaling is None else scaling, causal), None
+        plain = not dropout and all(kwargs.get(name) is None for name in _MORE)
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        out = _read(query, key, value, attention_mask, scaling, causal) if plain else None
+        if out is not None:
+            return out, None
         key, value = key.dense(), value.dense()
-    return sdpa_attention_forward(
+    dense: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
+    return dense
 
 
-_SCORES = ("position_bias", "softcap", "s_aux", "cache")
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _read(
+    query: torch.Tensor, key: RowStates, value: RowStates, mask: torch.Tensor | None, scaling: float | None, causal: bool
+) -> torch.Tensor | None:  # fmt: skip
+    """What the kernel gives; None where it does not take this."""
+    queries = query.shape[2]
+    causal = causal and mask is None and queries > 1
+    # Without a mask torch counts causal tokens from the first query on; that the last query sees the last token too is so only in a square.
+    if not (key.untouched and value.untouched) or (causal and queries != key.shape[2]):
+        return None
+    of_keys, asked = cast("RowAttention", key.rounding), (query, key.rows, value.rows, value.rounding, mask)
+    if not of_keys.attends(*asked):
+        return None
+    return of_keys.attention(*asked, query.shape[-1] ** -0.5 if scaling is None else scaling, causal)
+
+
+_MORE = ("position_bias", "softcap", "s_aux", "cache")
 """What else transformers' attention may be asked to do with scores, or with states."""
 
 

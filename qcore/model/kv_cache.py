@@ -30,7 +30,7 @@ from transformers.cache_utils import (
 from qcore.checkpoint.kv_scales import KvScales, Side
 from qcore.elements import Float
 from qcore.kernels.kv_cache import KvRounding
-from qcore.model.attention import RowAttention, RowStates, read_rows
+from qcore.model.attention import RowAttention, read_rows, row_states
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import TensorScheme
 
@@ -54,7 +54,7 @@ class _Rounded:
         of_keys, of_values = self.rounding
         keys, values = super().update(of_keys.encode(key_states), of_values.encode(value_states), *args, **kwargs)  # type: ignore[misc]
         if isinstance(of_keys, RowAttention):
-            return RowStates(keys, of_keys, key_states), RowStates(values, of_values, value_states)
+            return row_states(keys, of_keys, key_states), row_states(values, of_values, value_states)
         return of_keys.decode(keys, key_states.dtype), of_values.decode(values, value_states.dtype)
 
     def restore(self, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -1,9 +1,9 @@
 """Attention to keys and values as they lie in the cache, in 8 bits: no 16-bit copy of them is made.
 
-Codes become the activations' type exactly, as whole numbers or small floats; scales of keys multiply scores, those of values probabilities or sums. The
-tokens are divided among programs (flash-decoding: Dao et al., 2023), each of which keeps the largest score, the sum of the exponentials and that of the
-values under it (online softmax: Milakov and Gimelshein, 2018), all in float32; what they found is added in a fixed order. The query heads of one
-head of keys are rows of one product, so that codes are read once for all of them.
+Codes become float16, which has all that they stand for (halves.py); scales of keys multiply scores, those of values weights or their sums. The tokens
+are divided among programs (flash-decoding: Dao et al., 2023), each of which keeps the largest score, the sum of the exponentials and that of the values
+under them (online softmax: Milakov and Gimelshein, 2018), all in float32; what they found is added in a fixed order. The query heads of one head of
+keys are rows of one product, so that codes are read once for all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qcore.kernels.triton.halves import MANTISSAS, halves_of, words_for
 from qcore.kernels.triton.launch import POINTERS
 from qcore.kernels.triton.program import Program
 from qcore.kernels.triton.tilings import Tiling, target_on
@@ -29,42 +30,30 @@ MOST_QUERIES = 16
 LARGEST_HEAD = 256
 """Numbers of a key or value at most; and they are whole pieces of HEAD_PIECE, which matrix units multiply."""
 HEAD_PIECE = 16
-MANTISSAS = {"int8": -1, "e4m3fn": 3, "e5m2": 2}
-"""Mantissa bits, and below 0 whole numbers, as qcore.kernels.triton.rounding has them."""
 
 _PROGRAMS = 512
 """That there should be, by sharing tokens: some for each of a large GPU's processors."""
 _MOST_SHARES = 128
 _COLUMNS = 64
 """Of a value, whose shares a program adds."""
-_MASKS = {torch.bool: "kept", torch.float16: "added", torch.bfloat16: "added", torch.float32: "added"}
+_MASKS: dict[torch.dtype, str] = {
+    torch.bool: "kept",
+    torch.float16: "added",
+    torch.bfloat16: "added",
+    torch.float32: "added",
+}
 """What a mask's numbers say: whether a score is kept, or what is added to it."""
 _QUERY_STRIDES = ("query_batch", "query_head", "query_row")
 _OTHER_STRIDES = ("key_batch", "key_head", "value_batch", "value_head", "mask_batch", "mask_head", "mask_row")
-_ROWS = 1 << 30
-_AHEAD = (Tiling(16, 16, 64, 4, 3), Tiling(_ROWS, 64, 64, 4, 2))
+_ALL = 1 << 30
+_AHEAD = (Tiling(16, 16, 64, 4, 3), Tiling(_ALL, 64, 32, 8, 2))
 """Rows are queries times query heads of a head of keys, what stands for outputs are tokens. Loads run ahead of products into shared memory."""
-_AHEAD_LITTLE = (Tiling(16, 16, 64, 4, 2), Tiling(_ROWS, 64, 64, 4, 1))
-"""The same with 64 KiB of it."""
+_WIDE_WARPS = (Tiling(16, 16, 64, 4, 2), Tiling(_ALL, 64, 64, 4, 1))
+_NARROW_WARPS = (Tiling(_ALL, 16, 32, 8, 1),)
+"""Of 32 where there are 64 KiB of it: more would not fit into their registers."""
 _LONG_HEAD = 128
-"""Beyond it a program has half as many tokens at a time."""
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def numbers_of(codes, zero, dtype: tl.constexpr, MANTISSA: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What uint8 codes stand for before they are scaled, in dtype. zero: float32, subtracted from whole numbers."""
-    if MANTISSA < 0:
-        # 2^23 + 128 + q, as its bits are: no conversion.
-        lifted = ((codes ^ 128).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
-        numbers = (lifted - (8388736.0 + zero)).to(dtype)
-    elif MANTISSA == 3:
-        # Sign and magnitude where float32 has its own, the exponent as it is: too small by 2^120.
-        wide = codes.to(tl.int32)
-        bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
-        numbers = tl.where((wide & 0x7F) == 0x7F, float("nan"), bits.to(tl.float32, bitcast=True) * (2.0**120)).to(dtype)
-    else:
-        numbers = (codes.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(dtype)
-    return numbers
+_LONG_HEAD_TOKENS = 32
+"""At a time, of longer heads, at most."""
 
 
 @triton.jit(do_not_specialize=("tokens", "queries", "shares", "key_batch", "key_head", "value_batch", "value_head", "mask_row"))  # type: ignore[untyped-decorator]  # fmt: skip
@@ -72,18 +61,17 @@ def attend_rows(  # type: ignore[no-untyped-def]
     query_ptr, keys_ptr, values_ptr, key_scale_ptr, key_zero_ptr, value_scale_ptr, value_zero_ptr, mask_ptr, out_ptr, totals_ptr,
     tokens, queries, kv_heads, group, shares, factor, query_batch, query_head, query_row, key_batch, key_head, value_batch, value_head,
     mask_batch, mask_head, mask_row,
-    MANTISSA: tl.constexpr, DYNAMIC: tl.constexpr, ZERO: tl.constexpr, BY_HEAD: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    MANTISSA: tl.constexpr, WORDS: tl.constexpr, DYNAMIC: tl.constexpr, ZERO: tl.constexpr, BY_HEAD: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SHARED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attention of BM rows, of `queries` times `group` query heads, to a share of the tokens of one head of keys and values. Grid: blocks of rows of all heads of all
-    texts; shares.
+    """Attention of BM rows, of `queries` times `group` query heads, to a share of the tokens of one head of keys and values. Grid: blocks of rows of all
+    heads of all texts; shares.
 
     keys, values: uint8 rows of D and DV codes, behind which the row's float32 scale is where it is DYNAMIC; strides of texts and heads are counted in
     rows. Scales and zero points: float32 [kv_heads] where they are BY_HEAD, else [1]. factor: of scores, in base 2. MASK: `kept` (bytes), `added`
     (floats) or empty; CAUSAL: the last query sees the last token. out: [text, query, head, DV]; where SHARED float32 [share, ...], and totals float32
     [2, share, text, query, head], the largest score and the sum of exponentials."""
-    dtype: tl.constexpr = query_ptr.dtype.element_ty
     key_bytes: tl.constexpr = D + 4 if DYNAMIC else D
     value_bytes: tl.constexpr = DV + 4 if DYNAMIC else DV
     blocks = tl.cdiv(queries * group, BM)
@@ -95,17 +83,24 @@ def attend_rows(  # type: ignore[no-untyped-def]
     d, dv, near = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BN)
     of_query = text.to(tl.int64) * query_batch + own_head * query_head + query * query_row
     q = tl.load(query_ptr + of_query[:, None] + d[None, :], mask=asks[:, None] & (d < D)[None, :], other=0.0)
+    q = q.to(tl.float32)
+    # A query is brought near to 1 by a power of two, for float16 has fewer of them than bfloat16.
+    power = tl.max(tl.abs(q), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    power = tl.minimum(tl.maximum(power, 64 << 23), 190 << 23).to(tl.float32, bitcast=True)
+    q = (q / power[:, None]).to(tl.float16)
     keys = keys_ptr + (text.to(tl.int64) * key_batch + head * key_head.to(tl.int64)) * key_bytes
     values = values_ptr + (text.to(tl.int64) * value_batch + head * value_head.to(tl.int64)) * value_bytes
     masked = mask_ptr + text.to(tl.int64) * mask_batch + own_head * mask_head + query * mask_row.to(tl.int64)
     place = head if BY_HEAD else 0
-    key_zero, value_zero, value_scale = 0.0, 0.0, 1.0
+    value_scale = 1.0
     if ZERO:
-        key_zero, value_zero = tl.load(key_zero_ptr + place), tl.load(value_zero_ptr + place)
+        key_zero = tl.load(key_zero_ptr + place).to(tl.float16)
+        value_zero = tl.load(value_zero_ptr + place).to(tl.float16)
     if not DYNAMIC:
         factor *= tl.load(key_scale_ptr + place)
         value_scale = tl.load(value_scale_ptr + place)
 
+    factors = power * factor
     largest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), dtype=tl.float32)
     out = tl.zeros((BM, BLOCK_DV), dtype=tl.float32)
@@ -115,39 +110,45 @@ def attend_rows(  # type: ignore[no-untyped-def]
         token = turn * BN + near
         there = token < tokens
         codes = tl.load(keys + token[:, None] * key_bytes + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
-        scores = tl.dot(q, tl.trans(numbers_of(codes, key_zero, dtype, MANTISSA)), input_precision="ieee")
+        halves = halves_of(codes, MANTISSA, WORDS, True)
+        if ZERO:
+            halves -= key_zero
+        scores = tl.dot(q, tl.trans(halves))
         if DYNAMIC:
             scale = tl.load((keys + token * key_bytes + D).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)
-            scores *= (scale * factor)[None, :]
-        else:
-            scores *= factor
+            scores *= scale[None, :]
+        scores *= factors[:, None]
         seen = asks[:, None] & there[None, :]
         if MASK == "kept":
             seen = seen & (tl.load(masked[:, None] + token[None, :], mask=seen, other=0) != 0)
         elif MASK == "added":
-            scores += tl.load(masked[:, None] + token[None, :], mask=seen, other=0.0).to(tl.float32) * 1.4426950408889634
+            added = tl.load(masked[:, None] + token[None, :], mask=seen, other=0.0)
+            scores += added.to(tl.float32) * 1.4426950408889634  # base 2
         if CAUSAL:
             seen = seen & (token[None, :] <= (query + tokens - queries)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(largest, tl.max(scores, 1))
-        level = tl.where(higher == float("-inf"), 0.0, higher)  # of rows that have seen nothing yet
-        weights = tl.exp2(scores - level[:, None])
+        # Of rows that have seen nothing yet, any; 2^10 keeps small weights among float16's normal numbers, and goes with the total.
+        level = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - (level - 10.0)[:, None])
         fade = tl.exp2(largest - level)
         total = total * fade + tl.sum(weights, 1)
         largest = higher
 
-        codes = tl.load(
-            values + token[:, None] * value_bytes + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0
-        )
-        value = numbers_of(codes, value_zero, dtype, MANTISSA)
+        inside = there[:, None] & (dv < DV)[None, :]
+        codes = tl.load(values + token[:, None] * value_bytes + dv[None, :], mask=inside, other=0)
+        # They are turned on their way to the matrix unit, which is faster in 16 bits than in 8.
+        halves = halves_of(codes, MANTISSA, WORDS, False)
+        if ZERO:
+            halves -= value_zero
         if DYNAMIC:
             # Weights times scales could be too small for float16: the tile's largest scale multiplies the sum.
             scale = tl.load((values + token * value_bytes + DV).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)
             most = tl.max(scale, 0)
             weights *= (scale / most)[None, :]
-            out = out * fade[:, None] + tl.dot(weights.to(dtype), value, input_precision="ieee") * most
+            out = out * fade[:, None] + tl.dot(weights.to(tl.float16), halves) * most
         else:
-            out = tl.dot(weights.to(dtype), value, out * fade[:, None], input_precision="ieee")
+            out = tl.dot(weights.to(tl.float16), halves, out * fade[:, None])
 
     out *= value_scale
     row = (text * queries + query) * (kv_heads * group) + own_head
@@ -195,7 +196,8 @@ def attention(
     keys, values = _by_row(keys), _by_row(values)
     spread = None if mask is None else _spread(mask, (texts, heads, queries, tokens))
     group, size = heads // kv_heads, values.shape[-1] - 4 * dynamic
-    tilings = _tilings(max(query.shape[-1], size), target_on(query.device))
+    target = target_on(query.device)
+    tilings = _tilings(max(query.shape[-1], size), target)
     block = next(tiling for tiling in tilings if queries * group <= tiling.most)
     blocks = texts * kv_heads * triton.cdiv(queries * group, block.rows)
     shares = _shares(blocks, triton.cdiv(tokens, block.outputs))
@@ -203,11 +205,12 @@ def attention(
     out = query.new_empty((texts, queries, heads, size))
     parts = query.new_empty((shares, rows, size), dtype=torch.float32) if shares > 1 else out
     totals = query.new_empty((2, shares, rows), dtype=torch.float32) if shares > 1 else out
+    scales = (key_scale, key_zero, value_scale, value_zero)
     attend_rows[(blocks, shares)](
-        query, keys, values, *(out if part is None else part for part in (key_scale, key_zero, value_scale, value_zero)),
+        query, keys, values, *(out if part is None else part for part in scales),
         out if spread is None else spread, parts, totals, tokens, queries, kv_heads, group, shares, scaling * math.log2(math.e),
         *query.stride()[:3], *_rows_apart(keys), *_rows_apart(values), *((0, 0, 0) if spread is None else spread.stride()[:3]),
-        MANTISSA=MANTISSAS[element], DYNAMIC=dynamic, ZERO=key_zero is not None, BY_HEAD=key_scale is not None and len(key_scale) > 1,
+        MANTISSA=MANTISSAS[element], WORDS=words_for(element, target), DYNAMIC=dynamic, ZERO=key_zero is not None, BY_HEAD=key_scale is not None and len(key_scale) > 1,
         MASK="" if mask is None else _MASKS[mask.dtype], CAUSAL=causal, SHARED=shares > 1, **_constants(query.shape[-1], size, block),
     )  # fmt: skip
     if shares > 1:
@@ -265,13 +268,18 @@ def _spread(mask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def _shares(blocks: int, turns: int) -> int:
     """Programs that share the tokens of one block of rows, each with a turn of the loop at least."""
     shares = max(1, min(_MOST_SHARES, _PROGRAMS // blocks, turns))
-    return triton.cdiv(turns, triton.cdiv(turns, shares))  # none without a turn
+    each = -(-turns // shares)
+    return -(-turns // each)  # none without a turn
 
 
 def _tilings(head: int, target: Target | None) -> tuple[Tiling, ...]:
     """From the one for the fewest rows on. head: numbers of a key or a value, whichever has more."""
-    tilings = _AHEAD if target is None or target.shared >= 96 << 10 else _AHEAD_LITTLE
-    return tilings if head <= _LONG_HEAD else tuple(replace(tiling, outputs=tiling.outputs // 2) for tiling in tilings)
+    tilings: tuple[Tiling, ...] = _AHEAD
+    if target is not None and target.shared < 96 << 10:
+        tilings = _WIDE_WARPS if target.warp == 64 else _NARROW_WARPS
+    if head <= _LONG_HEAD:
+        return tilings
+    return tuple(replace(tiling, outputs=min(tiling.outputs, _LONG_HEAD_TOKENS)) for tiling in tilings)
 
 
 def _constants(head: int, value: int, tiling: Tiling) -> dict[str, Any]:
@@ -288,13 +296,15 @@ def programs(scheme: Scheme, element: str, dtype: str, target: Target) -> list[P
     if not target.matrix:
         return []
     floats, zero = POINTERS[getattr(torch, dtype)], scheme.weight.zero is not None
-    ways = [(128, 0, "", True, False), (128, 1, "kept", True, False), (64, 0, "kept", False, False)]
+    ways = [(128, 0, "", True, False), (128, -1, "kept", True, False), (64, 0, "kept", False, False)]
     if not zero:
         ways.append((128, 0, "", True, True))
     made = [_program(f"{scheme} {dtype}", floats, element, zero, *way, target) for way in ways]
     signature = {"parts_ptr": "*fp32", "totals_ptr": "*fp32", "out_ptr": floats, "rows": "i32", "shares": "i32"}
     constants = {"DV": 128, "MOST": _MOST_SHARES, "BLOCK": _COLUMNS}
-    added = Program(f"shares of attention {dtype}", add_attended, signature, constants, frozenset(signature) - {"shares"})
+    added = Program(
+        f"shares of attention {dtype}", add_attended, signature, constants, frozenset(signature) - {"shares"}
+    )
     return [*made, added]
 
 
@@ -310,6 +320,9 @@ def _program(
                 "totals_ptr": "*fp32"}  # fmt: skip
     sizes = dict.fromkeys(("tokens", "queries", "kv_heads", "group", "shares"), "i32") | {"factor": "fp32"}
     strides = dict.fromkeys((*_QUERY_STRIDES, *_OTHER_STRIDES), "i32")
-    constants |= {"MANTISSA": MANTISSAS[element], "DYNAMIC": dynamic, "ZERO": zero, "BY_HEAD": False, "MASK": mask, "CAUSAL": False, "SHARED": shared}
-    about = f"{name}, {tiling.rows} x {tiling.outputs} of heads of {head}" + ", masked" * bool(mask) + ", scales of run time" * dynamic
-    return Program(about, attend_rows, pointers | sizes | strides, constants, frozenset({*pointers, *_QUERY_STRIDES}), options)
+    constants |= {"MANTISSA": MANTISSAS[element], "WORDS": words_for(element, target), "DYNAMIC": dynamic, "ZERO": zero, "BY_HEAD": False, "MASK": mask,
+                  "CAUSAL": False, "SHARED": shared}  # fmt: skip
+    about = f"{name}, {tiling.rows} x {tiling.outputs} of heads of {head}"
+    about += ", masked" * bool(mask) + ", scales of run time" * dynamic
+    aligned = frozenset({*pointers, *_QUERY_STRIDES})
+    return Program(about, attend_rows, pointers | sizes | strides, constants, aligned, options)
