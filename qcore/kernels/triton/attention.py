@@ -16,20 +16,23 @@ import torch
 import triton
 import triton.language as tl
 
+from qcore.elements import Float
 from qcore.kernels.triton.halves import MANTISSAS, halves_of, words_for
+from qcore.kernels.triton.kv_cache import KvCache
 from qcore.kernels.triton.launch import POINTERS
 from qcore.kernels.triton.program import Program
 from qcore.kernels.triton.tilings import Tiling, target_on
 
 if TYPE_CHECKING:
+    from qcore.kernels.kv_cache import KvRounding
     from qcore.platform import Target
     from qcore.scheme import Scheme
 
-MOST_QUERIES = 16
+_MOST_QUERIES = 16
 """Tokens in a row that ask at a time. Of more, a prompt's, every code would be decoded many times."""
-LARGEST_HEAD = 256
-"""Numbers of a key or value at most; and they are whole pieces of HEAD_PIECE, which matrix units multiply."""
-HEAD_PIECE = 16
+_LARGEST_HEAD = 256
+"""Numbers of a key or value at most; and they are whole pieces of _HEAD_PIECE, which matrix units multiply."""
+_HEAD_PIECE = 16
 
 _PROGRAMS = 512
 """That there should be, by sharing tokens: some for each of a large GPU's processors."""
@@ -184,12 +187,9 @@ def attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, key_scale: torch.Tensor | None, key_zero: torch.Tensor | None,
     value_scale: torch.Tensor | None, value_zero: torch.Tensor | None, mask: torch.Tensor | None, element: str, scaling: float, causal: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """[texts, queries, heads, DV] in the type of query [texts, heads, queries, D], float16 or bfloat16.
-
-    keys, values: uint8 [texts, kv heads, tokens, D or DV], and four more bytes a row where there is no scale. scales, zero points: float32, all of one
-    length: 1 or kv heads. mask: bool or float, spreads over [texts, heads, queries, tokens]. scaling: of scores. causal: the last query sees the
-    last token, each before it one less."""
-    texts, heads, queries, _ = query.shape
+    """As of AttendedKvCache.attention. keys, values: [texts, kv heads, tokens, D or DV], and four more bytes a row where there is no scale. scales, zero
+    points: float32, all of one length: 1 or kv heads."""
+    texts, heads, queries, head = query.shape
     _, kv_heads, tokens, _ = keys.shape
     dynamic = key_scale is None
     query = query if query.stride(-1) == 1 else query.contiguous()
@@ -197,7 +197,7 @@ def attention(
     spread = None if mask is None else _spread(mask, (texts, heads, queries, tokens))
     group, size = heads // kv_heads, values.shape[-1] - 4 * dynamic
     target = target_on(query.device)
-    tilings = _tilings(max(query.shape[-1], size), target)
+    tilings = _tilings(max(head, size), target)
     block = next(tiling for tiling in tilings if queries * group <= tiling.most)
     blocks = texts * kv_heads * triton.cdiv(queries * group, block.rows)
     shares = _shares(blocks, triton.cdiv(tokens, block.outputs))
@@ -211,7 +211,7 @@ def attention(
         out if spread is None else spread, parts, totals, tokens, queries, kv_heads, group, shares, scaling * math.log2(math.e),
         *query.stride()[:3], *_rows_apart(keys), *_rows_apart(values), *((0, 0, 0) if spread is None else spread.stride()[:3]),
         MANTISSA=MANTISSAS[element], WORDS=words_for(element, target), DYNAMIC=dynamic, ZERO=key_zero is not None, BY_HEAD=key_scale is not None and len(key_scale) > 1,
-        MASK="" if mask is None else _MASKS[mask.dtype], CAUSAL=causal, SHARED=shares > 1, **_constants(query.shape[-1], size, block),
+        MASK="" if mask is None else _MASKS[mask.dtype], CAUSAL=causal, SHARED=shares > 1, **_constants(head, size, block),
     )  # fmt: skip
     if shares > 1:
         grid = (rows, triton.cdiv(size, _COLUMNS))
@@ -228,22 +228,68 @@ def _(
     return query.new_empty((texts, queries, heads, values.shape[-1] - 4 * (key_scale is None)))
 
 
-def fits(head: int) -> bool:
+class AttendedKvCache(KvCache):
+    """A cache of such rows: what KvCache does, and attention."""
+
+    def attends(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, of_values: KvRounding, mask: torch.Tensor | None
+    ) -> bool:  # fmt: skip
+        """Whether `attention`, whose arguments these are, takes them; else the rows are to be decoded."""
+        parts = [part for part in (self.scale, self.zero, of_values.scale, of_values.zero) if part is not None]
+        dynamic, heads = self.scale is None, keys.shape[1]
+        return (
+            query.dtype in (torch.bfloat16, torch.float16)
+            and 0 < query.shape[2] <= _MOST_QUERIES
+            and keys.shape[2] > 0
+            and query.shape[1] % heads == 0
+            and _fits(query.shape[-1])
+            and _fits(values.shape[-1] - 4 * dynamic)
+            and (of_values.scale is None) == dynamic
+            and (of_values.zero is None) == (self.zero is None)
+            and {part.numel() for part in parts} in (set(), {1}, {heads})
+            and (mask is None or _takes(mask, (*query.shape[:3], keys.shape[2])))
+        )
+
+    def attention(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, of_values: KvRounding, mask: torch.Tensor | None, scaling: float, causal: bool
+    ) -> torch.Tensor:  # fmt: skip
+        """[texts, queries, heads, head_dim of values] in the type of query [texts, heads, queries, head_dim], float16 or bfloat16.
+
+        keys, values: rows, uint8 [texts, kv heads, tokens, bytes], that this rounding and `of_values` encoded. mask: bool or float, spreads over [texts,
+        heads, queries, tokens]; a query that sees nothing gets zeros. scaling: of scores. causal: the last query sees the last token, each before it one
+        less."""
+        self._follow(query.device)
+        of_values._follow(query.device)
+        parts = (self._flat(part) for part in (self.scale, self.zero, of_values.scale, of_values.zero))
+        out: torch.Tensor = attention(query, keys, values, *parts, mask, self._element, scaling, causal)
+        return out
+
+    @classmethod
+    def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[Program]:
+        """KvCache's; what attends to few and to many rows of heads of 128 and 64 numbers, with and without a mask and scales of run time; and what adds
+        shares."""
+        stored, zero = scheme.weight.element, scheme.weight.zero is not None
+        element = stored.format if isinstance(stored, Float) else "int8"
+        floats = POINTERS[getattr(torch, dtype)]
+        ways = [(128, 0, "", True, False), (128, -1, "kept", True, False), (64, 0, "kept", False, False)]
+        if not zero:
+            ways.append((128, 0, "", True, True))
+        made = [_program(f"{scheme} {dtype}", floats, element, zero, *way, target) for way in ways]
+        signature = {"parts_ptr": "*fp32", "totals_ptr": "*fp32", "out_ptr": floats, "rows": "i32", "shares": "i32"}
+        constants = {"DV": 128, "MOST": _MOST_SHARES, "BLOCK": _COLUMNS}
+        aligned = frozenset(signature) - {"shares"}
+        added = Program(f"shares of attention {dtype}", add_attended, signature, constants, aligned)
+        return [*super().programs(scheme, dtype, target), *made, added]
+
+
+def _fits(head: int) -> bool:
     """Whether the kernel takes keys or values of so many numbers."""
-    return 0 < head <= LARGEST_HEAD and head % HEAD_PIECE == 0
+    return 0 < head <= _LARGEST_HEAD and head % _HEAD_PIECE == 0
 
 
-def takes(mask: torch.Tensor, query: torch.Tensor, keys: torch.Tensor) -> bool:
-    """Whether the mask is of a type that the kernel reads and spreads over [texts, heads, queries, tokens]."""
-    shape = (*query.shape[:3], keys.shape[2])
+def _takes(mask: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the mask is of a type that the kernel reads, and spreads over the shape."""
     return mask.dtype in _MASKS and mask.dim() == 4 and all(a in (1, b) for a, b in zip(mask.shape, shape, strict=True))
-
-
-def attends_on(place: torch.device) -> bool:
-    """Whether the device has a matrix unit that Triton makes use of: without one, products would take longer than a copy of the cache. Of a device that
-    nothing is known of, it is assumed."""
-    target = target_on(place)
-    return target is None or target.matrix
 
 
 def _by_row(rows: torch.Tensor) -> torch.Tensor:
@@ -288,24 +334,6 @@ def _constants(head: int, value: int, tiling: Tiling) -> dict[str, Any]:
         "D": head, "DV": value, "BLOCK_D": triton.next_power_of_2(head), "BLOCK_DV": triton.next_power_of_2(value), "BM": tiling.rows, "BN": tiling.outputs,
         "STAGES": tiling.stages, "num_warps": tiling.warps, "num_stages": tiling.stages,
     }  # fmt: skip
-
-
-def programs(scheme: Scheme, element: str, dtype: str, target: Target) -> list[Program]:
-    """What reads a cache of the scheme for few and for many rows, with and without a mask and scales of run time; and what adds shares. element: a key
-    of MANTISSAS. dtype: of the activations, `float16` or `bfloat16`."""
-    if not target.matrix:
-        return []
-    floats, zero = POINTERS[getattr(torch, dtype)], scheme.weight.zero is not None
-    ways = [(128, 0, "", True, False), (128, -1, "kept", True, False), (64, 0, "kept", False, False)]
-    if not zero:
-        ways.append((128, 0, "", True, True))
-    made = [_program(f"{scheme} {dtype}", floats, element, zero, *way, target) for way in ways]
-    signature = {"parts_ptr": "*fp32", "totals_ptr": "*fp32", "out_ptr": floats, "rows": "i32", "shares": "i32"}
-    constants = {"DV": 128, "MOST": _MOST_SHARES, "BLOCK": _COLUMNS}
-    added = Program(
-        f"shares of attention {dtype}", add_attended, signature, constants, frozenset(signature) - {"shares"}
-    )
-    return [*made, added]
 
 
 def _program(

@@ -1,5 +1,4 @@
-"""The kv cache in 8 bits on GPUs: states are rounded as they are written, in one pass; attention reads them as they lie (attention.py), or they become
-16-bit floats again for it, in another."""
+"""The kv cache in 8 bits on GPUs: states are rounded as they are written, and become 16-bit floats again as attention reads them, each in one pass."""
 
 from __future__ import annotations
 
@@ -9,9 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qcore.elements import Element, Float
+from qcore.elements import Float
 from qcore.kernels.kv_cache import KvRounding
-from qcore.kernels.triton import attention
 from qcore.kernels.triton.launch import POINTERS
 from qcore.kernels.triton.program import Program
 from qcore.kernels.triton.rounding import e4m3_bytes, nearest
@@ -157,41 +155,9 @@ class KvCache(KvRounding):
         out: torch.Tensor = decode(rows.contiguous(), scale, self._flat(self.zero), self._element, inner, dtype)
         return out
 
-    def attends(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, of_values: KvRounding, mask: torch.Tensor | None
-    ) -> bool:  # fmt: skip
-        """Whether `attention` takes this; else the rows are to be decoded. Its arguments are that one's."""
-        parts = [part for part in (self.scale, self.zero, of_values.scale, of_values.zero) if part is not None]
-        dynamic, heads = self.scale is None, keys.shape[1]
-        return (
-            query.dtype in (torch.bfloat16, torch.float16)
-            and 0 < query.shape[2] <= attention.MOST_QUERIES
-            and keys.shape[2] > 0
-            and query.shape[1] % heads == 0
-            and attention.fits(query.shape[-1])
-            and attention.fits(values.shape[-1] - 4 * dynamic)
-            and (of_values.scale is None) == dynamic
-            and (of_values.zero is None) == (self.zero is None)
-            and {part.numel() for part in parts} in (set(), {1}, {heads})
-            and (mask is None or attention.takes(mask, query, keys))
-            and attention.attends_on(query.device)
-        )
-
-    def attention(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, of_values: KvRounding, mask: torch.Tensor | None, scaling: float, causal: bool
-    ) -> torch.Tensor:  # fmt: skip
-        """[texts, queries, heads, head_dim of values] in the type of query [texts, heads, queries, head_dim]. keys, values: rows [texts, kv heads, tokens,
-        bytes] that this rounding and `of_values` encoded. mask: bool or float, spreads over [texts, heads, queries, tokens]. scaling: of scores. causal:
-        the last query sees the last token, each before it one less."""
-        self._follow(query.device)
-        of_values._follow(query.device)
-        parts = (self._flat(part) for part in (self.scale, self.zero, of_values.scale, of_values.zero))
-        out: torch.Tensor = attention.attention(query, keys, values, *parts, mask, self._element, scaling, causal)
-        return out
-
     @property
     def _element(self) -> str:
-        return _element_of(self.element)
+        return self.element.format if isinstance(self.element, Float) else "int8"
 
     def _spread(self, states: torch.Tensor) -> tuple[torch.Tensor | None, int]:
         """Scales in a row, and how many rows of states follow each other under one."""
@@ -208,9 +174,9 @@ class KvCache(KvRounding):
 
     @classmethod
     def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[Program]:
-        """What writes and reads states of 128 numbers, and what attends to them."""
-        element = _element_of(scheme.weight.element)
-        mantissa, least, largest = _FORMS[element]
+        """What writes and reads states of 128 numbers."""
+        element = scheme.weight.element
+        mantissa, least, largest = _FORMS[element.format if isinstance(element, Float) else "int8"]
         floats, zero = POINTERS[getattr(torch, dtype)], scheme.weight.zero is not None
         sizes = dict.fromkeys(("R", "D", "inner", "heads", "row_bytes"), "i32")
         made_for: dict[str, object] = {
@@ -228,9 +194,4 @@ class KvCache(KvRounding):
             Program(f"{scheme} {dtype}, {way}", kernel, {**first, "scale_ptr": "*fp32", "zero_ptr": "*fp32", "out_ptr": last, **sizes}, made_for | more,
                     frozenset({*first, "out_ptr", "D", "row_bytes"}))
             for way, kernel, first, last, more in ways
-        ] + attention.programs(scheme, element, dtype, target)  # fmt: skip
-
-
-def _element_of(element: Element) -> str:
-    """As _FORMS has it."""
-    return element.format if isinstance(element, Float) else "int8"
+        ]  # fmt: skip
