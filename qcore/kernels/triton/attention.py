@@ -89,7 +89,7 @@ def attend_rows(  # type: ignore[no-untyped-def]
     q = q.to(tl.float32)
     # A query is brought near to 1 by a power of two, for float16 has fewer of them than bfloat16.
     power = tl.max(tl.abs(q), 1).to(tl.int32, bitcast=True) & 0x7F800000
-    power = tl.minimum(tl.maximum(power, 64 << 23), 190 << 23).to(tl.float32, bitcast=True)
+    power = tl.minimum(tl.maximum(power, 64 << 23), 253 << 23).to(tl.float32, bitcast=True)
     q = (q / power[:, None]).to(tl.float16)
     keys = keys_ptr + (text.to(tl.int64) * key_batch + head * key_head.to(tl.int64)) * key_bytes
     values = values_ptr + (text.to(tl.int64) * value_batch + head * value_head.to(tl.int64)) * value_bytes
