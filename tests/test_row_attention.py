@@ -223,7 +223,7 @@ def test_what_else_is_asked_for_goes_to_transformers(
     monkeypatch.setattr("qcore.model.attention.sdpa_attention_forward", passed_on)
     keys, values, *_ = states()
     given = {"dropout": 0.0, "scaling": 0.5, "is_causal": None} | more
-    assert asked(keys, values, **given) == given and not read  # type: ignore[comparison-overlap]
+    assert asked(keys, values, **given) == given and not read
 
 
 def test_only_transformers_own_attention_is_replaced() -> None:
