@@ -49,8 +49,9 @@ _MASKS: dict[torch.dtype, str] = {
 _QUERY_STRIDES = ("query_batch", "query_head", "query_row")
 _OTHER_STRIDES = ("key_batch", "key_head", "value_batch", "value_head", "mask_batch", "mask_head", "mask_row")
 _ALL = 1 << 30
-_AHEAD = (Tiling(16, 16, 64, 4, 3), Tiling(_ALL, 64, 32, 8, 2))
-"""Rows are queries times query heads of a head of keys, what stands for outputs are tokens. Loads run ahead of products into shared memory."""
+_AHEAD = (Tiling(16, 16, 64, 4, 2), Tiling(_ALL, 64, 32, 8, 2))
+"""Rows are queries times query heads of a head of keys, what stands for outputs are tokens. Loads run one tile ahead of products into shared memory, of
+which some programs beside each other have enough."""
 _WIDE_WARPS = (Tiling(16, 16, 64, 4, 2), Tiling(_ALL, 64, 64, 4, 1))
 _NARROW_WARPS = (Tiling(_ALL, 16, 32, 8, 1),)
 """Of 32 where there are 64 KiB of it: more would not fit into their registers."""
