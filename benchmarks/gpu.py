@@ -79,6 +79,9 @@ FAMILIES: Mapping[str, tuple[tuple[str, ...], Mapping[int, Goal]]] = {
 """Schemes, and goals by rows of activations. At any others no kernel is to be slower than a weight that is made dense at the speed of a copy, and the dense
 layer."""
 
+KV = "kv"
+"""The family of attention to kv caches, which have tokens in place of shapes: benchmarks/gpu_kv.py."""
+
 
 def here() -> Device:
     """The first GPU that a plugin finds."""
@@ -251,7 +254,12 @@ def main(families: Sequence[str], shapes: Sequence[str], file: str | None) -> No
     device, roof, kept = here(), limits(), []
     print(f"{device.name} ({device.architecture}), torch {torch.__version__}: {roof['bytes'] / 1e12:.2f} TB/s copied, "
           f"{roof['flops'] / 1e12:.0f} TFLOPS in bfloat16, {roof.get('fp8', 0) / 1e12:.0f} in fp8")  # fmt: skip
-    for family in families or FAMILIES:
+    for family in families or (*FAMILIES, KV):
+        if family == KV:
+            from gpu_kv import TEXTS, TOKENS, table
+
+            kept += table(TEXTS, TOKENS, roof["bytes"])
+            continue
         schemes, goals = FAMILIES[family]
         for scheme in schemes:
             for text in shapes:
@@ -270,10 +278,10 @@ def main(families: Sequence[str], shapes: Sequence[str], file: str | None) -> No
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join((*FAMILIES, KV)))
     parser.add_argument("--shape", action="append")
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args()
-    if unknown := set(given.families) - set(FAMILIES):
+    if unknown := set(given.families) - {*FAMILIES, KV}:
         parser.error(f"no family is called {' or '.join(sorted(unknown))}")
     main(given.families, given.shape or SHAPES, given.json)

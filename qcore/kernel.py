@@ -107,8 +107,9 @@ class LayerKernel(Protocol):
     Its tensors are buffers, so that the model moves and counts them like any other. A linear maps [..., K] to [..., N]
     in the activations' dtype; bias and input multiplier are added by QuantizedLinear around it. An embedding maps
     integer indices [...] to [..., K]. A kv cache maps states [..., heads, head_dim] to what attention sees of them
-    (qcore.kernels.kv_cache); its weight [heads, head_dim] stands for one token. Where the row's `quantizes_input` is set,
-    `rounded(x)` gives the float32 values that an input x [..., K] stands for once the kernel has rounded it.
+    (qcore.kernels.kv_cache); its weight [heads, head_dim] stands for one token; where it has `attends` and `attention`, models
+    attend to its rows as they are (qcore.model.attention.RowAttention). Where the row's `quantizes_input` is set, `rounded(x)`
+    gives the float32 values that an input x [..., K] stands for once the kernel has rounded it.
     """
 
     @classmethod

@@ -113,7 +113,7 @@ def test_files_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 420
 
 
-TRITONS_WORDS = {("tilings.py", "target.backend == 'cuda'")}
+TRITONS_WORDS = {("tilings.py", "target.backend == 'cuda'"), ("halves.py", "target.backend != 'cuda'")}
 """What Triton calls a compiler's backend, as `Target.backend` has it."""
 
 

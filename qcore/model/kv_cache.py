@@ -30,6 +30,7 @@ from transformers.cache_utils import (
 from qcore.checkpoint.kv_scales import KvScales, Side
 from qcore.elements import Float
 from qcore.kernels.kv_cache import KvRounding
+from qcore.model.attention import RowAttention, read_rows, row_states
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import TensorScheme
 
@@ -48,9 +49,12 @@ class _Rounded:
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every key and value so far, rounded, in the dtype of the new ones."""
+        """Every key and value so far, rounded, in the dtype of the new ones. Where the kernel reads rows in attention, they are dense only once they are
+        looked at."""
         of_keys, of_values = self.rounding
         keys, values = super().update(of_keys.encode(key_states), of_values.encode(value_states), *args, **kwargs)  # type: ignore[misc]
+        if isinstance(of_keys, RowAttention):
+            return row_states(keys, of_keys, key_states), row_states(values, of_values, value_states)
         return of_keys.decode(keys, key_states.dtype), of_values.decode(values, value_states.dtype)
 
     def restore(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -138,6 +142,8 @@ def quantize_kv_cache(
     elif bare and not scheme.dynamic:
         meaning = "the scale 1.0" if isinstance(scheme.element, Float) else "a scale for each token and head"
         log.warning("%s has no kv scales for %d attention layers, which take %s", file, bare, meaning)
+    if isinstance(default, RowAttention):
+        read_rows()
     hook = _Hook(roundings)
     base.register_forward_pre_hook(hook.before, with_kwargs=True)
     base.register_forward_hook(hook.after, with_kwargs=True)

@@ -62,6 +62,11 @@ class Capabilities:
         return True
 
     @property
+    def attention(self) -> bool:
+        """Attention that reads a kv cache's rows gives what it gives to the dequantized ones."""
+        return True
+
+    @property
     def known_failures(self) -> Mapping[str, str]:
         """Single faults that are known: shell patterns over `kernel scheme check`, and why each is there."""
         return {}

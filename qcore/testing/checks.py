@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import torch
 
@@ -18,15 +18,13 @@ from qcore.accuracy import error_bound, worst_error
 from qcore.elements import FlatGroup, Group, Int, Tile
 from qcore.kernel import Kernel
 from qcore.kernels.activations import quantize_input
+from qcore.kernels.kv_cache import KvRounding
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.platform import Device
 from qcore.refusal import Refused
 from qcore.scheme import Scheme
 from qcore.tensor import LayerTensors
 from qcore.testing.layers import random_layer, smallest_columns
-
-if TYPE_CHECKING:
-    from qcore.kernels.kv_cache import KvRounding
 
 BATCHES = (*range(1, 18), 512)
 """Rows of activations: decoding with one to sixteen sequences and one more, and a prompt."""
@@ -231,7 +229,7 @@ def packed_size(bench: Bench) -> float:
     """The packed weight is not held dense: at most 1.5 times the canonical size, and something for padding. A kv cache holds
     a byte for each number, and at most a scale for each token and head."""
     if bench.kernel.op == "kv_cache":
-        packed = cast("KvRounding", bench.packed)
+        packed = cast(KvRounding, bench.packed)
         rows, states = packed.encode(bench.input(2).to(bench.device.torch_device)), 2 * bench.shape[0]
         if rows.nbytes > states * (bench.shape[1] + 4):
             raise AssertionError(f"{bench}: {states} states take {rows.nbytes:,} bytes")
@@ -243,6 +241,37 @@ def packed_size(bench: Bench) -> float:
     return 0.0
 
 
+def attention(bench: Bench) -> float:
+    """Where a kv cache's rows are read in attention: under scales that are stored and, without zero points, of run time; for one query and for some, of a
+    text and of a batch whose shorter texts are filled up from the left. The definition is softmax attention in float64 to the decoded rows."""
+    if bench.kernel.op != "kv_cache" or not hasattr(bench.packed, "attends"):
+        return 0.0
+    heads, group, size, place = 3, 4, 128, bench.device.torch_device
+    weight, random = random_layer(bench.scheme, heads, size).weight, torch.Generator().manual_seed(4)
+    scale, zero = (None if part is None else part.float().view(-1, 1, 1) for part in (weight.scales[0], weight.zeros))
+    error = 0.0
+    for parts in [(scale, zero), (None, None)][: 1 + (zero is None)]:
+        make: Any = type(bench.packed)
+        own, reference = make(weight.scheme.weight.element, *parts), KvRounding(weight.scheme.weight.element, *parts)
+        for texts, queries, tokens in ((1, 1, 70), (2, 5, 5), (2, 3, 66)):
+            shapes = [(texts, heads * group, queries, size), *[(texts, heads, tokens, size)] * 2]
+            query, *states = (torch.randn(*shape, generator=random).to(DTYPES[bench.dtype]) for shape in shapes)
+            rows = [own.encode(part.to(place)) for part in states]
+            causal = queries in (1, tokens)
+            seen = torch.ones(texts, 1, queries, tokens, dtype=torch.bool).tril(tokens - queries)
+            if not causal:
+                seen[-1, ..., : tokens // 2] = False
+            asked = (query.to(place), *rows, own, None if causal else seen.to(place))
+            if not own.attends(*asked):
+                raise AssertionError(f"{bench}: attention does not take {texts} x {queries} queries of {tokens} tokens")
+            got = own.attention(*asked, size**-0.5, causal).cpu()
+            dense = [reference.decode(part.cpu(), torch.float32).double().repeat_interleave(group, 1) for part in rows]
+            scores = (query.double() @ dense[0].mT * size**-0.5).masked_fill(~seen, float("-inf"))
+            expected = (scores.softmax(-1) @ dense[1]).transpose(1, 2)
+            error = max(error, bench.compare(f"{queries} queries of {tokens} tokens", got, expected))
+    return error
+
+
 CHECKS: dict[str, Callable[[Bench], float]] = {
     "numbers": numbers,
     "largest_codes": largest_codes,
@@ -251,6 +280,7 @@ CHECKS: dict[str, Callable[[Bench], float]] = {
     "empty_input": empty_input,
     "bias_and_multiplier": bias_and_multiplier,
     "packed_size": packed_size,
+    "attention": attention,
 }
 """Every check by the name of the capability that it needs; the error that it returns is the worst that it saw."""
 

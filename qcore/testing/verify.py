@@ -98,8 +98,10 @@ def examine(plugin: str, device: Device, kernel: Kernel, scheme: Scheme) -> Find
 
 
 def applies(check: str, kernel: Kernel, size: str) -> bool:
-    """Numbers are checked at every size, what a weight takes at the large one, and everything else at the odd one."""
+    """Numbers are checked at every size, what a weight takes at the large one, and everything else at the odd one; attention where a kv cache offers it."""
     if (check, kernel.op) in (("strided_input", "embedding"), ("bias_and_multiplier", "kv_cache")):
+        return False
+    if check == "attention" and not (kernel.op == "kv_cache" and hasattr(kernel.load(), "attends")):
         return False
     return check == "numbers" or size == ("large" if check == "packed_size" else "odd")
 

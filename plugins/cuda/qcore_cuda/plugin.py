@@ -57,7 +57,7 @@ def qcore_kernels() -> Sequence[Kernel]:
         triton_int8("triton", _AMPERE_UP, features=(frozenset({"int8_tensor_core"}),), requires=_TRITON),
         *triton_fp8("triton", ("ada", "hopper", "blackwell"), features=(frozenset({"fp8"}),), requires=_TRITON),
         triton_kv_cache("triton", _AMPERE_UP, ("bfloat16", "float16"), features=_BF16, requires=_TRITON),
-        triton_kv_cache("triton_fp16", ("volta", "turing"), ("float16",), requires=_TRITON),
+        triton_kv_cache("triton_fp16", ("volta", "turing"), ("float16",), attends=False, requires=_TRITON),
         *triton_kernels("triton_fp16", ("volta", "turing"), ("float16",), requires=_TRITON),
     ]  # fmt: skip
 

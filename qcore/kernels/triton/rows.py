@@ -50,13 +50,18 @@ def triton_kernels(
 
 
 def triton_kv_cache(
-    prefix: str, platforms: tuple[str, ...], dtypes: tuple[str, ...], *, features: tuple[frozenset[str], ...] = (),
+    prefix: str, platforms: tuple[str, ...], dtypes: tuple[str, ...], *, attends: bool = True, features: tuple[frozenset[str], ...] = (),
     requires: tuple[tuple[str, str], ...] = (), architectures: tuple[str, ...] = ("*",),
 ) -> Kernel:  # fmt: skip
-    """One stored scale, or one for each head, or at run time one for each token and head."""
+    """One stored scale, or one for each head, or at run time one for each token and head. attends: where Triton has the use of matrix units; without them
+    attention would take longer than a copy of the cache."""
+    implementation, read = (
+        ("attention:AttendedKvCache", "attention of up to 16 tokens reads them as they are, that of more and under soft caps gets all of them dequantized")
+        if attends
+        else ("kv_cache:KvCache", "attention gets all of them dequantized, at every token: no matrix unit for Triton")
+    )  # fmt: skip
     return Kernel(f"{prefix}_kv_cache", "triton", "kv_cache", platforms, Accepts(("fp8", "e5m2", "int8"), ("tensor", "channel"), (None, "stored")),
-                  dtypes, 0.5, "qcore.kernels.triton.kv_cache:KvCache",
-                  "keys and values in 8 bits, rounded as they are written; attention gets all of them dequantized",
+                  dtypes, 0.5, f"qcore.kernels.triton.{implementation}", f"keys and values in 8 bits, rounded as they are written; {read}",
                   features=features, requires=requires, ragged=True, architectures=architectures, compiles=True)  # fmt: skip
 
 
