@@ -145,7 +145,7 @@ def product(
         along = triton.cdiv(rows, tiling.rows)
     else:
         tiling = routed_tiling(routed_tilings(eights_on(x.device), False), rows, len(codes))
-        blocks = blocks_of(experts, len(codes), tiling)
+        blocks = blocks_of(experts, len(codes), tiling.rows)
         along = len(blocks)
     target = target_on(x.device)
     form = "int8" if x.dtype == torch.int8 else (target.fp8 if target else "") or "e4m3fn"
@@ -237,8 +237,8 @@ class EightsLinear(StackableLinear):
         experts = routed_tilings(every, False)
         products = [
             *(made(tiling, more, columns, False) for tiling in every for more, columns in ragged),
-            *(made(tiling, f"{more} of experts", columns, True) for tiling in experts for more, columns in ragged),
-            *routing_programs(experts),
+            *(made(tiling, f" of experts{more}", columns, True) for tiling in experts for more, columns in ragged),
+            *routing_programs([tiling.rows for tiling in experts]),
         ]
         sums = {"parts_ptr": "*fp32", "out_ptr": POINTERS[getattr(torch, dtype)], "size": "i32"}
         added = [

@@ -94,7 +94,7 @@ def routed(
     if not rows:
         return x.new_empty(0, outputs)
     tiling = routed_tiling(routed_tilings(tilings_on(x.device), vector > 0), rows, count)
-    blocks = blocks_of(experts, count, tiling)
+    blocks = blocks_of(experts, count, tiling.rows)
 
     def run(grid: tuple[int, int], out: torch.Tensor) -> None:
         launch(grid, x, blocks, out, rows, 0, {"DENSE": False, "ROUTED": True} | constants_of(tiling))
@@ -202,4 +202,9 @@ def programs(
         {"MOST": _MOST_SHARES, "BLOCK": _SUMS},
         frozenset(signature) - {"shares"},
     )
-    return [*one_weight, *(made(tiling, routed=True) for tiling in experts), *routing_programs(experts), sums]
+    return [
+        *one_weight,
+        *(made(tiling, routed=True) for tiling in experts),
+        *routing_programs([tiling.rows for tiling in experts]),
+        sums,
+    ]

@@ -69,14 +69,14 @@ def lay_out(experts_ptr, blocks_ptr, M, count, steps, BM: tl.constexpr, EXPERTS:
     tl.store(block + 2, tl.sum(tl.where(found, expert[None, :], 0), 1), mask=place < count)
 
 
-def blocks_of(experts: torch.Tensor, count: int, tiling: Tiling) -> torch.Tensor:
-    """int32 [most blocks, 3], as lay_out has it, of experts [M] below `count`; of one row of x, the experts themselves."""
-    if tiling.rows == 1:
+def blocks_of(experts: torch.Tensor, count: int, block: int) -> torch.Tensor:
+    """int32 [most blocks, 3], as lay_out has it, of int32 experts [M] below `count`. block: rows of one; where it is 1, the experts themselves."""
+    if block == 1:
         return experts
     rows = len(experts)
-    most = min(rows, count) + rows // tiling.rows
+    most = min(rows, count) + rows // block
     blocks = experts.new_empty(most, 3)
-    constants = _constants(tiling, count)
+    constants = _constants(block, count)
     lay_out[(triton.cdiv(most, _PLACES),)](experts, blocks, rows, most, rows.bit_length(), **constants)
     return blocks
 
@@ -89,24 +89,30 @@ def routed_tilings(tilings: Sequence[Tiling], vector: bool) -> list[Tiling]:
 
 
 def routed_tiling(tilings: Sequence[Tiling], rows: int, count: int) -> Tiling:
-    """Of `routed_tilings`, the one for so many rows of so many experts. Rows each for themselves read some weights twice: of half as many as there are experts
-    about one in five. How many of them an expert has is not known here, but on average."""
-    if tilings[0].rows == 1:
+    """Of `routed_tilings`, the one for so many rows of so many experts."""
+    block = routed_block([tiling.rows for tiling in tilings], rows, count)
+    return next(tiling for tiling in tilings if tiling.rows == block)
+
+
+def routed_block(blocks: Sequence[int], rows: int, count: int) -> int:
+    """Rows of a block, of those that there are, from the fewest on: where they are 1, for each row a program of its own. That reads some weights twice, of half
+    as many rows as there are experts about one in five. How many rows an expert has is not known here, but on average."""
+    if blocks[0] == 1:
         if 2 * rows <= count:
-            return tilings[0]
-        tilings = tilings[1:]
-    return tilings[0] if rows <= tilings[0].rows * count else tilings[-1]
+            return 1
+        blocks = blocks[1:]
+    return blocks[0] if rows <= blocks[0] * count else blocks[-1]
 
 
-def routing_programs(tilings: Sequence[Tiling]) -> list[Program]:
-    """What makes the tables of these tilings; of 128 experts, for others differ in little."""
+def routing_programs(blocks: Sequence[int]) -> list[Program]:
+    """What makes the tables of blocks of so many rows; of 128 experts, for others differ in little."""
     signature = {"experts_ptr": "*i32", "blocks_ptr": "*i32", **dict.fromkeys(("M", "count", "steps"), "i32")}
     return [
-        Program(f"blocks of {tiling.rows} rows", lay_out, signature, _constants(tiling, 128), frozenset({"experts_ptr", "blocks_ptr"}))
-        for tiling in tilings
-        if tiling.rows > 1
+        Program(f"blocks of {block} rows", lay_out, signature, _constants(block, 128), frozenset({"experts_ptr", "blocks_ptr"}))
+        for block in blocks
+        if block > 1
     ]  # fmt: skip
 
 
-def _constants(tiling: Tiling, count: int) -> dict[str, int]:
-    return {"BM": tiling.rows, "EXPERTS": triton.next_power_of_2(count), "PLACES": _PLACES}
+def _constants(block: int, count: int) -> dict[str, int]:
+    return {"BM": block, "EXPERTS": triton.next_power_of_2(count), "PLACES": _PLACES}
