@@ -18,7 +18,8 @@ from qcore.scheme import Scheme
 class LayerRequest:
     """One layer to be run: scheme, weight shape [N, K], activation dtype ("bfloat16"), and what the user allows.
 
-    exact: activations must not be quantized beyond what the scheme says. kernel: only this one, by name.
+    exact: activations must not be quantized beyond what the scheme says. kernel: only this one, by name. expert: it is one
+    of a mixture's experts.
     """
 
     op: Op
@@ -27,6 +28,7 @@ class LayerRequest:
     dtype: str
     exact: bool = True
     kernel: str | None = None
+    expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def exact_activations(activations: str) -> bool:
 def select(
     request: LayerRequest, platform: str, kernels: Iterable[tuple[Kernel, str]], device: Device | None = None
 ) -> Selection:
-    """The cheapest kernel that takes the layer on the platform.
+    """The cheapest kernel that takes the layer on the platform; of an expert, of those that hold experts as one where there are any.
 
     device: the one it will run on, if it is known; without it a kernel that needs device features is taken on trust.
     """
@@ -71,7 +73,9 @@ def select(
         for kernel, plugin in kernels
         if kernel.op == request.op
     ]
-    candidates.sort(key=lambda c: (not c.accepted, c.kernel.cost, c.kernel.name))
+    candidates.sort(
+        key=lambda c: (not c.accepted, request.expert and not c.kernel.experts, c.kernel.cost, c.kernel.name)
+    )
     if candidates and candidates[0].accepted:
         return Selection(candidates[0].kernel, tuple(candidates), None)
     return Selection(None, tuple(candidates), _no_kernel(request, platform, candidates))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import torch
 import qcore
 import qcore.testing.interpreter
 from mixtures import EXPERTS, HIDDEN, Mixture, logits
+from qcore.discovery import registry
 from qcore.kernels.triton.routing import blocks_of, routed_tiling, routed_tilings
 from qcore.kernels.triton.tilings import tilings_on
+from qcore.method import is_expert
 from qcore.model.experts import QuantizedExperts
 from qcore.model.linear import QuantizedLinear, StackedLinear
 from qcore.model.load import kernel_counts
 from qcore.platform import Device
+from qcore.scheme import Scheme
+from qcore.select import LayerRequest, select
 from test_experts import FORMATS, GPTQ, quantized
 from test_mxfp4 import CONFIG as MXFP4
 from test_mxfp4 import quantized as mxfp4_experts
@@ -100,6 +105,17 @@ def test_others_run_one_by_one(tmp_path: Path, form: str, kernel: str | None) ->
     model = qcore.load_model(written(tmp_path, "mixtral", form), GPU, torch.float16, kernel=kernel)
     for experts in experts_of(model):
         assert not experts.stacked and [len(list(part.children())) for part in experts.parts.values()] == [EXPERTS] * 3
+
+
+def test_experts_run_on_kernels_that_hold_them_as_one() -> None:
+    """Before cheaper ones that do not; `explain` says so too, of experts by their names."""
+    kernels = [(kernel, plugin) for kernel, plugin in registry().kernels if "xpu" in kernel.platforms]
+    request = LayerRequest("linear", Scheme.parse("W4A16-g128-sym"), (64, 256), "bfloat16")
+    alone, held = (select(replace(request, expert=expert), "xpu", kernels).kernel for expert in (False, True))
+    assert alone is not None and not alone.experts and held is not None and held.experts and held.cost > alone.cost
+    names = ["model.layers.1.mlp.experts.3.up_proj", "model.layers.1.mlp.experts.gate_up_proj"]
+    others = ["model.layers.1.mlp.shared_experts.up_proj", "model.layers.1.mlp.up_proj"]
+    assert all(map(is_expert, names)) and not any(map(is_expert, others))
 
 
 @pytest.mark.parametrize("rows", [4, 16])

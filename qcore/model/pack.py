@@ -47,10 +47,10 @@ class Packer:
             raise Refused(Refusal("unknown-kernel", "usage", kernel, "no registered kernel has this name",
                                   fix=f"Name one of: {', '.join(names)}."))  # fmt: skip
 
-    def linear(self, layer: LayerTensors, computes: str = "") -> QuantizedLinear:
-        """The layer [N, K] with its bias, on the device. computes: what its plan states."""
+    def linear(self, layer: LayerTensors, computes: str = "", *, expert: bool = False) -> QuantizedLinear:
+        """The layer [N, K] with its bias, on the device. computes: what its plan states. expert: it is one of a mixture's."""
         dtype: torch.dtype = getattr(torch, computes) if computes and self.own else self.dtype
-        kernel, packed, shape = self._pack("linear", layer, dtype)
+        kernel, packed, shape = self._pack("linear", layer, dtype, expert)
         bias = None if layer.bias is None else layer.bias.to(dtype)
         new = QuantizedLinear(layer.weight.scheme, shape, kernel, packed, bias, layer.input_multiplier,
                               None if dtype == self.dtype else dtype)  # fmt: skip
@@ -87,14 +87,14 @@ class Packer:
         return cast("type[KvRounding]", selection.kernel.load())
 
     def _pack(
-        self, op: Op, layer: LayerTensors, computed: torch.dtype
+        self, op: Op, layer: LayerTensors, computed: torch.dtype, expert: bool = False
     ) -> tuple[Kernel, torch.nn.Module, tuple[int, int]]:
         """A kernel that refuses the tensors' contents gives way to the next, and it is said."""
         named = self.kernel if op == "linear" else None
         dtype, kernels = str(computed).removeprefix("torch."), self.kernels
         rows, columns = layer.weight.shape
         while True:
-            request = LayerRequest(op, layer.weight.scheme, (rows, columns), dtype, self.exact, named)
+            request = LayerRequest(op, layer.weight.scheme, (rows, columns), dtype, self.exact, named, expert)
             selection = self._selected(request, kernels)
             if selection.kernel is None:
                 assert selection.refusal is not None

@@ -124,7 +124,7 @@ class _Experts:
             bias = agreed_bias(self.checkpoint, self._name(part, expert), bias, wanted=self.layout.biased)
             if layer is not None:
                 planned = self.checkpoint.layers.get(self._name(part, expert))
-                yield self.packer.linear(replace(layer, bias=bias), planned.computes if planned else "")
+                yield self.packer.linear(replace(layer, bias=bias), planned.computes if planned else "", expert=True)
             else:
                 assert weight is not None, "every weight is there"
                 yield self.packer.plain(weight, bias)

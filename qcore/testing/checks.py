@@ -270,12 +270,6 @@ def stacked_experts(bench: Bench) -> float:
     return max(errors)
 
 
-def is_stackable(kernel: Kernel) -> bool:
-    """Whether the kernel can hold layers as one."""
-    implementation: object = kernel.load()
-    return isinstance(implementation, type) and issubclass(implementation, StackableLinear)
-
-
 CHECKS: dict[str, Callable[[Bench], float]] = {
     "numbers": numbers,
     "largest_codes": largest_codes,

@@ -18,7 +18,7 @@ from qcore.support.digest import source_digest
 from qcore.support.evidence import Grade, Record
 from qcore.support.rows import ROWS
 from qcore.testing.cases import catalogue, claimed, row_schemes
-from qcore.testing.checks import CHECKS, SIZES, Bench, is_stackable, smallest_shape
+from qcore.testing.checks import CHECKS, SIZES, Bench, smallest_shape
 
 Progress = Callable[[str, int, int], None]
 """Called with a kernel's name, schemes done and schemes in all."""
@@ -101,7 +101,7 @@ def applies(check: str, kernel: Kernel, size: str) -> bool:
     """Numbers are checked at every size, what a weight takes at the large one, and everything else at the odd one."""
     if (check, kernel.op) in (("strided_input", "embedding"), ("bias_and_multiplier", "kv_cache")):
         return False
-    if check == "stacked_experts" and not is_stackable(kernel):
+    if check == "stacked_experts" and not kernel.experts:
         return False
     return check == "numbers" or size == ("large" if check == "packed_size" else "odd")
 
