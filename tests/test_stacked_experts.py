@@ -13,6 +13,7 @@ import qcore
 import qcore.testing.interpreter
 from mixtures import EXPERTS, HIDDEN, Mixture, logits
 from qcore.discovery import registry
+from qcore.kernels.triton.integers import IntegerLinear
 from qcore.kernels.triton.routing import blocks_of, routed_tiling, routed_tilings
 from qcore.kernels.triton.tilings import tilings_on
 from qcore.method import is_expert
@@ -68,6 +69,23 @@ def test_models_compute_what_experts_one_by_one_do(
         sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) for model in (together, one_by_one)
     ]
     assert held[0] == held[1], "the experts' weights are held once"
+
+
+def test_a_stack_that_is_wrong_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = IntegerLinear.forward
+
+    def wrong(self: IntegerLinear, x: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
+        return right(self, x, experts if experts is None else torch.zeros_like(experts))
+
+    monkeypatch.setattr(IntegerLinear, "forward", wrong)
+    mixture = Mixture("mixtral")
+    path = mixture.write(tmp_path, quantized(mixture, FORMATS["gptq"][0]), GPTQ)
+    model = qcore.load_model(path, GPU, torch.float16)
+    assert not any(experts.stacked for experts in experts_of(model)) and "kernel-wrong" in caplog.text
+    expected = mixture.logits()
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0.05 * float(expected.std()))
 
 
 def test_a_token_alone_and_none_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

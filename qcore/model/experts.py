@@ -76,15 +76,17 @@ class Layout:
 class QuantizedExperts(torch.nn.Module):
     """Replaces a transformers experts module; each expert's weights are linear layers of their own, or those of a part are held as one.
 
-    parts: the experts' layers, E of each part; gate and up may come joined as gate_up, in the module's order of rows. Where a kernel can run all experts of a
-    part as one (qcore.kernels.stacking), and so of every part, a part is a StackedLinear: one launch multiplies all rows, and the host waits for nothing.
+    parts: the experts' layers, E of each part; gate and up may come joined as gate_up, in the module's order of rows. stacked: they
+    are held as one (StackedLinear, for which they must be stackable): one launch multiplies all rows of a part, and the host waits for nothing.
     formula: the replaced module without its parameters, which has the activation function and how gate and up meet.
     """
 
-    def __init__(self, parts: dict[Part, list[torch.nn.Module]], formula: Any, layout: Layout) -> None:
+    def __init__(
+        self, parts: dict[Part, list[torch.nn.Module]], formula: Any, layout: Layout, *, stacked: bool = False
+    ) -> None:
         super().__init__()
-        self.stacked = all(StackedLinear.stackable(layers) for layers in parts.values())
-        hold: Any = StackedLinear if self.stacked else torch.nn.ModuleList
+        self.stacked = stacked
+        hold: Any = StackedLinear if stacked else torch.nn.ModuleList
         self.parts = torch.nn.ModuleDict({part: hold(layers) for part, layers in parts.items()})
         self.layout = layout
         for name in layout.stacks:

@@ -12,8 +12,8 @@ from qcore.checkpoint.open import Checkpoint
 from qcore.discovery import registry
 from qcore.elements import Level, PerChannel
 from qcore.kernel import Kernel, Op
-from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
-from qcore.model.probe import failed, wrong_answer
+from qcore.model.linear import QuantizedEmbedding, QuantizedLinear, StackedLinear
+from qcore.model.probe import failed, wrong_answer, wrong_stack
 from qcore.platform import Device
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
@@ -41,6 +41,7 @@ class Packer:
         self.device, self.dtype, self.kernel, self.exact, self.own = device, dtype, kernel, exact, own
         self.kernels = registry().kernels
         self.trusted: set[tuple[str, Scheme]] = set()
+        self.stacks: dict[tuple[str, Scheme], bool] = {}
         self.selections: dict[LayerRequest, Selection] = {}
         names = sorted({known.name for known, _ in self.kernels if known.op == "linear"})
         if kernel is not None and kernel not in names:
@@ -55,6 +56,19 @@ class Packer:
         new = QuantizedLinear(layer.weight.scheme, shape, kernel, packed, bias, layer.input_multiplier,
                               None if dtype == self.dtype else dtype)  # fmt: skip
         return new.to(self.device.torch_device)
+
+    def stackable(self, layers: Sequence[torch.nn.Module]) -> bool:
+        """Whether experts can be held as one, on a kernel that gives what it gives for each of them."""
+        if not StackedLinear.stackable(layers):
+            return False
+        first = layers[0]
+        kernel = next(known for known, _ in registry().kernels if known.name == first.kernel_name)
+        if (kernel.name, first.scheme) not in self.stacks:
+            wrong = wrong_stack(kernel, layers[:2], first.computes or self.dtype, self.device.torch_device)
+            self.stacks[kernel.name, first.scheme] = wrong is None
+            if wrong is not None:
+                log.warning("%s", wrong)
+        return self.stacks[kernel.name, first.scheme]
 
     def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Linear:
         """torch's own layer, on the device."""

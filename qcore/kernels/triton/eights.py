@@ -142,15 +142,15 @@ def product(
         return out
     if experts is None:
         tiling, blocks = next(tiling for tiling in eights_on(x.device) if rows <= tiling.most), x
-        along = triton.cdiv(rows, tiling.rows)
+        along, each = triton.cdiv(rows, tiling.rows), rows
     else:
         tiling = routed_tiling(routed_tilings(eights_on(x.device), False), rows, len(codes))
         blocks = blocks_of(experts, len(codes), tiling.rows)
-        along = len(blocks)
+        along, each = len(blocks), triton.cdiv(rows, len(codes))
     target = target_on(x.device)
     form = "int8" if x.dtype == torch.int8 else (target.fp8 if target else "") or "e4m3fn"
     programs = along * triton.cdiv(outputs, tiling.outputs)
-    shares = shares_of(programs, rows, columns)
+    shares = shares_of(programs, each, columns)
     parts = out if shares == 1 else x.new_empty(shares, rows, outputs, dtype=torch.float32)
     constants = _constants(form, inputs.dim() == 2, columns, experts is not None) | constants_of(tiling)
     given = (x, codes, scales, inputs, blocks, parts, rows, outputs, columns, shares)
@@ -161,7 +161,7 @@ def product(
 
 
 def shares_of(blocks: int, rows: int, columns: int) -> int:
-    """Programs that share a block's sums, a power of two. Their parts, 4 bytes that are written and read, are to move half of what the weight's codes
+    """Programs that share a block's sums, a power of two. rows: of x, that a weight is for. Their parts, 4 bytes that are written and read, are to move half of what the weight's codes
     do at most; and each has two turns to make at least."""
     most = min(_MOST_SHARES, _PROGRAMS // blocks, columns // (2 * _BLOCK), columns // (16 * rows))
     return 1 << max(1, most).bit_length() - 1
