@@ -27,10 +27,13 @@ from test_experts import FORMATS, GPTQ, quantized
 from test_mxfp4 import CONFIG as MXFP4
 from test_mxfp4 import quantized as mxfp4_experts
 
+GOLDEN = Path(__file__).with_name("golden")
 GPU = Device("gpu", "amd", "Triton's interpreter", "cpu", "gfx942", simulated=True)
 
 
 def written(folder: Path, kind: str, form: str) -> Path:
+    if kind == "golden":
+        return GOLDEN / form
     mixture = Mixture(kind)
     if form == "mxfp4":
         return mixture.write(folder, mxfp4_experts(mixture), MXFP4)
@@ -45,6 +48,7 @@ def experts_of(model: Any) -> list[QuantizedExperts]:
 @pytest.mark.parametrize(
     ("kind", "form"),
     [
+        ("golden", "transformers-mxfp4"),
         ("mixtral", "gptq"),
         ("phimoe", "compressed-tensors"),
         ("qwen3_moe", "fp8-block"),
@@ -99,6 +103,17 @@ def test_a_token_alone_and_none_at_all(tmp_path: Path, monkeypatch: pytest.Monke
         given = hidden[:tokens], chosen[:tokens], weights[:tokens]
         torch.testing.assert_close(together(*given), one_by_one(*given), rtol=2e-3, atol=2e-3)
     assert torch.equal(together(hidden, chosen, weights), together(hidden, chosen, weights))
+
+
+@pytest.mark.parametrize(("kind", "form"), [("gpt_oss", "mxfp4"), ("qwen3_moe", "fp8-block")])
+def test_a_graph_holds_all_of_it(tmp_path: Path, kind: str, form: str) -> None:
+    """Nothing asks the device for a number: that would break the graph."""
+    experts = experts_of(qcore.load_model(written(tmp_path, kind, form), GPU, torch.float16))[0]
+    hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2)).to(torch.float16)
+    chosen, weights = torch.tensor([[0, 3]] * 4 + [[2, 3]]), torch.full((5, 2), 0.5)
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(hidden, chosen, weights), experts(hidden, chosen, weights))
 
 
 def test_experts_of_different_schemes_run_one_by_one(tmp_path: Path) -> None:
