@@ -252,18 +252,20 @@ class Rounding:
             "x_stride": "i32",
         }
         more = {} if self.group else {"bound": "fp32"}
-        constants = self.constants | {"CODES": codes, "CAST": eights_cast(target), "EACH": 0}
+        constants = self.constants | {"CODES": codes, "CAST": eights_cast(target)}
+        scales = ((0, ""), (1, ", a scale for each")) if self.scale == "e4m3fn" or not self.dynamic else ((0, ""),)
         shapes = [self.shape(1 << 20, columns) for columns in ((4096,) if self.group else (4096, 2 * _LONGEST))]
         return [
             Program(
-                f"rounding to {self.element} {dtype}, {shape['BLOCK']} at a time",
+                f"rounding to {self.element} {dtype}, {shape['BLOCK']} at a time{own}",
                 round_groups if self.group else round_rows,
                 signature | more,
-                constants | {key: value for key, value in shape.items() if key != "num_warps"},
+                constants | {"EACH": each} | {key: value for key, value in shape.items() if key != "num_warps"},
                 frozenset(signature),
                 {"num_warps": shape["num_warps"]},
             )
             for shape in shapes
+            for each, own in scales
         ]
 
 
