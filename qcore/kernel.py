@@ -70,7 +70,7 @@ class Kernel:
     compiles: its programs can be compiled where the device is not, and run on the CPU: the implementation's `programs(scheme, dtype, target)` lists
     them (qcore.testing.compiled).
     experts: it can hold a mixture's experts as one, so that one launch multiplies all their rows: the implementation is a
-    qcore.kernels.stacking.StackableLinear. Experts run on such a kernel where one takes them.
+    qcore.kernels.stacking.StackableLinear. For experts it costs less than others.
     sources: files beside Python's that decide what it computes, as patterns in the implementation's package (`native/*`).
     """
 

@@ -143,7 +143,7 @@ def test_others_run_one_by_one(tmp_path: Path, form: str, kernel: str | None) ->
 
 
 def test_experts_run_on_kernels_that_hold_them_as_one() -> None:
-    """Before cheaper ones that do not; `explain` says so too, of experts by their names."""
+    """Before those that cost little less and do not; `explain` says so too, of experts by their names."""
     kernels = [(kernel, plugin) for kernel, plugin in registry().kernels if "xpu" in kernel.platforms]
     request = LayerRequest("linear", Scheme.parse("W4A16-g128-sym"), (64, 256), "bfloat16")
     alone, held = (select(replace(request, expert=expert), "xpu", kernels).kernel for expert in (False, True))

@@ -34,7 +34,8 @@ Grid = tuple[int, int, int]
 @dataclass(frozen=True)
 class CppProgram:
     """name: of the entry. source: the file in native/ that it is made of. parameters: of the entry, in C++, pointers and ints. body: the call. threads, shared: of a
-    block, and the bytes of shared memory that it asks for at a call. own: it has instructions of one architecture alone (`sm_90a`).
+    block, and the bytes of shared memory that it asks for at a call. own: it has instructions of one architecture alone (`sm_90a`). resident: blocks that a multiprocessor
+    is to hold at a time, for which the compiler keeps to fewer registers; 0: as it likes.
     Every kernel waits for those before it (native/device.cuh), so it may begin early."""
 
     name: str
@@ -44,6 +45,15 @@ class CppProgram:
     threads: int
     shared: int = field(default=0, compare=False)
     own: bool = False
+    resident: int = 0
+
+    @classmethod
+    def calling(
+        cls, name: str, source: str, parameters: str, function: str, threads: int, resident: int = 0
+    ) -> CppProgram:  # fmt: skip
+        """An entry that gives its parameters to a function of the source."""
+        given = ", ".join(part.split()[-1].lstrip("*") for part in parameters.split(","))
+        return cls(name, source, parameters, f"{function}({given});", threads, resident=resident)
 
     def entry(self, head: str) -> str:
         return f'extern "C" {head} {self.name}({self.parameters}) {{ {self.body} }}\n'
@@ -57,13 +67,9 @@ class CppProgram:
 
     def text(self) -> str:
         """What NVRTC compiles."""
-        return "\n".join(
-            [
-                _source("device.cuh"),
-                _source(self.source),
-                self.entry(f"__global__ void __launch_bounds__({self.threads})"),
-            ]
-        )
+        bounds = f"{self.threads}, {self.resident}" if self.resident else self.threads
+        head = f"__global__ void __launch_bounds__({bounds})"
+        return "\n".join([_source("device.cuh"), _source(self.source), self.entry(head)])
 
     def run(self, grid: Grid, *arguments: torch.Tensor | int | None) -> None:
         """On the device of the first argument. None stands for a pointer that is not looked at."""

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from qcore.kernels.triton.program import Compiled
 
 _NAMES = ("libnvrtc.so.12", "libnvrtc.so.13")
-
-
-_MATRIX = re.compile(r"\bmma\.sync[\w.:]*")
+_PRODUCT = re.compile(r"\b(?:mma\.sync|dp4a)[\w.:]*")
+"""Instructions in PTX that make many products at once."""
 
 
 def compiled(source: str, architecture: str) -> Compiled:
-    """What became of one entry point on an architecture (`sm_90`). Raises Refused (missing-package), and RuntimeError with the compiler's words."""
+    """What became of one entry point on an architecture (`sm_90`); its matrix instruction is `dp4a` where that makes the products. Raises Refused
+    (missing-package), and RuntimeError with the compiler's words."""
     from triton.backends import nvidia  # its wheel has the tool that reads machine code
 
     from qcore.kernels.triton.program import Compiled
 
-    found = _MATRIX.findall(
+    found = _PRODUCT.findall(
         _compile(source, f"--gpu-architecture={architecture.replace('sm', 'compute')}", "PTX").decode()
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

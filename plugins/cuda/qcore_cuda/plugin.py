@@ -18,6 +18,8 @@ _AMPERE_UP = ("ampere", "ada", "hopper", "blackwell")
 _BF16 = (frozenset({"bf16"}),)
 _TORCH = (("torch", "2.8"),)
 _TRITON = (*_TORCH, ("triton", "3.6"))
+_MARLIN = ("codes", "dense", "vector", "warpgroup", "wgmma", "wide")
+_INT8 = ("int8_few", "int8_round", "int8_sums", "int8_tiles")
 
 
 @hookimpl
@@ -48,6 +50,7 @@ def qcore_kernels() -> Sequence[Kernel]:
                ("bfloat16",), cost=0.3, implementation="qcore_cuda.kernels.scaled:Fp8Linear",
                note="cuBLASLt's fp8 x fp8 product, up to 64 rows Triton's; inputs are rounded by one kernel before",
                features=(frozenset({"fp8"}),), requires=_TRITON, multiples=(16, 16), experts=True),
+        *_int8(),
         *_marlin("marlin", "marlin:MarlinLinear", _AMPERE_UP, ("bfloat16", "float16"), _BF16),
         *_marlin("marlin_fp16", "marlin_small:SmallMarlinLinear", ("turing",), ("float16",), ()),
         *triton_kernels("triton", _AMPERE_UP, ("bfloat16", "float16"), features=_BF16, requires=_TRITON),
@@ -56,6 +59,31 @@ def qcore_kernels() -> Sequence[Kernel]:
         triton_kv_cache("triton", _AMPERE_UP, ("bfloat16", "float16"), features=_BF16, requires=_TRITON),
         triton_kv_cache("triton_fp16", ("volta", "turing"), ("float16",), requires=_TRITON),
         *triton_kernels("triton_fp16", ("volta", "turing"), ("float16",), requires=_TRITON),
+    ]  # fmt: skip
+
+
+def _native(*names: str) -> tuple[str, ...]:
+    """Files of native/ that a kernel in CUDA C++ is made of: its own, and what they have of a GPU and of a CPU."""
+    return tuple(f"native/{name}" for name in (*(f"{name}.cuh" for name in (*names, "device")), "emulator.h"))
+
+
+def _int8() -> Sequence[Kernel]:
+    few = "dot products of four bytes"
+    units = (
+        ("dp4a", "volta", "dp4a", "Dots", f"by {few}; hundreds of rows at half of the peak of float16 tensor cores"),
+        ("mma", "turing", "int8_tensor_core", "Tensors", f"on tensor cores, and up to 16 rows by {few}"),
+    )
+    inputs = (
+        ("int8", ("int8-token-sym-dyn", "int8-tensor-sym"), "int8:{}Linear", "inputs are rounded by one kernel before", _INT8),
+        ("llm_int8", ("int8-token-sym-dyn-outliers*",), "int8_outliers:{}OutliersLinear",
+         "columns with outliers are added in float32, which takes the longer the more there are", (*_INT8, "int8_outliers")),
+    )  # fmt: skip
+    return [
+        Kernel(f"{unit}_{name}", "cuda", "linear", (platform,), Accepts(("int8",), ("channel", "tensor"), inputs=taken), ("float16",), 0.35,
+               f"qcore_cuda.kernels.{implementation.format(prefix)}", f"int8 x int8 in CUDA C++, exact in int32, {by}; {more}",
+               features=(frozenset({feature}),), requires=_TORCH, sources=_native(*files), compiles=True)
+        for unit, platform, feature, prefix, by in units
+        for name, taken, implementation, more, files in inputs
     ]  # fmt: skip
 
 
@@ -69,7 +97,7 @@ def _marlin(
     return [
         Kernel(f"{prefix}_{name}", "marlin", "linear", platforms, accepts, dtypes, 0.3, f"qcore_cuda.kernels.{implementation}",
                f"{what} in CUDA C++, permuted as tensor cores take it and decoded by {by}; more than 256 rows by a dense product",
-               features=features, requires=_TORCH, multiples=(16, 64), sources=("native/*",), compiles=True, experts=True)
+               features=features, requires=_TORCH, multiples=(16, 64), sources=_native(*_MARLIN), compiles=True, experts=True)
         for name, what, by, accepts in (
             ("int4", "int4", "masks", Accepts(("int4", "uint4"), scales, (None, "stored"), ordered=True)),
             ("eights", "int8 or e4m3", "masks", Accepts(("int8", "fp8"), (*scales, "block128"), ordered=True)),

@@ -268,12 +268,22 @@ def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sources_are_read_by_the_digest() -> None:
+    """Rows name every file that their programs are made of, and all of native/ together."""
     from qcore.support.digest import source_digest
 
-    kernel = KERNELS["marlin_int4"]
-    assert kernel.sources == ("native/*",) and source_digest(kernel)
-    found = {path.name for path in Path(nvrtc.__file__).with_name("native").iterdir()}
-    assert found == {
-        "emulator.h",
-        *(f"{name}.cuh" for name in ("codes", "dense", "device", "vector", "warpgroup", "wgmma", "wide")),
-    }
+    folder = Path(nvrtc.__file__).with_name("native")
+    rows = [
+        kernel for kernel, _ in registry().kernels if kernel.sources and kernel.implementation.startswith("qcore_cuda")
+    ]
+    assert {path.name for path in folder.iterdir()} == {Path(name).name for kernel in rows for name in kernel.sources}
+    for kernel in rows:
+        assert source_digest(kernel)
+        scheme, needed = claimed(kernel, catalogue())[0], {"device.cuh", "emulator.h"}
+        targets = [target for platform in kernel.platforms for target in registry().platforms[platform].targets]
+        waiting = {
+            program.source for target in targets for program in kernel.load().programs(scheme, kernel.dtypes[0], target)
+        }
+        while waiting:
+            needed.add(name := waiting.pop())
+            waiting |= set(re.findall(r'#include "(.*)"', (folder / name).read_text())) - needed
+        assert {f"native/{name}" for name in needed} <= set(kernel.sources), kernel.name

@@ -151,3 +151,16 @@ struct Single {
 };
 
 __device__ inline float as_float(u32 bits) { return __int_as_float(bits); }
+__device__ inline u32 as_bits(float number) { return __float_as_uint(number); }
+__device__ inline float times(float a, float b) { return __fmul_rn(a, b); }  // rounded, whatever is added to it
+
+// sum + a . b of four bytes each, signed.
+__device__ inline int dot(u32 a, u32 b, int sum) { return __dp4a(static_cast<int>(a), static_cast<int>(b), sum); }
+
+// What the thread has whose lane differs in these bits.
+__device__ inline u32 of_lane(u32 word, int bits) { return __shfl_xor_sync(0xffffffff, word, bits); }
+
+// PTX ISA, "Matrix Fragments for mma.m8n8k16", from Turing on: bytes 4 t .. 4 t + 3 of row g of a, and of column g of b; sums of row g, columns 2 t and 2 t + 1.
+__device__ inline void multiply_bytes(int& first, int& second, u32 a, u32 b) {
+  asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(first), "+r"(second) : "r"(a), "r"(b));
+}

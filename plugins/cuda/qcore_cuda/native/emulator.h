@@ -152,6 +152,33 @@ void multiply(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   wait();
 }
 
+inline int dot(u32 a, u32 b, int sum) {
+  for (int shift = 0; shift < 32; shift += 8) sum += static_cast<int8_t>(a >> shift) * static_cast<int8_t>(b >> shift);
+  return sum;
+}
+
+inline u32 of_lane(u32 word, int bits) {
+  Warp& warp = warps[thread.x / 32];
+  warp.a[thread.x % 32][0] = word;
+  wait();
+  const u32 found = warp.a[thread.x % 32 ^ bits][0];
+  wait();
+  return found;
+}
+
+// PTX ISA, mma.m8n8k16: as device.cuh says.
+inline void multiply_bytes(int& first, int& second, u32 a, u32 b) {
+  const int lane = thread.x % 32, g = lane / 4, t = lane % 4;
+  Warp& warp = warps[thread.x / 32];
+  warp.a[lane][0] = a, warp.b[lane][0] = b;
+  wait();
+  for (int owner = 0; owner < 4; ++owner) {
+    first = dot(warp.a[g * 4 + owner][0], warp.b[2 * t * 4 + owner][0], first);
+    second = dot(warp.a[g * 4 + owner][0], warp.b[(2 * t + 1) * 4 + owner][0], second);
+  }
+  wait();
+}
+
 // wgmma.m64nNk16: a warp has the rows of mma.m16n8k16, and every row of the tile; see wgmma.cuh.
 template <float (*wide)(u16), int N>
 void multiply_tile(float (&sums)[N / 2], const u32 (&a)[4], Tile at, bool keep) {
@@ -207,6 +234,17 @@ inline u32 permuted(u32 low, u32 high, u32 selector) {
 }
 
 inline float as_float(u32 bits) { return emulated::bits_to_float(bits); }
+inline u32 as_bits(float number) {
+  u32 bits;
+  memcpy(&bits, &number, 4);
+  return bits;
+}
+
+inline float times(float a, float b) { return a * b; }
+
+using emulated::dot;
+using emulated::multiply_bytes;
+using emulated::of_lane;
 
 template <float (*to)(u16), u16 (*of)(double)>
 struct Sixteen {
