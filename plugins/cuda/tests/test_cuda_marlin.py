@@ -280,9 +280,10 @@ def test_sources_are_read_by_the_digest() -> None:
         assert source_digest(kernel)
         scheme, needed = claimed(kernel, catalogue())[0], {"device.cuh", "emulator.h"}
         targets = [target for platform in kernel.platforms for target in registry().platforms[platform].targets]
-        waiting = {
-            program.source for target in targets for program in kernel.load().programs(scheme, kernel.dtypes[0], target)
-        }
+        programs = [
+            program for target in targets for program in kernel.load().programs(scheme, kernel.dtypes[0], target)
+        ]
+        waiting = {program.source for program in programs if isinstance(program, CppProgram)}
         while waiting:
             needed.add(name := waiting.pop())
             waiting |= set(re.findall(r'#include "(.*)"', (folder / name).read_text())) - needed
