@@ -9,7 +9,7 @@ from pathlib import Path
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.discovery import registry
 from qcore.kernel import Op
-from qcore.method import ModulePlan, is_embedding
+from qcore.method import ModulePlan, is_embedding, is_expert
 from qcore.model.devices import compute_dtype, find_device
 from qcore.platform import Device, known_platform
 from qcore.refusal import Refusal
@@ -72,7 +72,7 @@ def explain(
         selection = evidence = None
         if entry.scheme is not None:
             stated = entry.computes if op == "linear" and dtype == "checkpoint" else ""
-            request = LayerRequest(op, entry.scheme, entry.matrix, stated or computed, exact)
+            request = LayerRequest(op, entry.scheme, entry.matrix, stated or computed, exact, expert=is_expert(module))
             selection = select(request, where, kernels, found)
         if selection and selection.kernel:
             evidence = proved.get((where, selection.kernel.name, str(entry.scheme)), "declared")

@@ -69,6 +69,8 @@ class Kernel:
     note: one sentence on what it does, shown by `explain`. implementation: `module:object`, a `LayerKernel`.
     compiles: its programs can be compiled where the device is not, and run on the CPU: the implementation's `programs(scheme, dtype, target)` lists
     them (qcore.testing.compiled).
+    experts: it can hold a mixture's experts as one, so that one launch multiplies all their rows: the implementation is a
+    qcore.kernels.stacking.StackableLinear. For experts it costs less than others.
     sources: files beside Python's that decide what it computes, as patterns in the implementation's package (`native/*`).
     """
 
@@ -89,6 +91,7 @@ class Kernel:
     architectures: tuple[str, ...] = ("*",)
     sources: tuple[str, ...] = ()
     compiles: bool = False
+    experts: bool = False
 
     def runs_on(self, architecture: str) -> bool:
         """Whether it runs on this one of its platforms' architectures."""

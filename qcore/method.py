@@ -225,6 +225,11 @@ def is_embedding(module: str) -> bool:
     return re.search(r"(^|\.)(embed_\w+|\w*embeddings?|wte|wpe)$", module) is not None
 
 
+def is_expert(module: str) -> bool:
+    """Whether the module is one of a mixture's experts, or all of them stacked: so transformers names them, and checkpoints do."""
+    return re.search(r"(^|\.)experts\.", module) is not None
+
+
 def left_whole(plan: Mapping[str, ModulePlan]) -> list[str]:
     """The linear layers that a writer has to name as unquantized: those of the plan, and lm_head, which a plan does not have
     where it is tied to the embedding."""

@@ -13,12 +13,16 @@ from qcore.platform import Device
 from qcore.refusal import Kind, Refusal, Refused
 from qcore.scheme import Scheme
 
+_APART = 0.12
+"""What it costs more that experts run one by one: a launch for each of them, before which the host learns which were chosen."""
+
 
 @dataclass(frozen=True)
 class LayerRequest:
     """One layer to be run: scheme, weight shape [N, K], activation dtype ("bfloat16"), and what the user allows.
 
-    exact: activations must not be quantized beyond what the scheme says. kernel: only this one, by name.
+    exact: activations must not be quantized beyond what the scheme says. kernel: only this one, by name. expert: it is one
+    of a mixture's experts.
     """
 
     op: Op
@@ -27,6 +31,7 @@ class LayerRequest:
     dtype: str
     exact: bool = True
     kernel: str | None = None
+    expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def exact_activations(activations: str) -> bool:
 def select(
     request: LayerRequest, platform: str, kernels: Iterable[tuple[Kernel, str]], device: Device | None = None
 ) -> Selection:
-    """The cheapest kernel that takes the layer on the platform.
+    """The cheapest kernel that takes the layer on the platform; experts one by one cost more than held as one.
 
     device: the one it will run on, if it is known; without it a kernel that needs device features is taken on trust.
     """
@@ -71,7 +76,8 @@ def select(
         for kernel, plugin in kernels
         if kernel.op == request.op
     ]
-    candidates.sort(key=lambda c: (not c.accepted, c.kernel.cost, c.kernel.name))
+    apart = _APART if request.expert else 0.0
+    candidates.sort(key=lambda c: (not c.accepted, c.kernel.cost + apart * (not c.kernel.experts), c.kernel.name))
     if candidates and candidates[0].accepted:
         return Selection(candidates[0].kernel, tuple(candidates), None)
     return Selection(None, tuple(candidates), _no_kernel(request, platform, candidates))

@@ -10,6 +10,7 @@ from qcore.accuracy import BOUNDS, bit_class, error_bound, worst_error
 from qcore.discovery import registry
 from qcore.kernel import Accepts
 from qcore.kernels.reference import ReferenceLinear
+from qcore.kernels.stacking import StackableLinear
 from qcore.platform import Device
 from qcore.scheme import Scheme
 from qcore.tensor import LayerTensors
@@ -57,6 +58,40 @@ class Wrong(ReferenceLinear):
         return out
 
 
+class WrongExperts(StackableLinear):
+    """A kernel that holds experts as one, with one fault, told by a class attribute."""
+
+    fault = ""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> "WrongExperts":
+        return cls(layer.weight.dequantize(dtype))
+
+    def forward(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        weight = self.get_buffer("weight")
+        if self.fault == "neighbour":
+            experts = (experts + 1).clamp(max=len(weight) - 1)
+        out = torch.einsum("mk,mnk->mn", x.float(), weight[experts].float())
+        if self.fault == "first block":
+            out[64:] = 0
+        return out.to(x.dtype)
+
+
+@pytest.mark.parametrize("fault", ["neighbour", "first block", ""])
+def test_a_fault_of_experts_is_found(fault: str) -> None:
+    tried, broken = bench(""), type("Broken", (WrongExperts,), {"fault": fault})
+    object.__setattr__(tried.kernel, "load", lambda: broken)
+    if not fault:
+        assert 0 < CHECKS["stacked_experts"](tried) < tried.bound
+        return
+    with pytest.raises(AssertionError, match="experts"):
+        CHECKS["stacked_experts"](tried)
+
+
 def bench(fault: str, *, size: str = "odd", scheme: Scheme = INT4, dtype: str = "bfloat16", **row: object) -> Bench:
     broken = type("Broken", (Wrong,), {"fault": fault})
     facts = {"family": "sim", "dtypes": ("bfloat16",), "ragged": True, **row}
@@ -82,7 +117,7 @@ def bench(fault: str, *, size: str = "odd", scheme: Scheme = INT4, dtype: str = 
 def test_a_fault_is_found_by_its_check(fault: str, check: str) -> None:
     with pytest.raises((AssertionError, KeyError, RuntimeError)):
         CHECKS[check](bench(fault))
-    for other in CHECKS.keys() - {check}:  # and the right kernel passes all
+    for other in CHECKS.keys() - {check, "stacked_experts"}:  # and the right kernel passes all
         CHECKS[other](bench(""))
 
 

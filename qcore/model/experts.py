@@ -10,10 +10,14 @@ Source: transformers.integrations.moe.use_experts_implementation, whose attribut
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
+
+from qcore.model.linear import StackedLinear
 
 Part = Literal["gate", "up", "gate_up", "down"]
 
@@ -70,15 +74,20 @@ class Layout:
 
 
 class QuantizedExperts(torch.nn.Module):
-    """Replaces a transformers experts module; each expert's weights are linear layers of their own.
+    """Replaces a transformers experts module; each expert's weights are linear layers of their own, or those of a part are held as one.
 
-    parts: the experts' layers, E of each part; gate and up may come joined as gate_up, in the module's order of rows.
+    parts: the experts' layers, E of each part; gate and up may come joined as gate_up, in the module's order of rows. stacked: they
+    are held as one (StackedLinear, for which they must be stackable): one launch multiplies all rows of a part, and the host waits for nothing.
     formula: the replaced module without its parameters, which has the activation function and how gate and up meet.
     """
 
-    def __init__(self, parts: dict[Part, list[torch.nn.Module]], formula: Any, layout: Layout) -> None:
+    def __init__(
+        self, parts: dict[Part, list[torch.nn.Module]], formula: Any, layout: Layout, *, stacked: bool = False
+    ) -> None:
         super().__init__()
-        self.parts = torch.nn.ModuleDict({part: torch.nn.ModuleList(layers) for part, layers in parts.items()})
+        self.stacked = stacked
+        hold: Any = StackedLinear if stacked else torch.nn.ModuleList
+        self.parts = torch.nn.ModuleDict({part: hold(layers) for part, layers in parts.items()})
         self.layout = layout
         for name in layout.stacks:
             delattr(formula, name)
@@ -86,18 +95,30 @@ class QuantizedExperts(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """hidden [T, H]; chosen int [T, k], each token's experts; weights [T, k] of their answers -> [T, H]."""
+        if self.stacked:
+            return self._all(hidden, chosen, weights)
         out = torch.zeros_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
         for expert in chosen.unique().tolist():
             tokens, place = torch.where(chosen == expert)  # a token chooses an expert once: no index repeats
-            answer = self._expert(expert, hidden[tokens])
+            answer = self._answer(partial(self._one, expert), hidden[tokens])
             out.index_add_(0, tokens, (answer * weights[tokens, place, None]).to(out.dtype))
         return out.to(hidden.dtype)
 
-    def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        def run(part: Part, x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.parts[part][expert](x)  # type: ignore[index]
-            return out
+    def _one(self, expert: int, part: Part, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.parts[part][expert](x)  # type: ignore[index]
+        return out
 
+    def _all(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """A row for each token and expert of its, in the experts' order; answers are added in the order in which a token chose them."""
+        experts, order = chosen.flatten().sort(stable=True)
+        experts = experts.to(torch.int32)
+        rows = self._answer(lambda part, x: self.parts[part](x, experts), hidden[order // chosen.shape[1]])
+        answers = torch.empty_like(rows).index_copy_(0, order, rows).view(*chosen.shape, rows.shape[-1])
+        weighted, wide = answers * weights[..., None], torch.promote_types(hidden.dtype, torch.float32)
+        return weighted.sum(1, dtype=wide).to(hidden.dtype)
+
+    def _answer(self, run: Callable[[Part, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """What experts make of their rows. run: a part's layers on rows."""
         if not self.layout.gated:
             return run("down", self.formula.act_fn(run("up", x)))
         if "gate_up" in self.parts:

@@ -25,7 +25,7 @@ from qcore.discovery import registry
 from qcore.model.bounds import check_size
 from qcore.model.decoded import read_by_decoder
 from qcore.model.devices import find_device
-from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
+from qcore.model.linear import QuantizedEmbedding, QuantizedLinear, StackedLinear
 from qcore.model.memory import released_buffers
 from qcore.model.pack import Packer, agreed_bias
 from qcore.model.places import Places, Slot
@@ -111,8 +111,13 @@ class _MetaParameters(TorchFunctionMode):
 
 
 def kernel_counts(model: torch.nn.Module) -> dict[str, int]:
-    """How many modules of a loaded model each kernel runs."""
-    names = Counter(m.kernel_name for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding))
+    """How many layers of a loaded model each kernel runs, each expert's counted."""
+    names: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            names[module.kernel_name] += 1
+        elif isinstance(module, StackedLinear):
+            names[module.kernel_name] += module.count
     return dict(names.most_common())
 
 

@@ -12,8 +12,8 @@ from qcore.checkpoint.open import Checkpoint
 from qcore.discovery import registry
 from qcore.elements import Level, PerChannel
 from qcore.kernel import Kernel, Op
-from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
-from qcore.model.probe import failed, wrong_answer
+from qcore.model.linear import QuantizedEmbedding, QuantizedLinear, StackedLinear
+from qcore.model.probe import failed, wrong_answer, wrong_stack
 from qcore.platform import Device
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import Scheme, TensorScheme
@@ -41,20 +41,34 @@ class Packer:
         self.device, self.dtype, self.kernel, self.exact, self.own = device, dtype, kernel, exact, own
         self.kernels = registry().kernels
         self.trusted: set[tuple[str, Scheme]] = set()
+        self.stacks: dict[tuple[str, Scheme], bool] = {}
         self.selections: dict[LayerRequest, Selection] = {}
         names = sorted({known.name for known, _ in self.kernels if known.op == "linear"})
         if kernel is not None and kernel not in names:
             raise Refused(Refusal("unknown-kernel", "usage", kernel, "no registered kernel has this name",
                                   fix=f"Name one of: {', '.join(names)}."))  # fmt: skip
 
-    def linear(self, layer: LayerTensors, computes: str = "") -> QuantizedLinear:
-        """The layer [N, K] with its bias, on the device. computes: what its plan states."""
+    def linear(self, layer: LayerTensors, computes: str = "", *, expert: bool = False) -> QuantizedLinear:
+        """The layer [N, K] with its bias, on the device. computes: what its plan states. expert: it is one of a mixture's."""
         dtype: torch.dtype = getattr(torch, computes) if computes and self.own else self.dtype
-        kernel, packed, shape = self._pack("linear", layer, dtype)
+        kernel, packed, shape = self._pack("linear", layer, dtype, expert)
         bias = None if layer.bias is None else layer.bias.to(dtype)
         new = QuantizedLinear(layer.weight.scheme, shape, kernel, packed, bias, layer.input_multiplier,
                               None if dtype == self.dtype else dtype)  # fmt: skip
         return new.to(self.device.torch_device)
+
+    def stackable(self, layers: Sequence[torch.nn.Module]) -> bool:
+        """Whether experts can be held as one, on a kernel that gives what it gives for each of them."""
+        if not StackedLinear.stackable(layers):
+            return False
+        first = layers[0]
+        kernel = next(known for known, _ in registry().kernels if known.name == first.kernel_name)
+        if (kernel.name, first.scheme) not in self.stacks:
+            wrong = wrong_stack(kernel, layers[:2], first.computes or self.dtype, self.device.torch_device)
+            self.stacks[kernel.name, first.scheme] = wrong is None
+            if wrong is not None:
+                log.warning("%s", wrong)
+        return self.stacks[kernel.name, first.scheme]
 
     def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Linear:
         """torch's own layer, on the device."""
@@ -87,14 +101,14 @@ class Packer:
         return cast("type[KvRounding]", selection.kernel.load())
 
     def _pack(
-        self, op: Op, layer: LayerTensors, computed: torch.dtype
+        self, op: Op, layer: LayerTensors, computed: torch.dtype, expert: bool = False
     ) -> tuple[Kernel, torch.nn.Module, tuple[int, int]]:
         """A kernel that refuses the tensors' contents gives way to the next, and it is said."""
         named = self.kernel if op == "linear" else None
         dtype, kernels = str(computed).removeprefix("torch."), self.kernels
         rows, columns = layer.weight.shape
         while True:
-            request = LayerRequest(op, layer.weight.scheme, (rows, columns), dtype, self.exact, named)
+            request = LayerRequest(op, layer.weight.scheme, (rows, columns), dtype, self.exact, named, expert)
             selection = self._selected(request, kernels)
             if selection.kernel is None:
                 assert selection.refusal is not None

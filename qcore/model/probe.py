@@ -6,12 +6,16 @@ two rows of random activations, and a part of the result compared with the defin
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 
 from qcore.accuracy import error_bound, worst_error
 from qcore.elements import Tile
 from qcore.kernel import Kernel
 from qcore.kernels.activations import quantize_input
+from qcore.model.linear import QuantizedLinear, StackedLinear
 from qcore.refusal import Refusal
 from qcore.tensor import LayerTensors
 
@@ -58,9 +62,36 @@ def wrong_answer(
         return failed(kernel, fault)
     if error <= bound:
         return None
-    return Refusal("kernel-wrong", "notimpl", kernel.name, "its answer is too far from the definition",
-                   f"found error {error:.3g} for {scheme} in {name}, expected at most {bound:.3g}",
-                   "Another kernel is used. Report it to the kernel's plugin; `qcore verify` shows every case.")  # fmt: skip
+    return _wrong(kernel, "its answer is too far from the definition",
+                  f"found error {error:.3g} for {scheme} in {name}, expected at most {bound:.3g}", "Another kernel is used.")  # fmt: skip
+
+
+def wrong_stack(kernel: Kernel, layers: Sequence[QuantizedLinear], dtype: torch.dtype, device: str) -> Refusal | None:
+    """None where experts that the kernel holds as one give what they give one by one; else why they are not to be held so.
+
+    layers: one or two of them, stackable, which stay as they are. Memory: theirs once more.
+    """
+    name, scheme = str(dtype).removeprefix("torch."), layers[0].scheme
+    bound = _TOLERANCE * error_bound(kernel, scheme, name)
+    x = torch.randn(3, layers[0].in_features, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    rows, instead = [0, 0, len(layers) - 1], "Its experts run one by one."
+    try:
+        expected = torch.cat([layers[number](row) for number, row in zip(rows, x.split(1), strict=True)])
+        stack, experts = StackedLinear(copy.deepcopy(list(layers))), torch.tensor(rows, device=device).to(torch.int32)
+        error = max(
+            worst_error(stack(x[part], experts[part]).cpu(), expected[part].cpu()) for part in (slice(3), slice(2, 3))
+        )
+    except Exception as fault:  # whatever the kernel raises
+        return _wrong(kernel, "its implementation failed on experts", f"{type(fault).__name__}: {fault}"[:300], instead)
+    if error <= bound:
+        return None
+    return _wrong(kernel, "its answer for experts as one is too far from theirs",
+                  f"found error {error:.3g} for {scheme} in {name}, expected at most {bound:.3g}", instead)  # fmt: skip
+
+
+def _wrong(kernel: Kernel, reason: str, fact: str, instead: str) -> Refusal:
+    return Refusal("kernel-wrong", "notimpl", kernel.name, reason, fact,
+                   f"{instead} Report it to the kernel's plugin; `qcore verify` shows every case.")  # fmt: skip
 
 
 def failed(kernel: Kernel, fault: Exception) -> Refusal:

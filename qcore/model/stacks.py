@@ -77,8 +77,10 @@ class _Experts:
         filled = self.empty
         if any(source.quantized for source in self.found.values()):
             parts = {part: list(self._layers(part)) for part in self.parts}
+            stacked = all(self.packer.stackable(layers) for layers in parts.values())
             parent, _, name = self.module.rpartition(".")
-            setattr(self.loader.model.get_submodule(parent), name, QuantizedExperts(parts, self.old, self.layout))
+            made = QuantizedExperts(parts, self.old, self.layout, stacked=stacked)
+            setattr(self.loader.model.get_submodule(parent), name, made)
         else:
             self._fill()
         return {f"{self.module}.{stack}" for stack in filled}
@@ -124,7 +126,7 @@ class _Experts:
             bias = agreed_bias(self.checkpoint, self._name(part, expert), bias, wanted=self.layout.biased)
             if layer is not None:
                 planned = self.checkpoint.layers.get(self._name(part, expert))
-                yield self.packer.linear(replace(layer, bias=bias), planned.computes if planned else "")
+                yield self.packer.linear(replace(layer, bias=bias), planned.computes if planned else "", expert=True)
             else:
                 assert weight is not None, "every weight is there"
                 yield self.packer.plain(weight, bias)

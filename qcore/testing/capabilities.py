@@ -67,6 +67,11 @@ class Capabilities:
         return True
 
     @property
+    def stacked_experts(self) -> bool:
+        """Kernels that hold a mixture's experts as one give each row what its own expert gives."""
+        return True
+
+    @property
     def known_failures(self) -> Mapping[str, str]:
         """Single faults that are known: shell patterns over `kernel scheme check`, and why each is there."""
         return {}

@@ -19,6 +19,7 @@ from qcore.elements import FlatGroup, Group, Int, Tile
 from qcore.kernel import Kernel
 from qcore.kernels.activations import quantize_input
 from qcore.kernels.kv_cache import KvRounding
+from qcore.kernels.stacking import StackableLinear
 from qcore.model.linear import QuantizedEmbedding, QuantizedLinear
 from qcore.platform import Device
 from qcore.refusal import Refused
@@ -32,6 +33,9 @@ BATCHES = (*range(1, 18), 512)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 SIZES = ("tiny", "odd", "large")
+
+ROUTES = ({3: 1}, {1: 1, 4: 1}, {0: 3, 1: 1, 4: 5}, {0: 70, 2: 13, 3: 1})
+"""Rows of each of five experts: a row alone, which are decoded; few, and many, for some of them none."""
 
 
 @dataclass(frozen=True)
@@ -272,6 +276,29 @@ def attention(bench: Bench) -> float:
     return error
 
 
+def stacked_experts(bench: Bench) -> float:
+    """Layers that are held as one give each row what its own gives, however many rows each of them has."""
+    kernel, place = cast("type[StackableLinear]", bench.kernel.load()), bench.device.torch_device
+    layers = [random_layer(bench.scheme, *bench.shape, seed=seed) for seed in range(5)]
+    layers = [
+        replace(layer, input_scale=None if layer.input_scale is None else layer.input_scale * (1 + number / 8))
+        for number, layer in enumerate(layers)
+    ]
+    experts = [replace(bench, given=layer) for layer in layers]
+    packed = [cast("StackableLinear", expert.packed) for expert in experts]
+    if not kernel.stackable(packed):
+        return 0.0
+    stack, errors = kernel.stacked(packed).to(place), []
+    for route in ROUTES:
+        x, counts = bench.input(sum(route.values())), list(route.values())
+        chosen = torch.tensor(list(route)).repeat_interleave(torch.tensor(counts)).to(torch.int32)
+        parts = zip(route, x.split(counts), strict=True)
+        expected = torch.cat([experts[expert].product(part) for expert, part in parts])
+        got: torch.Tensor = stack(x.to(place), chosen.to(place))
+        errors.append(bench.compare(f"experts {route}", got.cpu(), expected))
+    return max(errors)
+
+
 CHECKS: dict[str, Callable[[Bench], float]] = {
     "numbers": numbers,
     "largest_codes": largest_codes,
@@ -281,6 +308,7 @@ CHECKS: dict[str, Callable[[Bench], float]] = {
     "bias_and_multiplier": bias_and_multiplier,
     "packed_size": packed_size,
     "attention": attention,
+    "stacked_experts": stacked_experts,
 }
 """Every check by the name of the capability that it needs; the error that it returns is the worst that it saw."""
 

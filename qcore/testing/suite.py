@@ -13,6 +13,7 @@ import pytest
 
 from qcore.discovery import registry
 from qcore.kernel import Kernel
+from qcore.kernels.stacking import StackableLinear
 from qcore.platform import PLATFORM_PLUGINS, Device
 from qcore.refusal import Refusal
 from qcore.scheme import Scheme
@@ -58,7 +59,11 @@ def test_facts_are_complete(vendor: Capabilities) -> None:
         assert kernel.note, f"{kernel.name} has no note: one sentence on what it does"
         assert kernel.cost > 0 and kernel.dtypes and min(kernel.multiples) > 0, f"{kernel.name}: {kernel}"
         if vendor.device is not None:
-            assert callable(kernel.load().from_layer), f"{kernel.implementation} has no from_layer"
+            implementation = kernel.load()
+            assert callable(implementation.from_layer), f"{kernel.implementation} has no from_layer"
+            assert kernel.experts == issubclass(implementation, StackableLinear), (
+                f"{kernel.name}: experts, says its row"
+            )
 
 
 def test_devices_are_found_in_time(vendor: Capabilities) -> None:

@@ -103,6 +103,8 @@ def applies(check: str, kernel: Kernel, size: str) -> bool:
         return False
     if check == "attention" and not (kernel.op == "kv_cache" and hasattr(kernel.load(), "attends")):
         return False
+    if check == "stacked_experts" and not kernel.experts:
+        return False
     return check == "numbers" or size == ("large" if check == "packed_size" else "odd")
 
 

@@ -12,7 +12,7 @@ from qcore.platform import Device, Platform
 from qcore_cuda.columns import PLATFORMS
 from qcore_cuda.devices import examine
 
-QCORE_API = (1, 2)
+QCORE_API = (1, 3)
 
 _AMPERE_UP = ("ampere", "ada", "hopper", "blackwell")
 _BF16 = (frozenset({"bf16"}),)
@@ -49,7 +49,7 @@ def qcore_kernels() -> Sequence[Kernel]:
                Accepts(("fp8",), ("channel", "tensor"), inputs=("fp8-token-dyn*", "fp8-tensor")),
                ("bfloat16",), cost=0.3, implementation="qcore_cuda.kernels.scaled:Fp8Linear",
                note="cuBLASLt's fp8 x fp8 product, up to 64 rows Triton's; inputs are rounded by one kernel before",
-               features=(frozenset({"fp8"}),), requires=_TRITON, multiples=(16, 16)),
+               features=(frozenset({"fp8"}),), requires=_TRITON, multiples=(16, 16), experts=True),
         *_int8(),
         *_marlin("marlin", "marlin:MarlinLinear", _AMPERE_UP, ("bfloat16", "float16"), _BF16),
         *_marlin("marlin_fp16", "marlin_small:SmallMarlinLinear", ("turing",), ("float16",), ()),
@@ -97,7 +97,7 @@ def _marlin(
     return [
         Kernel(f"{prefix}_{name}", "marlin", "linear", platforms, accepts, dtypes, 0.3, f"qcore_cuda.kernels.{implementation}",
                f"{what} in CUDA C++, permuted as tensor cores take it and decoded by {by}; more than 256 rows by a dense product",
-               features=features, requires=_TORCH, multiples=(16, 64), sources=_native(*_MARLIN), compiles=True)
+               features=features, requires=_TORCH, multiples=(16, 64), sources=_native(*_MARLIN), compiles=True, experts=True)
         for name, what, by, accepts in (
             ("int4", "int4", "masks", Accepts(("int4", "uint4"), scales, (None, "stored"), ordered=True)),
             ("eights", "int8 or e4m3", "masks", Accepts(("int8", "fp8"), (*scales, "block128"), ordered=True)),

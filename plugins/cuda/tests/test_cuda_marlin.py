@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.backends import nvidia
 
+import qcore.testing.interpreter  # noqa: F401  the first to import Triton
 from qcore.discovery import registry
 from qcore.platform import Device
 from qcore.refusal import Refused
@@ -22,7 +22,8 @@ from qcore.testing.checks import CHECKS, Bench
 from qcore.testing.layers import random_layer
 from qcore.testing.verify import applies
 from qcore_cuda import driver, nvrtc
-from qcore_cuda.kernels import marlin_product, marlin_small
+from qcore_cuda.cpp import CppProgram
+from qcore_cuda.kernels import marlin_experts, marlin_product, marlin_small
 from qcore_cuda.kernels.marlin import permuted
 
 KERNELS = {kernel.name: kernel for kernel, _ in registry().kernels if kernel.family == "marlin"}
@@ -85,6 +86,41 @@ def test_products_in_little_memory(name: str, scheme: str) -> None:
             program = marlin_small.wide_program(form, tokens, deep)
             assert 1 <= marlin_small.deep_of(program) <= deep and program.shared <= 64 << 10
             assert f", {marlin_small.deep_of(program)}, 1>" not in program.body
+
+
+@pytest.mark.parametrize("processors", [4, 132])
+@pytest.mark.parametrize(
+    ("name", "scheme", "columns"),
+    [
+        ("marlin_int4", "W4A16-g32-asym", 832), ("marlin_int4", "W4A16-g512-asym", 2560), ("marlin_int4", "W4A16-g128-asym-actorder", 1408),
+        ("marlin_eights", "W8A16-g128-sym", 640), ("marlin_tables", "W4A16-nvfp4", 320), ("marlin_fp16_eights", "W8A16-g16-sym", 1408),
+    ],
+)  # fmt: skip
+def test_products_of_experts(
+    name: str, scheme: str, columns: int, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of one row, of eight and of sixty-four, whose sums some share where there are many processors."""
+    monkeypatch.setattr(marlin_experts, "_limits", lambda place: (processors, 160 << 10, False))
+    kernel, parsed = KERNELS[name], Scheme.parse(scheme)
+    benches = [
+        Bench(kernel, parsed, "float16", "odd", GPU, random_layer(parsed, 208, columns, seed)) for seed in range(5)
+    ]
+    packed = [bench.packed for bench in benches]
+    stack = kernel.load().stacked(packed)  # type: ignore[attr-defined]
+    for counts in ((0, 1, 0, 0, 1), (9, 0, 1, 3, 0), (0, 70, 0, 65, 1)):
+        experts = torch.arange(5).repeat_interleave(torch.tensor(counts))
+        x = torch.randn(len(experts), columns, generator=torch.Generator().manual_seed(3)).to(torch.float16)
+        expected = torch.stack([benches[expert].product(row) for expert, row in zip(experts.tolist(), x, strict=True)])
+        benches[0].compare(f"rows {counts}", stack(x, experts.to(torch.int32)), expected)
+
+
+def test_experts_with_tables_of_their_own_are_not_held_as_one() -> None:
+    layer = random_layer(Scheme.parse("W4A16-nf4-g64"), 48, 256)
+    implementation = KERNELS["marlin_tables"].load()
+    layers = [implementation.from_layer(layer, torch.float16) for _ in range(2)]
+    assert implementation.stackable(layers)  # type: ignore[attr-defined]
+    layers[1].get_buffer("table")[0, 3] += 1
+    assert not implementation.stackable(layers)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -153,6 +189,8 @@ def test_tensor_cores_multiply(name: str) -> None:
             continue
         for target in (targets[0], targets[-1]):
             for program in kernel.load().programs(Scheme.parse(scheme), kernel.dtypes[0], target):
+                if not isinstance(program, CppProgram):
+                    continue  # Triton's, of the blocks of experts
                 made = program.compile(target)
                 multiplies = "dense" not in program.name and "add" not in program.name
                 assert made.matrix.startswith("mma.sync") == multiplies, program.name
@@ -167,6 +205,8 @@ def test_tensor_cores_multiply(name: str) -> None:
 @pytest.mark.parametrize("rows", marlin_product.WARPGROUP_ROWS)
 def test_products_of_warpgroups_run_on(rows: int) -> None:
     """Four for each chunk and no wait between them: where the compiler does not see that it may, it waits for each."""
+    from triton.backends import nvidia
+
     form = marlin_product.Form("Int4", 8, False, torch.bfloat16, torch.bfloat16)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(nvrtc.machine_code(form.warpgroup(rows, HOPPER[1]).text(), "sm_90a"))
@@ -240,9 +280,10 @@ def test_sources_are_read_by_the_digest() -> None:
         assert source_digest(kernel)
         scheme, needed = claimed(kernel, catalogue())[0], {"device.cuh", "emulator.h"}
         targets = [target for platform in kernel.platforms for target in registry().platforms[platform].targets]
-        waiting = {
-            program.source for target in targets for program in kernel.load().programs(scheme, kernel.dtypes[0], target)
-        }
+        programs = [
+            program for target in targets for program in kernel.load().programs(scheme, kernel.dtypes[0], target)
+        ]
+        waiting = {program.source for program in programs if isinstance(program, CppProgram)}
         while waiting:
             needed.add(name := waiting.pop())
             waiting |= set(re.findall(r'#include "(.*)"', (folder / name).read_text())) - needed

@@ -16,9 +16,11 @@ from qcore.blocks.dequantize import block_parts
 from qcore.blocks.grids import grid, shifted_grid
 from qcore.blocks.types import BLOCK_TYPES
 from qcore.blocks.unpack import field, neighbours
+from qcore.kernels.stacking import StackableLinear
 from qcore.kernels.triton.blocks import block_type, whole
-from qcore.kernels.triton.launch import multiplied, programs
+from qcore.kernels.triton.launch import multiplied, programs, routed
 from qcore.kernels.triton.linear import ROWS
+from qcore.kernels.triton.routing import place_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,17 +38,24 @@ _TURN = 128
 
 @triton.jit(do_not_specialize=("M", "shares"))  # type: ignore[untyped-decorator]
 def multiply_tuples(  # type: ignore[no-untyped-def]
-    x_ptr, words_ptr, scales_ptr, coarse_ptr, grid_ptr, out_ptr, M, N, K, start, x_stride, shares,
-    INDEX: tl.constexpr, GROUP: tl.constexpr, DENSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    x_ptr, words_ptr, scales_ptr, coarse_ptr, grid_ptr, blocks_ptr, out_ptr, M, N, K, start, x_stride, shares,
+    INDEX: tl.constexpr, GROUP: tl.constexpr, DENSE: tl.constexpr, ROUTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out [shares, M, N] of x [M, K]; where DENSE, out [.., K] is the weight itself from row `start` on, and x is not looked at.
+    """out [shares, M, N] of x [M, K]; where DENSE, out [.., K] is the weight itself from row `start` on, and x is not looked at. Where ROUTED,
+    parts but the grid are stacked, and blocks says which rows of x meet which (qcore.kernels.triton.routing).
 
     words: int16 [N, K / 8]. scales: uint8 [N, K / GROUP], in eighths. coarse: float16 [N, K / 256]. grid: int32 [entries, 2], four weights each, 128 added to
     them. The seven signs above a place of nine bits make an even number of minus signs with the eighth."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    blocks = tl.cdiv(M, BM)
-    m = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
-    n = start + tl.program_id(0) // blocks * BN + tl.arange(0, BN)
+    begin, end, expert, across = place_of(blocks_ptr, M, tl.cdiv(N, BN), BM, ROUTED)
+    if ROUTED:
+        if begin >= end:
+            return
+        words_ptr += expert * N * (K // 8)
+        scales_ptr += expert * N * (K // GROUP)
+        coarse_ptr += expert * N * (K // 256)
+    m = begin + tl.arange(0, BM)
+    n = start + across * BN + tl.arange(0, BN)
     share = tl.program_id(1)
     word = tl.arange(0, 16)
     row = tl.minimum(n, N - 1).to(tl.int64)
@@ -77,40 +86,46 @@ def multiply_tuples(  # type: ignore[no-untyped-def]
                     dense = out_ptr + (n - start)[:, None].to(tl.int64) * K + column[None, :]
                     tl.store(dense, (value * scale * coarse[:, None]).to(dtype), mask=(n < N)[:, None])
                 else:
-                    x = tl.load(given + column[None, :], mask=(m < M)[:, None], other=0.0)
+                    x = tl.load(given + column[None, :], mask=(m < end)[:, None], other=0.0)
                     products = tl.dot((value * scale).to(dtype), tl.trans(x), products, input_precision="ieee")
         total += products * coarse[:, None]
     if not DENSE:
         out = out_ptr + (share * M + m[None, :]).to(tl.int64) * N + n[:, None]
-        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m[None, :] < end) & (n[:, None] < N))
 
 
 @torch.library.custom_op("qcore::triton_tuples", mutates_args=())
 def tuple_product(
-    x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, coarse: torch.Tensor, table: torch.Tensor, index: int
-) -> torch.Tensor:
-    """[M, N] in x's dtype; x [M, K] has unit stride along K. Parts as multiply_tuples takes them."""
-    group = 8 * words.shape[1] // scales.shape[1]
+    x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, coarse: torch.Tensor, table: torch.Tensor, index: int,
+    experts: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """[M, N] in x's dtype; x [M, K] has unit stride along K. Parts as multiply_tuples takes them. experts: as qcore::triton_product."""
+    group, outputs = 8 * words.shape[-1] // scales.shape[-1], words.shape[-2]
 
     def launch(
-        grid: tuple[int, int], x: torch.Tensor, out: torch.Tensor, rows: int, start: int, constants: dict[str, Any]
-    ) -> None:
+        grid: tuple[int, int], x: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor, rows: int, start: int, constants: dict[str, Any]
+    ) -> None:  # fmt: skip
         multiply_tuples[grid](
-            x, words, scales, coarse, table, out, rows, len(words), x.shape[1], start, x.stride(0), grid[1], INDEX=index, GROUP=group, **constants
+            x, words, scales, coarse, table, blocks, out, rows, outputs, x.shape[1], start, x.stride(0), grid[1], INDEX=index, GROUP=group, **constants
         )  # fmt: skip
 
-    return multiplied(x, len(words), _TURN, launch, slow=True)
+    if experts is not None:
+        return routed(x, experts, len(words), outputs, _TURN, launch)
+    return multiplied(x, outputs, _TURN, launch, slow=True)
 
 
 @tuple_product.register_fake
 def _(
-    x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, coarse: torch.Tensor, table: torch.Tensor, index: int
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], words.shape[0])
+    x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, coarse: torch.Tensor, table: torch.Tensor, index: int,
+    experts: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], words.shape[-2])
 
 
-class GridLinear(torch.nn.Module):
+class GridLinear(StackableLinear):
     """Parts as multiply_tuples takes them: 1.11 to 1.48 times the memory of the blocks."""
+
+    COMMON = ("table",)
 
     words: torch.Tensor
     scales: torch.Tensor
@@ -152,11 +167,11 @@ class GridLinear(torch.nn.Module):
             str(scheme), multiply_tuples, parts, (), {"INDEX": index, "GROUP": group}, dtype, target, slow=True
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         if flat.stride(-1) != 1:
             flat = flat.contiguous()
-        out: torch.Tensor = tuple_product(flat, self.words, self.scales, self.coarse, self.table, self.index)
+        out: torch.Tensor = tuple_product(flat, self.words, self.scales, self.coarse, self.table, self.index, experts)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
 

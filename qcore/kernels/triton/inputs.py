@@ -3,12 +3,14 @@ stand for is multiplied in 16 bits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from qcore.elements import Float
+from qcore.elements import Float, Group, PerToken
 from qcore.kernels.activations import quantize_input
+from qcore.kernels.stacking import StackableLinear
 from qcore.kernels.triton.floats import FloatLinear
 from qcore.kernels.triton.integers import IntegerLinear
 from qcore.kernels.triton.rounding import Rounding, round_input
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from qcore.tensor import LayerTensors
 
 
-class RoundedLinear(torch.nn.Module):
-    """weight: an IntegerLinear or FloatLinear. input_scale, input_zero: of the layer. What no kernel here rounds, torch's operators do."""
+class RoundedLinear(StackableLinear):
+    """weight: an IntegerLinear or FloatLinear. input_scale, input_zero: of the layer, [1]. What no kernel here rounds, torch's operators do."""
 
     input_scale: torch.Tensor | None
     input_zero: torch.Tensor | None
@@ -49,20 +51,35 @@ class RoundedLinear(torch.nn.Module):
             *(rounding.programs(False, dtype) if rounding else []),
         ]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.weight(self.rounded(x))
+    @classmethod
+    def stackable(cls, layers: Sequence[Self]) -> bool:
+        """Not where how a row is rounded depends on other rows: each expert has others."""
+        return layers[0]._rounds_by_row() and super().stackable(layers)
+
+    def _rounds_by_row(self) -> bool:
+        given, static = self.given, self.input_scale is not None
+        if given.outliers is not None or self.order == "inverses":
+            return False
+        if given.scales[0].type == "e4m3fn":  # under a scale of the whole input, or the file's
+            return static and self.rounding is not None
+        return static or isinstance(given.granularity, PerToken | Group)
+
+    def forward(self, x: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
+        out: torch.Tensor = self.weight(self.rounded(x, experts), experts)
         return out
 
-    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+    def rounded(self, x: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
         """[..., K] in x's type: what x stands for once it is rounded."""
-        how = self.rounding
-        if how is None or (how.scale == "e4m3fn" and self.input_scale is None):
-            return quantize_input(x, self.given, self.input_scale, self.input_zero, self.order)
+        how, scale, zero = self.rounding, self.input_scale, self.input_zero
+        if experts is not None:
+            scale, zero = (None if part is None else part[experts] for part in (scale, zero))
+        if how is None or (how.scale == "e4m3fn" and scale is None):
+            return quantize_input(x, self.given, scale, zero, self.order)
         flat = x.reshape(-1, x.shape[-1])
         if flat.stride(-1) != 1:
             flat = flat.contiguous()
         stands_for: torch.Tensor = round_input(
-            flat, self.input_scale, how.element, how.group, how.scale, how.dynamic, how.bound, False
+            flat, scale, how.element, how.group, how.scale, how.dynamic, how.bound, False
         )[0]
         return stands_for.reshape(x.shape)
 

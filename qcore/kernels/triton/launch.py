@@ -1,7 +1,8 @@
 """How a product is launched: few rows of x share sums among programs, many are multiplied densely.
 
-A kernel here is a Triton function of (x, parts .., out, M, N, K, start, x_stride, .., shares): grid (blocks of out, shares of the columns), out
-[shares, M, N]; or, where its constant DENSE is true, out [.., K], the weight's rows from `start` on in x's type.
+A kernel here is a Triton function of (x, parts .., blocks, out, M, N, K, start, x_stride, .., shares): grid (blocks of out, shares of the columns), out
+[shares, M, N]; or, where its constant DENSE is true, out [.., K], the weight's rows from `start` on in x's type. Where ROUTED is true, parts are those of a
+stack of experts, and `blocks` says which rows of x meet which (qcore.kernels.triton.routing); else it is not looked at.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 
 from qcore.kernels.triton.program import Program
+from qcore.kernels.triton.routing import blocks_of, routed_tiling, routed_tilings, routing_programs
 from qcore.kernels.triton.tilings import DENSE, Tiling, tilings_of, tilings_on
 
 if TYPE_CHECKING:
@@ -40,12 +42,13 @@ POINTERS = {
 
 
 class Launch(Protocol):
-    """Runs a kernel on a grid for `rows` rows of x; constants: `constants_of` the tiling's."""
+    """Runs a kernel on a grid for `rows` rows of x; constants: `constants_of` the tiling's, and DENSE and ROUTED."""
 
     def __call__(
         self,
         grid: tuple[int, int],
         x: torch.Tensor,
+        blocks: torch.Tensor,
         out: torch.Tensor,
         rows: int,
         start: int,
@@ -76,10 +79,28 @@ def multiplied(
         return _dense_product(x, outputs, turn, launch)
 
     def run(grid: tuple[int, int], out: torch.Tensor) -> None:
-        launch(grid, x, out, rows, 0, {"DENSE": False} | constants_of(tiling))
+        launch(grid, x, x, out, rows, 0, {"DENSE": False, "ROUTED": False} | constants_of(tiling))
+
+    turns, blocks = triton.cdiv(columns, vector if tiling.rows == 1 else turn), triton.cdiv(rows, tiling.rows)
+    return in_shares(x.dtype, rows, outputs, blocks, turns, tiling, x.device, run)
+
+
+def routed(
+    x: torch.Tensor, experts: torch.Tensor, count: int, outputs: int, turn: int, launch: Launch, vector: int = 0
+) -> torch.Tensor:
+    """As `multiplied`, each row of x by the weight of its own of `count` experts: int32 [M], ascending. Nothing is waited for, so that graphs of the device's can
+    hold it. However many rows there are, no weight is made dense: the host does not know whose rows are many."""
+    rows, columns = x.shape
+    if not rows:
+        return x.new_empty(0, outputs)
+    tiling = routed_tiling(routed_tilings(tilings_on(x.device), vector > 0), rows, count)
+    blocks = blocks_of(experts, count, tiling.rows)
+
+    def run(grid: tuple[int, int], out: torch.Tensor) -> None:
+        launch(grid, x, blocks, out, rows, 0, {"DENSE": False, "ROUTED": True} | constants_of(tiling))
 
     turns = triton.cdiv(columns, vector if tiling.rows == 1 else turn)
-    return in_shares(x.dtype, rows, outputs, turns, tiling, x.device, run)
+    return in_shares(x.dtype, rows, outputs, len(blocks), turns, tiling, x.device, run)
 
 
 def _fit(tilings: Sequence[Tiling], vector: bool, slow: bool) -> list[Tiling]:
@@ -88,11 +109,11 @@ def _fit(tilings: Sequence[Tiling], vector: bool, slow: bool) -> list[Tiling]:
 
 
 def in_shares(
-    dtype: torch.dtype, rows: int, outputs: int, turns: int, tiling: Tiling, place: torch.device, run: Callable[[tuple[int, int], torch.Tensor], None]
+    dtype: torch.dtype, rows: int, outputs: int, blocks: int, turns: int, tiling: Tiling, place: torch.device, run: Callable[[tuple[int, int], torch.Tensor], None]
 ) -> torch.Tensor:  # fmt: skip
-    """[rows, outputs] in dtype. turns: of the kernel's loop, which programs share where there are few; their parts are added in a fixed order, so that
-    results do not change from run to run. run: launches the kernel on a grid (blocks, shares) that fills [shares, rows, outputs]."""
-    blocks = triton.cdiv(rows, tiling.rows) * triton.cdiv(outputs, tiling.outputs)
+    """[rows, outputs] in dtype. blocks: along rows of x. turns: of the kernel's loop, which programs share where there are few; their parts are added in a
+    fixed order, so that results do not change from run to run. run: launches the kernel on a grid (blocks, shares) that fills [shares, rows, outputs]."""
+    blocks *= triton.cdiv(outputs, tiling.outputs)
     programs, least = (_PROGRAMS, 2) if tiling.rows > 1 else (_VECTOR_PROGRAMS, 1)
     shares = max(1, min(_MOST_SHARES, programs // blocks, triton.cdiv(turns, least)))
     shares = triton.cdiv(turns, triton.cdiv(turns, shares))  # none without a turn
@@ -120,9 +141,10 @@ def _dense_product(x: torch.Tensor, outputs: int, turn: int, launch: Launch) -> 
             (blocks, triton.cdiv(columns, _DENSE_TURNS * turn)),
             dense,
             dense,
+            dense,
             1,
             start,
-            {"DENSE": True} | constants_of(DENSE),
+            {"DENSE": True, "ROUTED": False} | constants_of(DENSE),
         )
         torch.mm(x, dense[: part.shape[1]].t(), out=part)
     return out
@@ -161,14 +183,17 @@ def programs(
     activations, `float16` or `bfloat16`. vector: the kernel for one row of x, where there is one, of the same arguments. slow: as `multiplied`
     has it."""
     floats = getattr(torch, dtype)
-    pointers = {"x_ptr": floats, **parts, "out_ptr": floats}
-    made = [
-        built(
-            f"{name} {dtype}", vector if tiling.rows == 1 else kernel, pointers, ("M", "N", "K", "start", "x_stride", *sizes),
-            {**constants, "DENSE": tiling is DENSE}, tiling,
-        )
-        for tiling in (*_fit(tilings_of(target), vector is not None, slow), DENSE)
-    ]  # fmt: skip
+
+    def made(tiling: Tiling, *, routed: bool = False) -> Program:
+        pointers = {"x_ptr": floats, **parts, "blocks_ptr": torch.int32 if routed else floats, "out_ptr": floats}
+        return built(
+            f"{name} {dtype}{' of experts' * routed}", vector if tiling.rows == 1 else kernel, pointers,
+            ("M", "N", "K", "start", "x_stride", *sizes), {**constants, "DENSE": tiling is DENSE, "ROUTED": routed}, tiling,
+        )  # fmt: skip
+
+    every = tilings_of(target)
+    one_weight = [made(tiling) for tiling in (*_fit(every, vector is not None, slow), DENSE)]
+    experts = routed_tilings(every, vector is not None)
     signature = {"parts_ptr": "*fp32", "out_ptr": POINTERS[floats], "size": "i32", "shares": "i32"}
     sums = Program(
         f"sums of shares {dtype}",
@@ -177,4 +202,9 @@ def programs(
         {"MOST": _MOST_SHARES, "BLOCK": _SUMS},
         frozenset(signature) - {"shares"},
     )
-    return [*made, sums]
+    return [
+        *one_weight,
+        *(made(tiling, routed=True) for tiling in experts),
+        *routing_programs([tiling.rows for tiling in experts]),
+        sums,
+    ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcore.bits import unpack
+from qcore.kernels.stacking import StackableLinear
 from qcore.kernels.triton.planes import pack_planes
 from qcore.kernels.triton.product import Form, product
 
@@ -22,7 +23,7 @@ ROWS = 256
 """Rows of a weight repacked at a time."""
 
 
-class PlanesLinear(torch.nn.Module):
+class PlanesLinear(StackableLinear):
     """codes: planes of [N, K]. scales: [groups, N]. coarse: [1 or 2, coarse groups, N]. zeros: as scales. table: [2^bits], in the
     activations' dtype. order: int32 [K], the columns sorted by group. As qcore.kernels.triton.multiply takes them."""
 
@@ -48,14 +49,14 @@ class PlanesLinear(torch.nn.Module):
         self.register_buffer("table", table)
         self.register_buffer("order", order)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         if flat.stride(-1) != 1:
             flat = flat.contiguous()
         form = self.form
         out: torch.Tensor = product(
             flat, self.codes, self.scales, self.coarse, self.zeros, self.table, self.order,
-            form.bits, form.group, form.center, form.exponent, form.bias, form.scale, form.coarse_group,
+            form.bits, form.group, form.center, form.exponent, form.bias, form.scale, form.coarse_group, experts,
         )  # fmt: skip
         return out.reshape(*x.shape[:-1], out.shape[-1])
 

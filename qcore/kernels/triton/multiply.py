@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qcore.kernels.triton.routing import place_of
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def value_of(raw, zero, table_ptr, dtype: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr, BIAS: tl.constexpr, TABLE: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
@@ -69,16 +71,34 @@ def group_of(  # type: ignore[no-untyped-def]
     return scale, subtracted, added
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def parts_of_expert(  # type: ignore[no-untyped-def]
+    codes_ptr, scales_ptr, coarse_ptr, zeros_ptr, table_ptr, order_ptr, expert, N, K, row_bytes,
+    BITS: tl.constexpr, GROUP: tl.constexpr, COARSE_GROUP: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the parts of one of a stack's weights. expert: int64."""
+    groups = 1 if GROUP == 0 else tl.cdiv(K, GROUP)
+    codes_ptr += expert * N * row_bytes
+    scales_ptr += expert * groups * N
+    if COARSE_GROUP > 0:
+        coarse_ptr += expert * tl.cdiv(K, COARSE_GROUP) * (2 if ZERO == "added" else 1) * N
+    zeros_ptr += expert * groups * N
+    table_ptr += expert * (1 << BITS)
+    order_ptr += expert * K
+    return codes_ptr, scales_ptr, coarse_ptr, zeros_ptr, table_ptr, order_ptr
+
+
 @triton.jit(do_not_specialize=("M", "shares"))  # type: ignore[untyped-decorator]
 def multiply_codes(  # type: ignore[no-untyped-def]
-    x_ptr, codes_ptr, scales_ptr, coarse_ptr, zeros_ptr, table_ptr, order_ptr, out_ptr,
+    x_ptr, codes_ptr, scales_ptr, coarse_ptr, zeros_ptr, table_ptr, order_ptr, blocks_ptr, out_ptr,
     M, N, K, start, x_stride, row_bytes, shares,
     BITS: tl.constexpr, CENTER: tl.constexpr, EXPONENT: tl.constexpr, BIAS: tl.constexpr, TABLE: tl.constexpr, GROUP: tl.constexpr,
     COARSE_GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, ORDERED: tl.constexpr, PARTS: tl.constexpr, TOGETHER: tl.constexpr, SECTION: tl.constexpr,
-    RUN: tl.constexpr, DENSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    RUN: tl.constexpr, DENSE: tl.constexpr, ROUTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out [shares, M, N] of x [M, K]; where DENSE, out [.., K] is the weight itself from row `start` on, and x is not looked at.
 
+    Where ROUTED, parts are stacked, one of each for an expert, and blocks says which rows of x meet which (qcore.kernels.triton.routing).
     codes: [N, row_bytes] in planes. scales, zeros: [groups, N]. coarse: [1 or 2, coarse groups, N], the second for zeros that are
     added. order: int32 [K], which columns of x the codes stand for. SECTION divides GROUP, the columns under one scale, or 0: all; TOGETHER sections share the bytes of
     the widest plane, and RUN of them in a row a group. Scales that all columns have multiply the whole sum. The weight is the product's left
@@ -87,9 +107,15 @@ def multiply_codes(  # type: ignore[no-untyped-def]
     # Codes of a single plane stay where they are in their bytes; value_of says what lift is for.
     step: tl.constexpr = BITS if BITS == 4 or BITS == 2 or BITS == 1 else 0
     lift: tl.constexpr = 0 if TABLE or EXPONENT > 0 else 0x4B000000
-    blocks = tl.cdiv(M, BM)
-    m = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
-    n = start + tl.program_id(0) // blocks * BN + tl.arange(0, BN)
+    begin, end, expert, across = place_of(blocks_ptr, M, tl.cdiv(N, BN), BM, ROUTED)
+    if ROUTED:
+        if begin >= end:
+            return
+        codes_ptr, scales_ptr, coarse_ptr, zeros_ptr, table_ptr, order_ptr = parts_of_expert(
+            codes_ptr, scales_ptr, coarse_ptr, zeros_ptr, table_ptr, order_ptr, expert, N, K, row_bytes, BITS, GROUP, COARSE_GROUP, ZERO
+        )  # fmt: skip
+    m = begin + tl.arange(0, BM)
+    n = start + across * BN + tl.arange(0, BN)
     share = tl.program_id(1)
     inside = tl.arange(0, SECTION)
     row = codes_ptr + tl.minimum(n, N - 1)[:, None].to(tl.int64) * row_bytes + inside[None, :]
@@ -156,7 +182,7 @@ def multiply_codes(  # type: ignore[no-untyped-def]
                 values = (values + added[:, None]).to(out_ptr.dtype.element_ty)
                 tl.store(dense, values, mask=(n[:, None] < N) & (k[None, :] < K))
             else:
-                x = tl.load(given[:, None] + column[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
+                x = tl.load(given[:, None] + column[None, :], mask=(m[:, None] < end) & (k[None, :] < K), other=0.0)
                 weight = value_of(
                     raw, subtracted[:, None], table_ptr, dtype, step * section, BITS, EXPONENT, BIAS, TABLE
                 )
@@ -177,4 +203,4 @@ def multiply_codes(  # type: ignore[no-untyped-def]
         if GROUP == 0:
             total = total * scale[:, None] + sums[None, :] * added[:, None]
         out = out_ptr + (share * M + m[None, :]).to(tl.int64) * N + n[:, None]
-        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m[None, :] < end) & (n[:, None] < N))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qcore.kernels.triton.launch import multiplied, programs
+from qcore.kernels.triton.launch import multiplied, programs, routed
 from qcore.kernels.triton.multiply import multiply_codes
 from qcore.kernels.triton.planes import parts_of, section_of, together_of
 from qcore.kernels.triton.vector import VECTOR_BYTES, multiply_vector
@@ -72,8 +72,10 @@ class Form:
 def product(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, coarse: torch.Tensor | None, zeros: torch.Tensor | None,
     table: torch.Tensor | None, order: torch.Tensor | None, bits: int, group: int, center: int, exponent: int, bias: int, scale: str, coarse_group: int,
+    experts: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """[M, N] in x's dtype; x [M, K] has unit stride along K. Parts as multiply_codes takes them, the rest as Form has it."""
+    """[M, N] in x's dtype; x [M, K] has unit stride along K. Parts as multiply_codes takes them, the rest as Form has it. experts: int32 [M], ascending,
+    the rows' own of the weights that are stacked in the parts; None: there is one weight."""
     zero = "" if zeros is None else "added" if zeros.is_floating_point() or coarse is not None else "stored"
     form = Form(bits, group, center, exponent, bias, table is not None, scale, coarse_group, zero, order is not None)
     # Parts that there are not are stood for by others, which are not looked at.
@@ -84,23 +86,27 @@ def product(
     )
 
     def launch(
-        grid: tuple[int, int], x: torch.Tensor, out: torch.Tensor, rows: int, start: int, constants: dict[str, Any]
-    ) -> None:
+        grid: tuple[int, int], x: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor, rows: int, start: int, constants: dict[str, Any]
+    ) -> None:  # fmt: skip
         kernel = multiply_vector if constants["BM"] == 1 else multiply_codes
         kernel[grid](
-            x, codes, scales, *stand_ins, codes if order is None else order, out, rows, len(codes), x.shape[1], start, x.stride(0),
-            codes.shape[1], grid[1], **form.constants, **constants,
+            x, codes, scales, *stand_ins, codes if order is None else order, blocks, out, rows, outputs, x.shape[1], start, x.stride(0),
+            codes.shape[-1], grid[1], **form.constants, **constants,
         )  # fmt: skip
 
-    return multiplied(x, len(codes), form.turn, launch, VECTOR_BYTES * parts_of(bits), form.slow)
+    outputs, vector = codes.shape[-2], VECTOR_BYTES * parts_of(bits)
+    if experts is not None:
+        return routed(x, experts, len(codes), outputs, form.turn, launch, vector)
+    return multiplied(x, outputs, form.turn, launch, vector, form.slow)
 
 
 @product.register_fake
 def _(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, coarse: torch.Tensor | None, zeros: torch.Tensor | None,
     table: torch.Tensor | None, order: torch.Tensor | None, bits: int, group: int, center: int, exponent: int, bias: int, scale: str, coarse_group: int,
+    experts: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], codes.shape[0])
+    return x.new_empty(x.shape[0], codes.shape[-2])
 
 
 def programs_of(

@@ -117,11 +117,11 @@ def stored_as(x, scale, kind: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.co
 def round_rows(  # type: ignore[no-untyped-def]
     x_ptr, given_ptr, out_ptr, scales_ptr, K, x_stride, bound,
     DYNAMIC: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, STEPS: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr,
-    HELD: tl.constexpr, CAST: tl.constexpr,
+    HELD: tl.constexpr, CAST: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """One row of x [M, K] a program. out: where CODES, int8 or the bytes of e4m3fn, and scales float32 [M]; otherwise what the codes stand for, in x's
-    type. given: float32 [1], the scale where it is not DYNAMIC. bound: run-time scales are for magnitudes up to it. STEPS: what the largest becomes.
-    HELD: BLOCK is no less than K. CAST: the processor converts to e4m3fn; its zero has a sign.
+    type. given: float32, the scale where it is not DYNAMIC: [1] where EACH is 0; 1: [M], each row has its own. bound: run-time scales are for magnitudes up
+    to it. STEPS: what the largest becomes. HELD: BLOCK is no less than K. CAST: the processor converts to e4m3fn; its zero has a sign.
 
     Magnitudes are compared as whole numbers, of which those of what is no number are the largest."""
     row = tl.program_id(0).to(tl.int64)
@@ -138,7 +138,7 @@ def round_rows(  # type: ignore[no-untyped-def]
         largest = tl.minimum(tl.max(bits, 0), 0x7F800000).to(tl.float32, bitcast=True)
         scale = scale_for(tl.minimum(largest, bound), 1.0, MANTISSA, STEPS, "plain", 0, 0)
     else:
-        scale = tl.load(given_ptr)
+        scale = tl.load(given_ptr + row * EACH)
     kind: tl.constexpr = out_ptr.dtype.element_ty
     if HELD:
         stored = stored_as(x, scale, kind, MANTISSA, LEAST, LARGEST, CODES, CAST)
@@ -158,15 +158,15 @@ def round_rows(  # type: ignore[no-untyped-def]
 def round_groups(  # type: ignore[no-untyped-def]
     x_ptr, given_ptr, out_ptr, scales_ptr, K, x_stride,
     GROUP: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, SCALE: tl.constexpr, CARRY: tl.constexpr,
-    EXPONENT: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr, CAST: tl.constexpr,
+    EXPONENT: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr, CAST: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """Of each row, BLOCK // GROUP groups a program; as round_rows, but scales are [M, groups]. given: float32 [1], the scale above NVFP4's own."""
+    """Of each row, BLOCK // GROUP groups a program; as round_rows, but scales are [M, groups]. given: the scale above NVFP4's own."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(x_ptr + row * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
     most = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
-    whole = tl.load(given_ptr) if SCALE == "e4m3fn" else 1.0
+    whole = tl.load(given_ptr + row * EACH) if SCALE == "e4m3fn" else 1.0
     scale = scale_for(most, whole, MANTISSA, LARGEST, SCALE, CARRY, EXPONENT)
     kind: tl.constexpr = out_ptr.dtype.element_ty
     stored = stored_as(x, scale[:, None], kind, MANTISSA, LEAST, LARGEST, CODES, CAST)
@@ -253,17 +253,19 @@ class Rounding:
         }
         more = {} if self.group else {"bound": "fp32"}
         constants = self.constants | {"CODES": codes, "CAST": eights_cast(target)}
+        scales = ((0, ""), (1, ", a scale for each")) if self.scale == "e4m3fn" or not self.dynamic else ((0, ""),)
         shapes = [self.shape(1 << 20, columns) for columns in ((4096,) if self.group else (4096, 2 * _LONGEST))]
         return [
             Program(
-                f"rounding to {self.element} {dtype}, {shape['BLOCK']} at a time",
+                f"rounding to {self.element} {dtype}, {shape['BLOCK']} at a time{own}",
                 round_groups if self.group else round_rows,
                 signature | more,
-                constants | {key: value for key, value in shape.items() if key != "num_warps"},
+                constants | {"EACH": each} | {key: value for key, value in shape.items() if key != "num_warps"},
                 frozenset(signature),
                 {"num_warps": shape["num_warps"]},
             )
             for shape in shapes
+            for each, own in scales
         ]
 
 
@@ -271,8 +273,8 @@ class Rounding:
 def round_input(
     x: torch.Tensor, given: torch.Tensor | None, element: str, group: int, scale: str, dynamic: bool, bound: float, codes: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x: [M, K] of unit stride along K. given: float32 [1]. codes: int8 or uint8 [M, K] and their scales, float32 [M] or [M, groups]; otherwise what they
-    stand for, in x's type, and nothing."""
+    """x: [M, K] of unit stride along K. given: float32 [1], or of each row [M]. codes: int8 or uint8 [M, K] and their scales, float32 [M] or [M, groups]; otherwise
+    what they stand for, in x's type, and nothing."""
     rounding = Rounding(element, group, scale, dynamic, bound)
     (rows, columns), groups = x.shape, triton.cdiv(x.shape[1], group) if group else 0
     kept, scales = _results(x, element, groups, codes)
@@ -280,7 +282,13 @@ def round_input(
         return kept, scales
     parts = (x, scales if given is None else given, kept, scales, columns, x.stride(0))
     how = (
-        rounding.constants | rounding.shape(rows, columns) | {"CODES": codes, "CAST": eights_cast(target_on(x.device))}
+        rounding.constants
+        | rounding.shape(rows, columns)
+        | {
+            "CODES": codes,
+            "CAST": eights_cast(target_on(x.device)),
+            "EACH": int(given is not None and given.numel() > 1),
+        }
     )
     if group:
         round_groups[(rows, triton.cdiv(columns, _BLOCK))](*parts, **how)

@@ -44,7 +44,7 @@ def triton_kernels(
     """One row for each family of elements, named `prefix_family`."""
     return [
         Kernel(f"{prefix}_{family}", "triton", "linear", platforms, accepts, dtypes, 0.5, f"qcore.kernels.triton.{implementation}", note,
-               features=features, requires=requires, ragged=family != "codebooks", architectures=architectures, compiles=True)
+               features=features, requires=requires, ragged=family != "codebooks", architectures=architectures, compiles=True, experts=True)
         for family, accepts, implementation, note in _FAMILIES
     ]  # fmt: skip
 
@@ -74,7 +74,7 @@ def triton_int8(
                   Accepts(("int8",), ("channel", "tensor"), inputs=("int8-token-sym-dyn", "int8-tensor-sym")),
                   ("bfloat16", "float16"), 0.35, "qcore.kernels.triton.eights:EightsLinear",
                   "int8 x int8 on matrix units, exact in int32; inputs are rounded by one kernel before",
-                  features=features, requires=requires, architectures=architectures, compiles=True)  # fmt: skip
+                  features=features, requires=requires, architectures=architectures, compiles=True, experts=True)  # fmt: skip
 
 
 def triton_fp8(
@@ -85,7 +85,7 @@ def triton_fp8(
     return [
         Kernel(f"{prefix}_fp8{suffix}", "triton", "linear", platforms, accepts, ("bfloat16", "float16"), 0.35,
                "qcore.kernels.triton.eights:EightsLinear", f"e4m3 x e4m3 on matrix units{note}; inputs are rounded by one kernel before",
-               features=features, requires=requires, architectures=architectures, ragged=suffix != "", compiles=True)
+               features=features, requires=requires, architectures=architectures, ragged=suffix != "", compiles=True, experts=True)
         for suffix, note, accepts in (
             ("", "", Accepts(("fp8",), ("channel", "tensor"), inputs=("fp8-token-dyn*", "fp8-tensor"))),
             ("_block128", ", the sums of 128 columns scaled", Accepts(("fp8",), ("block128", "tile1x128"), inputs=("fp8-g128-dyn",))),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qcore.kernels.triton.multiply import group_of
+from qcore.kernels.triton.multiply import group_of, parts_of_expert
 
 VECTOR_BYTES = 64
 """Of a row in a tile, from each of the vectors that planes are made of (planes.py): so many columns of a section, or of some chunks' sections."""
@@ -57,13 +57,14 @@ def spread(scale, BN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=("M", "shares"))  # type: ignore[untyped-decorator]
 def multiply_vector(  # type: ignore[no-untyped-def]
-    x_ptr, codes_ptr, scales_ptr, coarse_ptr, zeros_ptr, table_ptr, order_ptr, out_ptr,
+    x_ptr, codes_ptr, scales_ptr, coarse_ptr, zeros_ptr, table_ptr, order_ptr, blocks_ptr, out_ptr,
     M, N, K, start, x_stride, row_bytes, shares,
     BITS: tl.constexpr, CENTER: tl.constexpr, EXPONENT: tl.constexpr, BIAS: tl.constexpr, TABLE: tl.constexpr, GROUP: tl.constexpr,
     COARSE_GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, ORDERED: tl.constexpr, PARTS: tl.constexpr, TOGETHER: tl.constexpr, SECTION: tl.constexpr,
-    RUN: tl.constexpr, DENSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    RUN: tl.constexpr, DENSE: tl.constexpr, ROUTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out [shares, M, N] of x [M, K], a row of x for a program. The rest as multiply_codes has it; DENSE is false, BM 1.
+    """out [shares, M, N] of x [M, K], a row of x for a program. blocks: int32 [M], the rows' experts, where ROUTED. The
+    rest as multiply_codes has it; DENSE is false, BM 1.
 
     Tiles are [BN, 16 words], of one chunk or more; a thread has four words of a row, so that it has few columns of x and some rows. Scales are loaded for each
     four words of a row, [BN * 4], which is how threads have the words: none waits for scales that others load."""
@@ -75,6 +76,11 @@ def multiply_vector(  # type: ignore[no-untyped-def]
     shifted: tl.constexpr = CENTER > 0 or ZERO != ""
     lacking: tl.constexpr = 1.0 if TABLE else 2.0 ** (63 - BIAS) if EXPONENT > 0 else 2.0**85
     m = tl.program_id(0) % M
+    if ROUTED:
+        codes_ptr, scales_ptr, coarse_ptr, zeros_ptr, table_ptr, order_ptr = parts_of_expert(
+            codes_ptr, scales_ptr, coarse_ptr, zeros_ptr, table_ptr, order_ptr, tl.load(blocks_ptr + m).to(tl.int64),
+            N, K, row_bytes, BITS, GROUP, COARSE_GROUP, ZERO,
+        )  # fmt: skip
     first_row = tl.program_id(0) // M * BN
     n = first_row + tl.arange(0, BN)
     share = tl.program_id(1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -10,12 +11,15 @@ from qcore.bits import unpack
 from qcore.elements import Codebook, Float, Granularity, Int
 from qcore.kernels.order import columns_by_group
 from qcore.kernels.scales import by_group, finest_scales, group_size
+from qcore.kernels.stacking import StackableLinear
 from qcore.tensor import float_table
+from qcore_cuda.kernels.marlin_experts import can_route, experts_product, experts_programs
 from qcore_cuda.kernels.marlin_product import CHUNK, PRODUCT, TOKENS, Form, adding, product
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from qcore.kernels.triton.program import Program
     from qcore.platform import Target
     from qcore.scheme import Scheme
     from qcore.tensor import LayerTensors, QuantizedTensor
@@ -30,7 +34,7 @@ _DEEP = (1, 2, 4)
 """Chunks of a step of wide.cuh."""
 
 
-class MarlinLinear(torch.nn.Module):
+class MarlinLinear(StackableLinear):
     """weight: int32, chunks as native/codes.cuh has them. records: uint8, [N / 16, groups] of the rows' scales and zero points. table: uint8 [2, 16], the low
     and the high bytes of 16 numbers in the activations' dtype. order: int64 [K], act-order columns sorted by group."""
 
@@ -38,6 +42,10 @@ class MarlinLinear(torch.nn.Module):
     records: torch.Tensor
     table: torch.Tensor | None
     order: torch.Tensor | None
+
+    COMMON = ("table",)
+    SHARED: ClassVar[int] = 0
+    """Bytes of shared memory that a block may have; 0: as much as there is."""
 
     def __init__(
         self, form: Form, center: int, outputs: int, weight: torch.Tensor, records: torch.Tensor, table: torch.Tensor | None, order: torch.Tensor | None
@@ -78,7 +86,7 @@ class MarlinLinear(torch.nn.Module):
         return cls(form, center, rows, torch.cat(packed), records, table, order)
 
     @classmethod
-    def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[CppProgram]:
+    def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[CppProgram | Program]:
         """What may run a scheme on a target. dtype: of the activations, `float16` or `bfloat16`."""
         kind = getattr(torch, dtype)
         exact = not isinstance(scheme.weight.element, Int) and scheme.weight.scales[0].type != "e8m0"
@@ -86,24 +94,42 @@ class MarlinLinear(torch.nn.Module):
             scheme, kind, torch.float32 if exact else torch.bfloat16 if scheme.weight.scales[0].type == "e8m0" else kind
         )
         wide = [form.wide(tokens, deep, target.shared) for tokens in TOKENS for deep in _DEEP]
-        return [form.vector(8192), *wide, form.dense(), adding(kind)]
+        return [
+            form.vector(8192),
+            *wide,
+            *experts_programs(form, cls.SHARED or target.shared),
+            form.dense(),
+            adding(kind),
+        ]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat, form = x.reshape(-1, x.shape[-1]), self.form
-        flat = flat.contiguous() if self.order is None else flat[:, self.order]
-        out: torch.Tensor = product(
-            flat,
-            self.weight,
-            self.records,
-            self.table,
-            self.outputs,
-            form.code,
-            form.group,
-            form.scales,
-            form.zeros,
-            self.center,
-        )
+    @classmethod
+    def stackable(cls, layers: Sequence[Self]) -> bool:
+        """Where tables are the same, too."""
+        tables = [layer.table for layer in layers if layer.table is not None]
+        return can_route() and super().stackable(layers) and all(torch.equal(table, tables[0]) for table in tables)
+
+    def forward(self, x: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
+        flat, order = x.reshape(-1, x.shape[-1]), self.order
+        if order is not None:
+            flat = flat[:, order] if experts is None else flat.gather(1, order[experts])
+        flat = flat.contiguous()
+        out = self.product(flat) if experts is None else self._routed(flat, experts)
         return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """[M, N] of contiguous x [M, K], by one weight."""
+        form = self.form
+        out: torch.Tensor = product(
+            x, self.weight, self.records, self.table, self.outputs, form.code, form.group, form.scales, form.zeros, self.center
+        )  # fmt: skip
+        return out
+
+    def _routed(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        form = self.form
+        out: torch.Tensor = experts_product(
+            x, experts, self.weight, self.records, self.table, self.outputs, form.code, form.group, form.scales, form.zeros, self.center, self.SHARED
+        )  # fmt: skip
+        return out
 
 
 def _form(scheme: Scheme, dtype: torch.dtype, scales: torch.dtype) -> Form:

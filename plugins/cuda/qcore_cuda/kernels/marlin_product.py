@@ -35,6 +35,7 @@ _DENSE_CHUNKS = 4
 _TYPES = {torch.float16: "Half", torch.bfloat16: "Brain", torch.float32: "Single"}
 _VECTOR = "const u32* x, const Vector* weight, const Vector* records, const Vector* table, void* out, int N, int chunks, int center"
 _MULTIPLY = "const u16* x, const Vector* weight, const Vector* records, const Vector* table, void* out, int M, int N, int chunks, int center"
+_ROUTES = ", const int* routes, int single"
 _DENSE = (
     "const Vector* weight, const Vector* records, const Vector* table, Vector* out, int start, int chunks, int center"
 )
@@ -75,11 +76,20 @@ class Form:
         shared = _WARPS * depth * (unit * 512 * self.vectors + own) + 2 * columns + 4 * CHUNK
         return self._program("vector", (self.group,), _VECTOR, (depth,), shared)
 
-    def wide(self, tokens: int, deep: int, shared: int) -> CppProgram:
-        """For blocks of 8 times `tokens` rows of x. shared: bytes of it that a block may have."""
-        step = tokens * 8 * deep * 2 * CHUNK + _WARPS * _TILES * (self.vectors * 512 + self.records * self.record)
-        steps = min(_STEPS, shared // step)
-        return self._program("wide", (tokens, self.group), _MULTIPLY, (deep, steps), steps * step)
+    def wide(self, tokens: int, deep: int, shared: int, *, routed: bool = False) -> CppProgram:
+        """For blocks of 8 times `tokens` rows of x. shared: bytes of it that a block may have. routed: of experts (marlin_experts.py)."""
+        steps = self.steps(tokens, deep, shared)
+        parameters, more = (_MULTIPLY + _ROUTES, ("true",)) if routed else (_MULTIPLY, ())
+        return self._program(
+            "wide", (tokens, self.group), parameters, (deep, steps, *more), steps * self._step(tokens, deep)
+        )
+
+    def steps(self, tokens: int, deep: int, shared: int) -> int:
+        """Of that program, which have their places."""
+        return min(_STEPS, shared // self._step(tokens, deep))
+
+    def _step(self, tokens: int, deep: int) -> int:
+        return tokens * 8 * deep * 2 * CHUNK + _WARPS * _TILES * (self.vectors * 512 + self.records * self.record)
 
     def warpgroup(self, rows: int, shared: int) -> CppProgram:
         """For blocks of so many rows of x, on Hopper. shared: bytes of it that a block may have."""
@@ -98,7 +108,7 @@ class Form:
         return self._program("make_dense", (self.group,), _DENSE)
 
     def _program(
-        self, name: str, before: tuple[int, ...], parameters: str, after: tuple[int, ...] = (), shared: int = 0
+        self, name: str, before: tuple[int, ...], parameters: str, after: tuple[int | str, ...] = (), shared: int = 0
     ) -> CppProgram:
         kinds = (self.code, _TYPES[self.dtype], _TYPES[self.scales])
         words = [*kinds, *map(str, before), str(self.zeros).lower(), *map(str, after)]

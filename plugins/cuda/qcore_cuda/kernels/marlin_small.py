@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qcore_cuda.cpp import CppProgram
 from qcore_cuda.kernels.marlin import MarlinLinear
 from qcore_cuda.kernels.marlin_product import (
     CHUNK,
@@ -19,9 +20,9 @@ from qcore_cuda.kernels.marlin_product import (
 )
 
 if TYPE_CHECKING:
+    from qcore.kernels.triton.program import Program
     from qcore.platform import Target
     from qcore.scheme import Scheme
-    from qcore_cuda.cpp import CppProgram
 
 _SHARED = 64 << 10
 _SUMMING = 4 << 10
@@ -98,16 +99,24 @@ def _(
 class SmallMarlinLinear(MarlinLinear):
     """The same layer."""
 
-    @classmethod
-    def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[CppProgram]:
-        every = super().programs(scheme, dtype, target)
-        fit = [program for program in every if program.source != "wide.cuh" or program.name.rpartition("_")[2] > "1"]
-        return [program for program in fit if program.source != "vector.cuh" or program.shared + _SUMMING <= _SHARED]
+    SHARED = _SHARED
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat, form = x.reshape(-1, x.shape[-1]), self.form
-        flat = flat.contiguous() if self.order is None else flat[:, self.order]
+    @classmethod
+    def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[CppProgram | Program]:
+        return [program for program in super().programs(scheme, dtype, target) if _fits(program)]
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        form = self.form
         out: torch.Tensor = product(
-            flat, self.weight, self.records, self.table, self.outputs, form.code, form.group, form.scales, form.zeros, self.center
+            x, self.weight, self.records, self.table, self.outputs, form.code, form.group, form.scales, form.zeros, self.center
         )  # fmt: skip
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        return out
+
+
+def _fits(program: CppProgram | Program) -> bool:
+    """Whether it is one that a layer may run."""
+    if not isinstance(program, CppProgram):
+        return True
+    if program.source == "wide.cuh":
+        return program.name.removesuffix("_true").rpartition("_")[2] > "1"
+    return program.source != "vector.cuh" or program.shared + _SUMMING <= _SHARED

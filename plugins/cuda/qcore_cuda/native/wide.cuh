@@ -8,18 +8,32 @@ constexpr int kWarps = 8, kTiles = 2;  // kTiles: of 16 rows, of a warp
 
 // As vector.cuh's. DEEP: chunks of a step, which as many warps share; the others have rows of their own. STEPS: that are on their way. Blocks along x: for each
 // 8 / DEEP x 32 rows of the weight one for every TOKENS x 8 rows of x. kEach records of a chunk are on their way with it.
-template <template <class> class Code, class T, class S, int TOKENS, int GROUP, bool ZEROS, int DEEP, int STEPS>
+//
+// ROUTED: weights and records are stacked, of an expert each, with what vector.cuh reads behind the last chunk; routes, [blocks, 3], says of each block along x the
+// first row, the one behind the last, and the expert; where `single` is set, [M], of each row the expert, and a block has one. Blocks without rows have nothing to do.
+template <template <class> class Code, class T, class S, int TOKENS, int GROUP, bool ZEROS, int DEEP, int STEPS, bool ROUTED = false>
 __device__ void wide(
-    const u16* x, const Vector* weight, const Vector* records, const Vector* table, void* out, int M, int N, int chunks, int center) {
+    const u16* x, const Vector* weight, const Vector* records, const Vector* table, void* out, int M, int N, int chunks, int center,
+    const int* routes = nullptr, int single = 0) {
   using R = Record<S, ZEROS>;
   constexpr int kVectors = Code<T>::kVectors, kAside = kWarps / DEEP;
   constexpr int kEach = GROUP && GROUP < 4 ? 4 / GROUP : 1, kLong = GROUP > 4 ? GROUP / 4 : 1;
   constexpr int kInputs = TOKENS * 8 * DEEP * 8, kOwn = kTiles * (kVectors * 32 + kEach * R::kVectors), kStep = kInputs + kWarps * kOwn;
   DYNAMIC_SHARED(memory);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, aside = warp / DEEP, deep = warp % DEEP;
-  const int blocks = (M + TOKENS * 8 - 1) / (TOKENS * 8), token = blockIdx.x % blocks * TOKENS * 8;
-  const int tiles = N / 16, tile = (blockIdx.x / blocks * kAside + aside) * kTiles;
-  const int steps = (chunks + DEEP - 1) / DEEP, groups = GROUP ? (chunks * 4 + GROUP - 1) / GROUP : 1;
+  const int tiles = N / 16, steps = (chunks + DEEP - 1) / DEEP, groups = GROUP ? (chunks * 4 + GROUP - 1) / GROUP : 1;
+  int blocks = (M + TOKENS * 8 - 1) / (TOKENS * 8);
+  if constexpr (ROUTED) blocks = gridDim.x / ((tiles + kAside * kTiles - 1) / (kAside * kTiles));
+  int token = blockIdx.x % blocks * TOKENS * 8, last = M;  // the first row of x, and the one behind the last
+  const int tile = (blockIdx.x / blocks * kAside + aside) * kTiles;
+  if constexpr (ROUTED) {
+    wait_for_earlier();
+    const int block = blockIdx.x % blocks, expert = single ? routes[block] : routes[3 * block + 2];
+    token = single ? block : routes[3 * block], last = single ? block + 1 : routes[3 * block + 1];
+    if (token >= last) return;
+    weight += expert * (static_cast<long long>(tiles) * chunks + 1) * kVectors * 32;
+    records += expert * (static_cast<long long>(tiles) * groups + kEach) * R::kVectors;
+  }
   const int first = static_cast<int>(static_cast<long long>(steps) * blockIdx.y / gridDim.y);
   const int end = static_cast<int>(static_cast<long long>(steps) * (blockIdx.y + 1) / gridDim.y);
   const int begin = first * DEEP + deep;  // this warp's first chunk
@@ -38,7 +52,7 @@ __device__ void wide(
     if (step < end) {
       Vector* slot = memory + step % STEPS * kStep;
       for (int i = threadIdx.x; i < kInputs; i += kWarps * 32) {
-        const int m = i / (DEEP * 8), v = i % (DEEP * 8), column = (step * DEEP * 8 + v) * 8, row = token + m < M ? token + m : M - 1;
+        const int m = i / (DEEP * 8), v = i % (DEEP * 8), column = (step * DEEP * 8 + v) * 8, row = token + m < last ? token + m : last - 1;
         // Vectors of a row change places, so that threads of different rows use different banks.
         if (column < chunks * 64) copy_async(&slot[m * DEEP * 8 + (v ^ m & 7)], x + static_cast<long long>(row) * chunks * 64 + column);
       }
@@ -148,7 +162,7 @@ __device__ void wide(
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int m = token + n * 8 + 2 * t + j % 2;
-        if (m >= M || tile + r >= tiles) continue;
+        if (m >= last || tile + r >= tiles) continue;
         const long long to = static_cast<long long>(m) * N + (tile + r) * 16 + g + j / 2 * 8;
         const float sum = total[r][n][j];
         if (gridDim.y > 1)
