@@ -60,6 +60,17 @@ def test_what_a_compiler_made_is_looked_at(made: Compiled, fault: str, monkeypat
     assert fault in build.fault and bool(fault) == bool(build.fault) and build.registers == made.registers
 
 
+def test_the_table_of_instructions() -> None:
+    """The compilers alone: no findings, and no evidence."""
+    asked = ("verify", "--plugin", "cuda", "--platform", "ada", "--kernel", "triton_kv_cache", "--isa")
+    done = command(*asked, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert list(document) == ["builds"] and {build["architecture"] for build in document["builds"]} == {"sm_89"}
+    for more in ("--record", "--compile-only", "--simulate"):
+        assert "bad-argument" in command(*asked, more).stderr
+
+
 def test_where_nothing_is_compiled() -> None:
     done = command("verify", "--plugin", "cpu", "--compile-only")
     assert done.returncode == 3 and "no kernel can be compiled" in done.stderr and not done.stdout

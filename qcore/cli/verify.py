@@ -13,8 +13,11 @@ from qcore.refusal import Refusal, Refused
 from qcore.support.rows import known_row
 
 if TYPE_CHECKING:
-    from qcore.discovery import Registry
-    from qcore.platform import Device
+    from collections.abc import Iterator
+
+    from qcore.discovery import Plugin, Registry
+    from qcore.kernel import Kernel
+    from qcore.platform import Device, Platform
     from qcore.support.evidence import Grade
     from qcore.testing.compiled import Build
     from qcore.testing.verify import Finding, Question
@@ -30,6 +33,10 @@ def verify_command(
         typer.Option(
             "--compile-only", help="No device: run kernels' sources on the CPU, and compile them for every GPU."
         ),
+    ] = False,
+    isa: Annotated[
+        bool,
+        typer.Option("--isa", help="No device: compile them alone, and show instructions, registers and memory."),
     ] = False,
     simulate: Annotated[
         bool,
@@ -48,9 +55,16 @@ def verify_command(
     plugins = registry()
     question = Question(plugin, platform, known_row(row) if row else None, kernel)
     _check(plugins, question)
-    if compile_only and simulate:
-        raise Refused(Refusal("bad-argument", "usage", "--simulate", "kernels are either compiled or run on a stand-in",
-                              "found --compile-only too", "Give one of the two."))  # fmt: skip
+    ways = [way for way, given in (("--compile-only", compile_only), ("--isa", isa), ("--simulate", simulate)) if given]
+    if len(ways) > 1:
+        raise Refused(Refusal("bad-argument", "usage", ways[-1], "kernels are either compiled or run on a stand-in",
+                              f"found {ways[0]} too", "Give one of the two."))  # fmt: skip
+    if isa and record:
+        raise Refused(Refusal("bad-argument", "usage", "--record", "evidence is of kernels that ran, too",
+                              "found --isa", "Give --compile-only for --isa."))  # fmt: skip
+    if isa:
+        _show_isa(plugins, question, json)
+        return
     builds: list[Build] = []
     if compile_only:
         findings, builds = _compiled(plugins, question)
@@ -59,7 +73,7 @@ def verify_command(
         with progress_bar("verifying") as progress:
             findings = list(verify(plugins, question, progress, devices))
     if not findings:
-        raise Refused(_nothing(question, compile_only))
+        raise Refused(_nothing(question, "--compile-only" if compile_only else ""))
     if record:
         _record(plugins, findings, "compiled" if compile_only else None)
     if json:
@@ -72,17 +86,46 @@ def verify_command(
         raise typer.Exit(3)
 
 
-def _compiled(plugins: Registry, question: Question) -> tuple[list[Finding], list[Build]]:
-    """Findings of kernels that were compiled, and their builds."""
-    from qcore.testing.compiled import compilable, verify_compiled
+def _compilable(plugins: Registry, question: Question) -> Iterator[tuple[Plugin, Kernel, list[Platform]]]:
+    """Kernels, said as they come."""
+    from qcore.testing.compiled import compilable
 
     if find_spec("triton") is None:
         raise Refused(Refusal("missing-package", "missing-dep", "triton", "kernels are compiled by it, and it is not installed",
                               fix="pip install triton"))  # fmt: skip
-    findings: list[Finding] = []
-    builds: list[Build] = []
     for plugin, kernel, platforms in compilable(plugins, question):
         note(f"{kernel.name}: {', '.join(platform.title for platform in platforms)}")
+        yield plugin, kernel, platforms
+
+
+def _show_isa(plugins: Registry, question: Question, json: bool) -> None:
+    from qcore.testing.compiled import builds_of
+
+    every = [
+        build
+        for _, kernel, platforms in _compilable(plugins, question)
+        for build in builds_of(kernel, platforms, question)
+    ]
+    if not every:
+        raise Refused(_nothing(question, "--isa"))
+    if json:
+        print_json({"builds": [vars(build) for build in every]})
+    else:
+        _print_builds(every)
+    faults = [f"{build.architecture}, {build.program}: {build.fault}" for build in every if build.fault]
+    for fault in faults:
+        note(fault)
+    if faults:
+        raise typer.Exit(3)
+
+
+def _compiled(plugins: Registry, question: Question) -> tuple[list[Finding], list[Build]]:
+    """Findings of kernels that were compiled, and their builds."""
+    from qcore.testing.compiled import verify_compiled
+
+    findings: list[Finding] = []
+    builds: list[Build] = []
+    for plugin, kernel, platforms in _compilable(plugins, question):
         found, built = verify_compiled(plugin, kernel, platforms, question)
         findings += found
         builds += built
@@ -123,11 +166,11 @@ def _check(plugins: Registry, question: Question) -> None:
                               fix="`qcore plugins --json` lists all kernels."))  # fmt: skip
 
 
-def _nothing(question: Question, compile_only: bool) -> Refusal:
+def _nothing(question: Question, way: str) -> Refusal:
     asked = ", ".join(f"{name} {value}" for name, value in vars(question).items() if value) or "this host"
-    if compile_only:
+    if way:
         return Refusal("no-kernel", "notimpl", asked, "no kernel can be compiled for what was asked for",
-                       fix="Leave --compile-only out where a device is there; `qcore plugins --json` lists all kernels.")  # fmt: skip
+                       fix=f"Leave {way} out where a device is there; `qcore plugins --json` lists all kernels.")  # fmt: skip
     return Refusal("no-device", "missing-dep", asked, "no device of this host runs what was asked for",
                    fix="`qcore doctor` lists the devices; run it on a machine that has one.")  # fmt: skip
 

@@ -64,8 +64,7 @@ def verify_compiled(
     plugin: Plugin, kernel: Kernel, platforms: Sequence[Platform], question: Question
 ) -> tuple[list[Finding], list[Build]]:
     """Findings of each platform whose every program could be launched, and all builds. Schemes: the matrix's, or the row's."""
-    schemes = [str(scheme) for scheme in claimed(kernel, question.schemes() if question.row else row_schemes())]
-    task = {"kernel": kernel.name, "schemes": schemes, "platforms": [platform.id for platform in platforms]}
+    task = _task(kernel, platforms, question)
     running = [_start(what, task) for what in ("interpret", "compile")]
     with ThreadPoolExecutor(len(running)) as side_by_side:
         answers, built = side_by_side.map(lambda process: _answer(process, json.dumps(task)), running)
@@ -84,6 +83,17 @@ def verify_compiled(
                 Finding(plugin.name, kernel, scheme, device, row["error"], row["bound"], row["cases"], failures)
             )
     return findings, builds
+
+
+def builds_of(kernel: Kernel, platforms: Sequence[Platform], question: Question) -> list[Build]:
+    """What the compilers make of the same programs, none of which is run."""
+    task = _task(kernel, platforms, question)
+    return [Build(**row) for row in _answer(_start("compile", task), json.dumps(task))]
+
+
+def _task(kernel: Kernel, platforms: Sequence[Platform], question: Question) -> dict[str, Any]:
+    schemes = [str(scheme) for scheme in claimed(kernel, question.schemes() if question.row else row_schemes())]
+    return {"kernel": kernel.name, "schemes": schemes, "platforms": [platform.id for platform in platforms]}
 
 
 def _start(what: str, task: dict[str, Any]) -> subprocess.Popen[str]:

@@ -187,13 +187,18 @@ def test_tensor_cores_multiply(name: str) -> None:
     for scheme in ("W4A16-g128-asym", "W8A16-fp8-channel"):
         if kernel.accepts.refuse(Scheme.parse(scheme)) is not None:
             continue
-        for target in (targets[0], targets[-1]):
+        for target in (
+            targets[0],
+            *(target for target in targets if target.name == marlin_product.HOPPER),
+            targets[-1],
+        ):
             for program in kernel.load().programs(Scheme.parse(scheme), kernel.dtypes[0], target):
                 if not isinstance(program, CppProgram):
                     continue  # Triton's, of the blocks of experts
                 made = program.compile(target)
                 multiplies = "dense" not in program.name and "add" not in program.name
-                assert made.matrix.startswith("mma.sync") == multiplies, program.name
+                unit = "wgmma" if program.own else "mma.sync"
+                assert made.matrix.startswith(unit) == multiplies, program.name
                 assert (
                     made.registers <= 255 and made.spilled <= 32 and made.shared <= target.shared + target.reserved
                 ), (

@@ -36,6 +36,30 @@ _TURN = 128
 """Columns of one turn of the loop."""
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def weight_of(entries, minus, column, INDEX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32, before they are scaled: of tuples' weights the one of this number, 0 to 7. entries: int32, the tuple's half that it is in. minus: the eight signs, where
+    the grid has none."""
+    value = (((entries >> (8 * (column % 4))) & 255) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+    if INDEX < 12:
+        flip = (minus << (31 - column)) & -(1 << 31)
+        value = (value.to(tl.int32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def tuples_of(words_ptr, scales_ptr, row, word, K, INDEX: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of rows [BN] the words of these numbers: their places in the grid, their signs, and float32 scales."""
+    words = tl.load(words_ptr + row[:, None] * (K // 8) + word[None, :]).to(tl.int32) & 0xFFFF
+    scale = tl.load(scales_ptr + row[:, None] * (K // GROUP) + (word * 8 // GROUP)[None, :]).to(tl.float32) * 0.125
+    minus = words >> INDEX
+    if INDEX == 9:
+        odd = minus ^ (minus >> 4)
+        odd = odd ^ (odd >> 2)
+        minus = minus | (((odd ^ (odd >> 1)) & 1) << 7)
+    return words & ((1 << INDEX) - 1), minus, scale
+
+
 @triton.jit(do_not_specialize=("M", "shares"))  # type: ignore[untyped-decorator]
 def multiply_tuples(  # type: ignore[no-untyped-def]
     x_ptr, words_ptr, scales_ptr, coarse_ptr, grid_ptr, blocks_ptr, out_ptr, M, N, K, start, x_stride, shares,
@@ -57,38 +81,33 @@ def multiply_tuples(  # type: ignore[no-untyped-def]
     m = begin + tl.arange(0, BM)
     n = start + across * BN + tl.arange(0, BN)
     share = tl.program_id(1)
-    word = tl.arange(0, 16)
+    word, eight = tl.arange(0, 16), tl.arange(0, 8)
     row = tl.minimum(n, N - 1).to(tl.int64)
     given = x_ptr + m[:, None].to(tl.int64) * x_stride
     turns = K // 128
     each = tl.cdiv(turns, shares)
     total = tl.zeros((BN, BM), dtype=tl.float32)
     for turn in range(share * each, tl.minimum(turns, share * each + each)):
-        words = tl.load(words_ptr + row[:, None] * (K // 8) + (turn * 16 + word)[None, :]).to(tl.int32) & 0xFFFF
-        places = (turn * 128 // GROUP + word * 8 // GROUP)[None, :]
-        scale = tl.load(scales_ptr + row[:, None] * (K // GROUP) + places).to(tl.float32) * 0.125
         coarse = tl.load(coarse_ptr + row * (K // 256) + turn // 2).to(tl.float32)
-        minus = words >> INDEX
-        if INDEX == 9:
-            odd = minus ^ (minus >> 4)
-            odd = odd ^ (odd >> 2)
-            minus = minus | (((odd ^ (odd >> 1)) & 1) << 7)
-        products = tl.zeros((BN, BM), dtype=tl.float32)
-        for half in tl.static_range(2):
-            entries = tl.load(grid_ptr + (words & ((1 << INDEX) - 1)) * 2 + half)
-            for byte in tl.static_range(4):
-                value = (((entries >> (8 * byte)) & 255) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
-                if INDEX < 12:
-                    flip = (minus << (31 - 4 * half - byte)) & -(1 << 31)
-                    value = (value.to(tl.int32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
-                column = turn * 128 + word * 8 + 4 * half + byte
-                if DENSE:
-                    dense = out_ptr + (n - start)[:, None].to(tl.int64) * K + column[None, :]
-                    tl.store(dense, (value * scale * coarse[:, None]).to(dtype), mask=(n < N)[:, None])
-                else:
+        if DENSE:  # eight columns of a word side by side, so that a thread writes them at once; four words, for which it has the registers
+            for first in range(turn * 16, turn * 16 + 16, 4):
+                place, minus, scale = tuples_of(words_ptr, scales_ptr, row, first + tl.arange(0, 4), K, INDEX, GROUP)
+                entries = tl.load(grid_ptr + place[:, :, None] * 2 + (eight // 4)[None, None, :])
+                value = weight_of(entries, minus[:, :, None], eight[None, None, :], INDEX)
+                values = tl.reshape((value * scale[:, :, None] * coarse[:, None, None]).to(dtype), (BN, 32))
+                dense = out_ptr + (n - start)[:, None].to(tl.int64) * K + (first * 8 + tl.arange(0, 32))[None, :]
+                tl.store(dense, values, mask=(n < N)[:, None])
+        else:
+            place, minus, scale = tuples_of(words_ptr, scales_ptr, row, turn * 16 + word, K, INDEX, GROUP)
+            products = tl.zeros((BN, BM), dtype=tl.float32)
+            for half in tl.static_range(2):
+                entries = tl.load(grid_ptr + place * 2 + half)
+                for byte in tl.static_range(4):
+                    value = weight_of(entries, minus, 4 * half + byte, INDEX)
+                    column = turn * 128 + word * 8 + 4 * half + byte
                     x = tl.load(given + column[None, :], mask=(m < end)[:, None], other=0.0)
                     products = tl.dot((value * scale).to(dtype), tl.trans(x), products, input_precision="ieee")
-        total += products * coarse[:, None]
+            total += products * coarse[:, None]
     if not DENSE:
         out = out_ptr + (share * M + m[None, :]).to(tl.int64) * N + n[:, None]
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m[None, :] < end) & (n[:, None] < N))

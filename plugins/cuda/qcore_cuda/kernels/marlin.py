@@ -14,7 +14,7 @@ from qcore.kernels.scales import by_group, finest_scales, group_size
 from qcore.kernels.stacking import StackableLinear
 from qcore.tensor import float_table
 from qcore_cuda.kernels.marlin_experts import can_route, experts_product, experts_programs
-from qcore_cuda.kernels.marlin_product import CHUNK, PRODUCT, TOKENS, Form, adding, product
+from qcore_cuda.kernels.marlin_product import CHUNK, HOPPER, PRODUCT, TOKENS, WARPGROUP_ROWS, Form, adding, product
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -93,10 +93,13 @@ class MarlinLinear(StackableLinear):
         form = _form(
             scheme, kind, torch.float32 if exact else torch.bfloat16 if scheme.weight.scales[0].type == "e8m0" else kind
         )
-        wide = [form.wide(tokens, deep, target.shared) for tokens in TOKENS for deep in _DEEP]
+        if target.name == HOPPER:
+            some = [form.warpgroup(rows, target.shared) for rows in WARPGROUP_ROWS]
+        else:
+            some = [form.wide(tokens, deep, target.shared) for tokens in TOKENS for deep in _DEEP]
         return [
             form.vector(8192),
-            *wide,
+            *some,
             *experts_programs(form, cls.SHARED or target.shared),
             form.dense(),
             adding(kind),

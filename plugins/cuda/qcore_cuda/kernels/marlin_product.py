@@ -19,6 +19,8 @@ _DEPTH = 4
 """Pairs of chunks that a warp of vector.cuh has a place for."""
 _MOST = 256
 """Rows of x up to which the weight is decoded for each product; more are multiplied by a dense one."""
+HOPPER = 90
+"""The compute capability that warpgroup.cuh is for."""
 WARPGROUP_ROWS = (16, 32, 64, 128)
 """Of x, that a block of warpgroup.cuh has."""
 TOKENS = (1, 2, 4, 8)
@@ -190,7 +192,7 @@ def _limits(place: torch.device) -> tuple[int, int, bool]:
     """As `limits`, and whether the matrix unit is Hopper's. A CPU stands for a small GPU."""
     if place.type == "cpu":
         return 4, 160 << 10, False
-    return *limits(place), torch.cuda.get_device_capability(place)[0] == 9
+    return *limits(place), torch.cuda.get_device_capability(place) == divmod(HOPPER, 10)
 
 
 def _by_dense(
