@@ -52,7 +52,7 @@ def qcore_kernels() -> Sequence[Kernel]:
                features=(frozenset({"fp8"}),), requires=_TRITON, multiples=(16, 16), experts=True),
         *_int8(),
         *_marlin("marlin", "marlin:MarlinLinear", _AMPERE_UP, ("bfloat16", "float16"), _BF16),
-        *_marlin("marlin_fp16", "marlin_small:SmallMarlinLinear", ("turing",), ("float16",), ()),
+        *_marlin("marlin_fp16", "marlin:SmallMarlinLinear", ("turing",), ("float16",), ()),
         *triton_kernels("triton", _AMPERE_UP, ("bfloat16", "float16"), features=_BF16, requires=_TRITON),
         triton_int8("triton", _AMPERE_UP, features=(frozenset({"int8_tensor_core"}),), requires=_TRITON),
         *triton_fp8("triton", ("ada", "hopper", "blackwell"), features=(frozenset({"fp8"}),), requires=_TRITON),

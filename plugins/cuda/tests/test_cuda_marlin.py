@@ -23,7 +23,7 @@ from qcore.testing.layers import random_layer
 from qcore.testing.verify import applies
 from qcore_cuda import driver, nvrtc
 from qcore_cuda.cpp import CppProgram
-from qcore_cuda.kernels import marlin_experts, marlin_product, marlin_small
+from qcore_cuda.kernels import marlin_experts, marlin_product
 from qcore_cuda.kernels.marlin import permuted
 
 KERNELS = {kernel.name: kernel for kernel, _ in registry().kernels if kernel.family == "marlin"}
@@ -83,9 +83,9 @@ def test_products_in_little_memory(name: str, scheme: str) -> None:
     form = KERNELS[name].load().from_layer(layer, torch.float16).form
     for tokens in marlin_product.TOKENS:
         for deep in (1, 2, 4):
-            program = marlin_small.wide_program(form, tokens, deep)
-            assert 1 <= marlin_small.deep_of(program) <= deep and program.shared <= 64 << 10
-            assert f", {marlin_small.deep_of(program)}, 1>" not in program.body
+            program, fewer = form.wide_in(tokens, deep, 64 << 10)
+            assert 1 <= fewer <= deep and program.shared <= 64 << 10
+            assert f", {fewer}, 1>" not in program.body
 
 
 @pytest.mark.parametrize("processors", [4, 132])

@@ -14,7 +14,17 @@ from qcore.kernels.scales import by_group, finest_scales, group_size
 from qcore.kernels.stacking import StackableLinear
 from qcore.tensor import float_table
 from qcore_cuda.kernels.marlin_experts import can_route, experts_product, experts_programs
-from qcore_cuda.kernels.marlin_product import CHUNK, HOPPER, PRODUCT, TOKENS, WARPGROUP_ROWS, Form, adding, product
+from qcore_cuda.kernels.marlin_product import (
+    CHUNK,
+    DEEP,
+    HOPPER,
+    PRODUCT,
+    TOKENS,
+    WARPGROUP_ROWS,
+    Form,
+    adding,
+    product,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,8 +40,8 @@ _EIGHT_BITS = 0x7F
 """Of a byte of e4m3 that is no number, sign aside."""
 _ROWS = 256
 """Rows repacked at a time."""
-_DEEP = (1, 2, 4)
-"""Chunks of a step of wide.cuh."""
+_COLUMNS = 8192
+"""Of a layer that programs are compiled for."""
 
 
 class MarlinLinear(StackableLinear):
@@ -96,11 +106,12 @@ class MarlinLinear(StackableLinear):
         if target.name == HOPPER:
             some = [form.warpgroup(rows, target.shared) for rows in WARPGROUP_ROWS]
         else:
-            some = [form.wide(tokens, deep, target.shared) for tokens in TOKENS for deep in _DEEP]
+            some = [form.wide_in(tokens, deep, target.shared)[0] for tokens in TOKENS for deep in DEEP]
+        vector = form.vector_in(_COLUMNS, target.shared)
         return [
-            form.vector(8192),
-            *some,
-            *experts_programs(form, cls.SHARED or target.shared),
+            *([] if vector is None else [vector]),
+            *dict.fromkeys(some),
+            *experts_programs(form, target.shared),
             form.dense(),
             adding(kind),
         ]
@@ -123,7 +134,7 @@ class MarlinLinear(StackableLinear):
         """[M, N] of contiguous x [M, K], by one weight."""
         form = self.form
         out: torch.Tensor = product(
-            x, self.weight, self.records, self.table, self.outputs, form.code, form.group, form.scales, form.zeros, self.center
+            x, self.weight, self.records, self.table, self.outputs, form.code, form.group, form.scales, form.zeros, self.center, self.SHARED
         )  # fmt: skip
         return out
 
@@ -133,6 +144,12 @@ class MarlinLinear(StackableLinear):
             x, experts, self.weight, self.records, self.table, self.outputs, form.code, form.group, form.scales, form.zeros, self.center, self.SHARED
         )  # fmt: skip
         return out
+
+
+class SmallMarlinLinear(MarlinLinear):
+    """The same where a block has no more than 64 KiB of shared memory (Turing): steps of fewer columns, as far as two have their places."""
+
+    SHARED = 64 << 10
 
 
 def _form(scheme: Scheme, dtype: torch.dtype, scales: torch.dtype) -> Form:

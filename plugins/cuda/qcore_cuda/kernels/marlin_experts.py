@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 _BLOCKS = (1, 8, 64)
 """Rows of x of a block: for few rows of each expert one by one, or eight, which is the matrix unit's least; for many, as wide.cuh has at most."""
-_DEEP = {8: (4, 2, 1), 64: (1,)}
-"""Chunks of a step of a block that has so many rows, as far as two steps fit: few rows are for many blocks."""
+_DEEP = {8: 4, 64: 1}
+"""Chunks of a step of a block that has so many rows, at most: few rows are for many blocks."""
 _ROWS = 256
 """Rows of the weight of a block where a step is one chunk."""
 _THREADS = 256
@@ -30,8 +30,7 @@ def can_route() -> bool:
 def experts_program(form: Form, block: int, shared: int) -> tuple[CppProgram, int]:
     """The one for blocks of so many rows, and the chunks of its step. shared: bytes of it that a block may have."""
     rows = max(8, block)
-    deep = next(deep for deep in _DEEP[rows] if deep == 1 or form.steps(rows // 8, deep, shared) > 1)
-    return form.wide(rows // 8, deep, shared, routed=True), deep
+    return form.wide_in(rows // 8, _DEEP[rows], shared, routed=True)
 
 
 def experts_programs(form: Form, shared: int) -> list[CppProgram | Program]:

@@ -25,6 +25,10 @@ WARPGROUP_ROWS = (16, 32, 64, 128)
 """Of x, that a block of warpgroup.cuh has."""
 TOKENS = (1, 2, 4, 8)
 """How many times eight rows of x a block of wide.cuh has."""
+DEEP = (4, 2, 1)
+"""Chunks of its step."""
+_SUMS = 1 << 10
+"""Bytes that a block of vector.cuh has for its sums, besides."""
 _DEEP_ROWS = 32
 """Rows of x up to which a step of warpgroup.cuh is four chunks, and not two."""
 _STEPS = 6
@@ -90,6 +94,17 @@ class Form:
         """Of that program, which have their places."""
         return min(_STEPS, shared // self._step(tokens, deep))
 
+    def wide_in(self, tokens: int, deep: int, shared: int, *, routed: bool = False) -> tuple[CppProgram, int]:
+        """The one with steps of up to `deep` chunks, of which two have their places, and the chunks of its step."""
+        fit = (d for d in DEEP if d <= deep and self.steps(tokens, d, shared) > 1)
+        deep = next(fit, DEEP[-1])
+        return self.wide(tokens, deep, shared, routed=routed), deep
+
+    def vector_in(self, columns: int, shared: int) -> CppProgram | None:
+        """The one for one row of x, where a block's memory suffices."""
+        program = self.vector(columns)
+        return program if program.shared + _SUMS <= shared else None
+
     def _step(self, tokens: int, deep: int) -> int:
         return tokens * 8 * deep * 2 * CHUNK + _WARPS * _TILES * (self.vectors * 512 + self.records * self.record)
 
@@ -128,9 +143,11 @@ def adding(dtype: torch.dtype) -> CppProgram:
 
 @torch.library.custom_op("qcore::cuda_marlin", mutates_args=())
 def product(
-    x: torch.Tensor, weight: torch.Tensor, records: torch.Tensor, table: torch.Tensor | None, outputs: int, code: str, group: int, scales: torch.dtype, zeros: bool, center: int
+    x: torch.Tensor, weight: torch.Tensor, records: torch.Tensor, table: torch.Tensor | None, outputs: int, code: str, group: int, scales: torch.dtype, zeros: bool,
+    center: int, most_shared: int,
 ) -> torch.Tensor:  # fmt: skip
-    """[M, N] of contiguous x [M, K]. group: products of one, 0: all. scales: their type. The rest as native/vector.cuh takes it."""
+    """[M, N] of contiguous x [M, K]. group: products of one, 0: all. scales: their type. most_shared: bytes of shared memory that a block may have; 0: as much as there
+    is. The rest as native/vector.cuh takes it."""
     rows, columns = x.shape
     form = Form(code, group, zeros, x.dtype, scales)
     if not rows:
@@ -140,10 +157,12 @@ def product(
     if rows > _MOST:
         return _by_dense(x, weight, records, table, outputs, form, center)
     chunks, (processors, shared, hopper) = columns // CHUNK, _limits(x.device)
+    shared = most_shared or shared
     given: tuple[int, ...] = (rows, outputs, chunks, center)
-    if rows == 1:
-        grid, given = vector_grid(outputs // 16, chunks, processors, shared), given[1:]
-        program = form.vector(-(-columns // grid[1]))
+    grid = vector_grid(outputs // 16, chunks, processors, shared)
+    program = form.vector_in(-(-columns // grid[1]), shared) if rows == 1 else None
+    if program is not None:
+        given = given[1:]
     elif hopper:
         block = next((most for most in WARPGROUP_ROWS if rows <= most), WARPGROUP_ROWS[-1])
         across = -(-outputs // (16 * _WARPS)) * -(-rows // block)
@@ -152,7 +171,7 @@ def product(
     else:
         tokens = next((tokens for tokens in TOKENS if rows <= 8 * tokens), TOKENS[-1])
         deep, shares = wide_split(outputs // 16, chunks, -(-rows // (8 * tokens)), processors)
-        program = form.wide(tokens, deep, shared)
+        program, deep = form.wide_in(tokens, deep, shared)
         grid = (-(-outputs * deep // (16 * _TILES * _WARPS)) * -(-rows // (8 * tokens)), shares, 1)
     parts = x.new_empty(grid[1], rows, outputs, dtype=torch.float32 if grid[1] > 1 else x.dtype)
     program.run(grid, x, weight, records, table, parts, *given)
@@ -165,7 +184,8 @@ def product(
 
 @product.register_fake
 def _(
-    x: torch.Tensor, weight: torch.Tensor, records: torch.Tensor, table: torch.Tensor | None, outputs: int, code: str, group: int, scales: torch.dtype, zeros: bool, center: int
+    x: torch.Tensor, weight: torch.Tensor, records: torch.Tensor, table: torch.Tensor | None, outputs: int, code: str, group: int, scales: torch.dtype, zeros: bool,
+    center: int, most_shared: int,
 ) -> torch.Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], outputs)
 
