@@ -24,7 +24,7 @@ def test_tensor_cores_multiply() -> None:
         "schemes": ["W4A16-g128-sym", "W3A16-g32-asym", "W8A16-channel-sym"],
         "platforms": ["ada", "hopper"],
     }
-    builds = [Build(**row) for row in compiled._answer(compiled._start("compile", task), json.dumps(task))]
+    builds = [Build(**row) for row in compiled._answer(compiled._start("compile"), json.dumps([task]))]
     # One row, few and some, and made dense; codes of several planes are dense from some on. Of experts one row, few and many, and what makes
     # their tables; and sums of shares.
     assert len(builds) == 2 * (4 + 3 + 4 + 3 * 3 + 2 + 1)
@@ -81,8 +81,8 @@ def answers(monkeypatch: pytest.MonkeyPatch, builds: list[Build]) -> None:
     """What the two processes say, without them."""
     found = [{"scheme": "W4A16-g128-asym", "error": 0.001, "bound": 0.016, "cases": 18, "failures": []}]
     said: dict[str, list[dict[str, Any]]] = {"interpret": found, "compile": [vars(build) for build in builds]}
-    monkeypatch.setattr(compiled, "_start", lambda what, task: what)
-    monkeypatch.setattr(compiled, "_answer", lambda what, task: said[what])
+    monkeypatch.setattr(compiled, "_start", lambda what: what)
+    monkeypatch.setattr(compiled, "_answer", lambda what, tasks: said[what])
 
 
 def test_evidence_says_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

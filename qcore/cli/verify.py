@@ -101,11 +101,8 @@ def _compilable(plugins: Registry, question: Question) -> Iterator[tuple[Plugin,
 def _show_isa(plugins: Registry, question: Question, json: bool) -> None:
     from qcore.testing.compiled import builds_of
 
-    every = [
-        build
-        for _, kernel, platforms in _compilable(plugins, question)
-        for build in builds_of(kernel, platforms, question)
-    ]
+    kernels = [(kernel, platforms) for _, kernel, platforms in _compilable(plugins, question)]
+    every = builds_of(kernels, question) if kernels else []
     if not every:
         raise Refused(_nothing(question, "--isa"))
     if json:

@@ -1,8 +1,8 @@
 """verify --compile-only: what can be proved of kernels where there is no GPU. Their sources run on the CPU against the definition (those in Triton
 in its interpreter), and the vendor's compilers make their code for every architecture of a platform.
 
-Both need a process of their own, for Triton is either an interpreter or a compiler: `python -m qcore.testing.compiled interpret|compile`, with a
-task in JSON on the standard input.
+Both need a process of their own, for Triton is either an interpreter or a compiler: `python -m qcore.testing.compiled interpret|compile`, with
+tasks in JSON on the standard input, one for a kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qcore.platform import Device, Platform, Target
 from qcore.scheme import Scheme
@@ -65,9 +65,9 @@ def verify_compiled(
 ) -> tuple[list[Finding], list[Build]]:
     """Findings of each platform whose every program could be launched, and all builds. Schemes: the matrix's, or the row's."""
     task = _task(kernel, platforms, question)
-    running = [_start(what, task) for what in ("interpret", "compile")]
+    running = [_start(what) for what in ("interpret", "compile")]
     with ThreadPoolExecutor(len(running)) as side_by_side:
-        answers, built = side_by_side.map(lambda process: _answer(process, json.dumps(task)), running)
+        answers, built = side_by_side.map(lambda process: _answer(process, json.dumps([task])), running)
     builds = [Build(**row) for row in built]
     findings = []
     for platform in platforms:
@@ -85,10 +85,10 @@ def verify_compiled(
     return findings, builds
 
 
-def builds_of(kernel: Kernel, platforms: Sequence[Platform], question: Question) -> list[Build]:
-    """What the compilers make of the same programs, none of which is run."""
-    task = _task(kernel, platforms, question)
-    return [Build(**row) for row in _answer(_start("compile", task), json.dumps(task))]
+def builds_of(kernels: Sequence[tuple[Kernel, Sequence[Platform]]], question: Question) -> list[Build]:
+    """What the compilers make of the same programs, none of which is run. One process starts Triton for all of them."""
+    tasks = [_task(kernel, platforms, question) for kernel, platforms in kernels]
+    return [Build(**row) for row in _answer(_start("compile"), json.dumps(tasks))]
 
 
 def _task(kernel: Kernel, platforms: Sequence[Platform], question: Question) -> dict[str, Any]:
@@ -96,15 +96,15 @@ def _task(kernel: Kernel, platforms: Sequence[Platform], question: Question) -> 
     return {"kernel": kernel.name, "schemes": schemes, "platforms": [platform.id for platform in platforms]}
 
 
-def _start(what: str, task: dict[str, Any]) -> subprocess.Popen[str]:
+def _start(what: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does anyway, and warns of
     command = [sys.executable, "-m", "qcore.testing.compiled", what]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def _answer(process: subprocess.Popen[str], task: str) -> list[dict[str, Any]]:
-    said, _ = process.communicate(task)
+def _answer(process: subprocess.Popen[str], tasks: str) -> list[dict[str, Any]]:
+    said, _ = process.communicate(tasks)
     if process.returncode:
         raise RuntimeError(f"{process.args!r} ended with status {process.returncode}")
     found: list[dict[str, Any]] = json.loads(said)
@@ -129,18 +129,24 @@ def _summary(builds: Sequence[Build]) -> str:
 # --- In processes of their own ---------------------------------------------------------------------------------------
 
 
-def _interpret(kernel: Kernel, schemes: Sequence[Scheme], platforms: Sequence[Platform]) -> list[dict[str, Any]]:
-    device = Device("interpreter", platforms[0].id, "its source on a CPU", "cpu", simulated=True)
-    found = [examine("", device, kernel, scheme) for scheme in schemes]
+Task = tuple["Kernel", Sequence[Scheme], Sequence[Platform]]
+
+
+def _interpret(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    found = []
+    for kernel, schemes, platforms in tasks:
+        device = Device("interpreter", platforms[0].id, "its source on a CPU", "cpu", simulated=True)
+        found += [examine("", device, kernel, scheme) for scheme in schemes]
     keys = ("error", "bound", "cases", "failures")
     return [{"scheme": str(one.scheme)} | {key: getattr(one, key) for key in keys} for one in found]
 
 
-def _compile(kernel: Kernel, schemes: Sequence[Scheme], platforms: Sequence[Platform]) -> list[dict[str, Any]]:
-    """Programs of the data type that the kernel computes in first, each once for a target."""
-    implementation: Any = kernel.load()
+def _compile(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """Programs of the data type that a kernel computes in first, each once for a target."""
     each = {
-        (platform.id, target.architecture, _identity(program)): (kernel, platform, target, program)
+        (kernel.name, platform.id, target.architecture, _identity(program)): (kernel, platform, target, program)
+        for kernel, schemes, platforms in tasks
+        for implementation in [cast("Any", kernel.load())]
         for platform in platforms
         for target in platform.targets
         if kernel.runs_on(target.architecture)
@@ -160,7 +166,7 @@ def _identity(program: Any) -> str:
 
 
 _TASKS: list[tuple[Kernel, Platform, Target, Any]] = []
-"""What is compiled: a kernel's programs, each for a target of a platform."""
+"""What is compiled: kernels' programs, each for a target of a platform."""
 
 
 def _build(place: int) -> Build:
@@ -190,11 +196,12 @@ def main(what: str) -> None:
         import qcore.testing.interpreter  # noqa: F401
     from qcore.discovery import registry
 
-    task = json.load(sys.stdin)
-    kernel = next(kernel for kernel, _ in registry().kernels if kernel.name == task["kernel"])
-    platforms = [registry().platforms[name] for name in task["platforms"]]
-    schemes = [Scheme.parse(scheme) for scheme in task["schemes"]]
-    json.dump({"interpret": _interpret, "compile": _compile}[what](kernel, schemes, platforms), sys.stdout)
+    kernels = {kernel.name: kernel for kernel, _ in registry().kernels}
+    tasks: list[Task] = [
+        (kernels[task["kernel"]], [Scheme.parse(scheme) for scheme in task["schemes"]], [registry().platforms[name] for name in task["platforms"]])
+        for task in json.load(sys.stdin)
+    ]  # fmt: skip
+    json.dump({"interpret": _interpret, "compile": _compile}[what](tasks), sys.stdout)
 
 
 if __name__ == "__main__":

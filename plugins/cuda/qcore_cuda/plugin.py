@@ -96,7 +96,8 @@ def _marlin(
     nested = tuple(f"flat{size}:dynamic8+flat{256 * size}" for size in sizes)
     return [
         Kernel(f"{prefix}_{name}", "marlin", "linear", platforms, accepts, dtypes, 0.3, f"qcore_cuda.kernels.{implementation}",
-               f"{what} in CUDA C++, permuted as tensor cores take it and decoded by {by}; more than 256 rows by a dense product",
+               f"{what} in CUDA C++, permuted as tensor cores take it and decoded by {by}; more than 256 rows by a dense product; "
+               "experts in one launch where Triton is installed, else one by one",
                features=features, requires=_TORCH, multiples=(16, 64), sources=_native(*_MARLIN), compiles=True, experts=True)
         for name, what, by, accepts in (
             ("int4", "int4", "masks", Accepts(("int4", "uint4"), scales, (None, "stored"), ordered=True)),
