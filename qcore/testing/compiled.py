@@ -1,7 +1,7 @@
 """verify --compile-only: what can be proved of kernels where there is no GPU. Their sources run on the CPU against the definition (those in Triton
 in its interpreter), and the vendor's compilers make their code for every architecture of a platform.
 
-Both need a process of their own, for Triton is either an interpreter or a compiler: `python -m qcore.testing.compiled interpret|compile`, with
+Both need a process of their own, for Triton is either an interpreter or a compiler: `python -m qcore.testing.compiled interpret|compile|table`, with
 tasks in JSON on the standard input, one for a kernel.
 """
 
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, cast
 
@@ -86,9 +87,10 @@ def verify_compiled(
 
 
 def builds_of(kernels: Sequence[tuple[Kernel, Sequence[Platform]]], question: Question) -> list[Build]:
-    """What the compilers make of the same programs, none of which is run. One process starts Triton for all of them."""
+    """What the compilers make of the same programs, none of which is run; of those for a mixture's experts, which differ from the others in where they
+    begin to read, for a platform's first architecture alone. One process starts Triton for all of them."""
     tasks = [_task(kernel, platforms, question) for kernel, platforms in kernels]
-    return [Build(**row) for row in _answer(_start("compile"), json.dumps(tasks))]
+    return [Build(**row) for row in _answer(_start("table"), json.dumps(tasks))]
 
 
 def _task(kernel: Kernel, platforms: Sequence[Platform], question: Question) -> dict[str, Any]:
@@ -141,17 +143,17 @@ def _interpret(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     return [{"scheme": str(one.scheme)} | {key: getattr(one, key) for key in keys} for one in found]
 
 
-def _compile(tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """Programs of the data type that a kernel computes in first, each once for a target."""
+def _compile(tasks: Sequence[Task], experts_everywhere: bool = True) -> list[dict[str, Any]]:
+    """Programs of the data type that a kernel computes in first, each once for a target. experts_everywhere: those of experts, too."""
     each = {
         (kernel.name, platform.id, target.architecture, _identity(program)): (kernel, platform, target, program)
         for kernel, schemes, platforms in tasks
         for implementation in [cast("Any", kernel.load())]
         for platform in platforms
-        for target in platform.targets
-        if kernel.runs_on(target.architecture)
+        for place, target in enumerate(t for t in platform.targets if kernel.runs_on(t.architecture))
         for scheme in schemes
         for program in implementation.programs(scheme, kernel.dtypes[0], target)
+        if experts_everywhere or not place or not _of_experts(program)
     }  # fmt: skip
     _TASKS[:] = each.values()
     # Processes, for Triton's own passes hold Python's lock; forked ones, which have the tasks.
@@ -163,6 +165,11 @@ def _identity(program: Any) -> str:
     """Programs of one function and the same constants are one, whatever schemes they are for."""
     parts = ("function", "signature", "constants", "options")
     return repr([getattr(program, part) for part in parts] if hasattr(program, "signature") else program)
+
+
+def _of_experts(program: Any) -> bool:
+    """Whether rows of x are routed to experts by it (qcore.kernels.triton.launch)."""
+    return getattr(program, "constants", {}).get("ROUTED") is True
 
 
 _TASKS: list[tuple[Kernel, Platform, Target, Any]] = []
@@ -201,7 +208,8 @@ def main(what: str) -> None:
         (kernels[task["kernel"]], [Scheme.parse(scheme) for scheme in task["schemes"]], [registry().platforms[name] for name in task["platforms"]])
         for task in json.load(sys.stdin)
     ]  # fmt: skip
-    json.dump({"interpret": _interpret, "compile": _compile}[what](tasks), sys.stdout)
+    ways = {"interpret": _interpret, "compile": _compile, "table": partial(_compile, experts_everywhere=False)}
+    json.dump(ways[what](tasks), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,10 @@ def compiled(source: str, architecture: str) -> Compiled:
 
     from qcore.kernels.triton.program import Compiled
 
-    found = _PRODUCT.findall(
-        _compile(source, f"--gpu-architecture={architecture.replace('sm', 'compute')}", "PTX").decode()
-    )
+    machine, text = _compile(source, architecture, "CUBIN", "PTX")
+    found = _PRODUCT.findall(text.decode())
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(machine_code(source, architecture))
+        file.write(machine)
         file.flush()
         tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
         said = subprocess.run(
@@ -47,17 +46,17 @@ def compiled(source: str, architecture: str) -> Compiled:
 
 def machine_code(source: str, architecture: str) -> bytes:
     """For one architecture (`sm_90`). Raises as `compiled` does."""
-    return _compile(source, f"--gpu-architecture={architecture}", "CUBIN")
+    return _compile(source, architecture, "CUBIN")[0]
 
 
-def _compile(source: str, architecture: str, kind: str) -> bytes:
+def _compile(source: str, architecture: str, *kinds: str) -> list[bytes]:
     library, program = _library(), ctypes.c_void_p()
     _checked(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
-    options = (ctypes.c_char_p * 2)(architecture.encode(), b"--std=c++17")
+    options = (ctypes.c_char_p * 2)(f"--gpu-architecture={architecture}".encode(), b"--std=c++17")
     try:
         if library.nvrtcCompileProgram(program, 2, options):
             raise RuntimeError(_text(program, "ProgramLog").decode()[:2000])
-        return _text(program, kind)
+        return [_text(program, kind) for kind in kinds]
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
