@@ -63,6 +63,8 @@ _FEATURES: tuple[tuple[str, Capability], ...] = (
     ("fp8", (8, 9)),
     ("fp4", (10, 0)),
 )
+_TOOLKITS: tuple[tuple[str, tuple[int, int]], ...] = (("cuda12.9", (12, 9)),)
+"""Versions of CUDA, the libraries of which torch is built with, that kernels ask for."""
 
 
 def architecture(capability: Capability) -> str:
@@ -75,9 +77,10 @@ def column(capability: Capability) -> str | None:
     return _COLUMNS.get(architecture(capability))
 
 
-def features(capability: Capability) -> frozenset[str]:
-    """What its cores multiply natively, in the words that kernels ask for."""
-    return frozenset(name for name, first in _FEATURES if capability >= first)
+def features(capability: Capability, cuda: tuple[int, int] = (0, 0)) -> frozenset[str]:
+    """What its cores multiply natively, and from which versions on CUDA's libraries are, in the words that kernels ask for. cuda: that torch is built for."""
+    known = ((_FEATURES, capability), (_TOOLKITS, cuda))
+    return frozenset(name for names, found in known for name, first in names if found >= first)
 
 
 def fast_dtype(capability: Capability) -> str:

@@ -60,12 +60,12 @@ def examine(host: Host | None = None, probe: Callable[[], Facts] = nvml.probe) -
         if unfit:
             report[f"cuda:{index}"] = unfit
         else:
-            devices.append(as_device(index, gpu, facts))
+            devices.append(as_device(index, gpu, facts, _version(host.torch_build()["cuda"])))
     return Finding(tuple(devices), report)
 
 
-def as_device(index: int, gpu: Gpu, facts: Facts) -> Device:
-    """The row of a GPU whose capability has a column."""
+def as_device(index: int, gpu: Gpu, facts: Facts, cuda: tuple[int, int]) -> Device:
+    """The row of a GPU whose capability has a column. cuda: that torch is built for."""
     capability = gpu.capability
     assert capability is not None
     known = {
@@ -80,7 +80,7 @@ def as_device(index: int, gpu: Gpu, facts: Facts) -> Device:
         name=gpu.name or architecture(capability),
         torch_device=f"cuda:{index}",
         architecture=architecture(capability),
-        features=features(capability),
+        features=features(capability, cuda),
         memory=gpu.free,
         fast_dtype=fast_dtype(capability),
         facts={name: value for name, value in known.items() if value},

@@ -50,6 +50,12 @@ def qcore_kernels() -> Sequence[Kernel]:
                ("bfloat16",), cost=0.3, implementation="qcore_cuda.kernels.scaled:Fp8Linear",
                note="cuBLASLt's fp8 x fp8 product, up to 64 rows Triton's; inputs are rounded by one kernel before",
                features=(frozenset({"fp8"}),), requires=_TRITON, multiples=(16, 16), experts=True),
+        Kernel("cublas_fp8_block128", "cublas", "linear", ("hopper",),
+               Accepts(("fp8",), ("block128", "tile1x128"), inputs=("fp8-g128-dyn",)),
+               ("bfloat16",), cost=0.3, implementation="qcore_cuda.kernels.fp8_blocks:BlocksLinear",
+               note="cuBLASLt's fp8 x fp8 product by blocks, where torch is built for CUDA 12.9 or newer; up to 64 rows, and for experts, Triton's; "
+                    "inputs are rounded by one kernel before",
+               features=(frozenset({"fp8", "cuda12.9"}),), requires=(("torch", "2.9"), ("triton", "3.6")), multiples=(128, 128), experts=True),
         *_int8(),
         *_marlin("marlin", "marlin:MarlinLinear", _AMPERE_UP, ("bfloat16", "float16"), _BF16),
         *_marlin("marlin_fp16", "marlin:SmallMarlinLinear", ("turing",), ("float16",), ()),

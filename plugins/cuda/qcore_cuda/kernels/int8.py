@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from qcore.kernels.scales import by_group
+from qcore.kernels.eight_bits import EightBits
 from qcore.refusal import Refusal, Refused
 from qcore_cuda.cpp import CppProgram
 from qcore_cuda.driver import limits
@@ -163,31 +163,22 @@ def _processors(place: torch.device) -> int:
     return 4 if place.type == "cpu" else limits(place)[0]
 
 
-class DotsLinear(torch.nn.Module):
-    """codes: int8 [N, K], zeros behind it up to a multiple of STEP. scales: float32 [N]. input_scale: of static inputs, float32 [1]."""
+class DotsLinear(EightBits):
+    """codes: int8 [N, K], zeros behind it up to a multiple of STEP. scales: float32 [N]."""
 
     unit: ClassVar[str] = "dots"
-    codes: torch.Tensor
-    scales: torch.Tensor
-    input_scale: torch.Tensor | None
-
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, input_scale: torch.Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
-        self.register_buffer("input_scale", input_scale)
 
     @classmethod
     def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
         """Raises Refused (shape-unsupported) where sums might not fit into 32 bits."""
-        weight, given = layer.weight, layer.input_scale
-        rows, columns = weight.shape
+        columns = layer.weight.shape[1]
         if columns >= _MOST_COLUMNS:
             raise Refused(Refusal("shape-unsupported", "notimpl", "int8 x int8", "sums of so many products do not fit into 32 bits",
                                   f"found {columns} columns, expected fewer than {_MOST_COLUMNS}", "Another kernel takes this layer."))  # fmt: skip
-        codes = torch.nn.functional.pad(weight.codes, (0, -columns % STEP)) if columns % STEP else weight.codes
-        scales = by_group(weight.scales[0].to(torch.float32), weight.scheme.weight.granularity, rows)[0]
-        return cls(codes.contiguous(), scales, None if given is None else given.to(torch.float32))
+        made = super().from_layer(layer, dtype)
+        if columns % STEP:
+            made.codes = torch.nn.functional.pad(made.codes, (0, -columns % STEP))
+        return made
 
     @classmethod
     def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[CppProgram]:
@@ -199,13 +190,7 @@ class DotsLinear(torch.nn.Module):
         """What may multiply."""
         return [*map(few, FEW_ROWS), *(tiling.program for tiling in TILINGS[cls.unit]), ADDING]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        out = self.multiplied(flat if flat.stride(-1) == 1 else flat.contiguous())
-        return out.reshape(*x.shape[:-1], out.shape[-1])
-
-    def multiplied(self, x: torch.Tensor) -> torch.Tensor:
-        """[M, N] of x [M, K] of unit stride along K."""
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         codes, inputs = round_input(x, self.input_scale, self.codes.shape[1])
         out: torch.Tensor = product(codes, inputs, self.codes, self.scales, self.unit)
         return out

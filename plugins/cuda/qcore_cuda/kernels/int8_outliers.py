@@ -90,7 +90,7 @@ class DotsOutliersLinear(DotsLinear):
     def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[CppProgram]:
         return [_MARK, _ROUND, *cls.of_product(), _ADD]
 
-    def multiplied(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = llm_int8(x, self.codes, self.scales, self.least, self.unit)
         return out
 

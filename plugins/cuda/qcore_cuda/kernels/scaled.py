@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from qcore.kernels.activations import dynamic_int8, static_int8
+from qcore.kernels.eight_bits import EightBits
 from qcore.kernels.triton import eights
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from qcore.tensor import LayerTensors
 
 _LEAST_ROWS = 17
 """`_int_mm` takes more than 16 rows of inputs on a GPU."""
@@ -20,32 +14,11 @@ FEW_ROWS = 64
 """Up to so many rows the product in Triton is the quicker, for `_scaled_mm` with scales by row works on 64 rows or more."""
 
 
-class Int8Linear(torch.nn.Module):
-    """Codes int8 [N, K] with a float32 scale [N] for each output channel. Inputs are rounded by qcore.kernels.activations, without Triton."""
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    input_scale: torch.Tensor | None
-
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, input_scale: torch.Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
-        self.register_buffer("input_scale", input_scale)
-
-    @classmethod
-    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
-        """A scale for the whole tensor is repeated."""
-        scales = layer.weight.scales[0].to(torch.float32).flatten().expand(layer.weight.shape[0]).contiguous()
-        return cls(layer.weight.codes, scales, layer.input_scale)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        out = self.product(flat) if len(flat) else x.new_empty(0, len(self.codes))
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+class Int8Linear(EightBits):
+    """Codes int8, scales float32. Inputs are rounded by qcore.kernels.activations, without Triton."""
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x [M, K] -> [M, N] in x's dtype. Sums are exact; both scales follow in float32."""
+        """Sums are exact; both scales follow in float32."""
         codes, scale = dynamic_int8(x) if self.input_scale is None else static_int8(x, self.input_scale)
         padding = max(0, _LEAST_ROWS - len(x))
         sums = torch._int_mm(torch.nn.functional.pad(codes, (0, 0, 0, padding)), self.codes.t())[: len(x)]
