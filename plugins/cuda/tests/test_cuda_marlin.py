@@ -16,6 +16,7 @@ from qcore.discovery import registry
 from qcore.platform import Device
 from qcore.refusal import Refused
 from qcore.scheme import Scheme
+from qcore.select import LayerRequest, select
 from qcore.tensor import LayerTensors, QuantizedTensor
 from qcore.testing.cases import catalogue, claimed
 from qcore.testing.checks import CHECKS, Bench
@@ -101,6 +102,15 @@ def test_products_of_blocks(name: str, scheme: str) -> None:
     for dtype in KERNELS[name].dtypes:
         for rows in (1, 7, 17):
             _compare(name, scheme, layer, dtype, rows)
+
+
+@pytest.mark.parametrize(("platform", "name"), [("hopper", "marlin_blocks"), ("turing", "marlin_fp16_blocks")])
+@pytest.mark.parametrize("scheme", BLOCKS)
+def test_blocks_are_chosen_where_their_shape_is_whole(platform: str, name: str, scheme: str) -> None:
+    for rows, chosen in ((48, True), (47, False)):
+        request = LayerRequest("linear", Scheme.parse(scheme), (rows, 768), "float16")
+        found = select(request, platform, registry().kernels)
+        assert found.kernel is not None and (found.kernel.name == name) == chosen
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
