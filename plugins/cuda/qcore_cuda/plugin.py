@@ -57,8 +57,8 @@ def qcore_kernels() -> Sequence[Kernel]:
                     "inputs are rounded by one kernel before",
                features=(frozenset({"fp8", "cuda12.9"}),), requires=(("torch", "2.9"), ("triton", "3.6")), multiples=(128, 128), experts=True),
         *_int8(),
-        *_marlin("marlin", "marlin:MarlinLinear", _AMPERE_UP, ("bfloat16", "float16"), _BF16),
-        *_marlin("marlin_fp16", "marlin:SmallMarlinLinear", ("turing",), ("float16",), ()),
+        *_marlin("marlin", "Marlin", _AMPERE_UP, ("bfloat16", "float16"), _BF16),
+        *_marlin("marlin_fp16", "SmallMarlin", ("turing",), ("float16",), ()),
         *triton_kernels("triton", _AMPERE_UP, ("bfloat16", "float16"), features=_BF16, requires=_TRITON),
         triton_int8("triton", _AMPERE_UP, features=(frozenset({"int8_tensor_core"}),), requires=_TRITON),
         *triton_fp8("triton", ("ada", "hopper", "blackwell"), features=(frozenset({"fp8"}),), requires=_TRITON),
@@ -94,22 +94,24 @@ def _int8() -> Sequence[Kernel]:
 
 
 def _marlin(
-    prefix: str, implementation: str, platforms: tuple[str, ...], dtypes: tuple[str, ...], features: tuple[frozenset[str], ...]
+    prefix: str, kind: str, platforms: tuple[str, ...], dtypes: tuple[str, ...], features: tuple[frozenset[str], ...]
 ) -> Sequence[Kernel]:  # fmt: skip
     sizes = (16, 32, *range(64, 1025, 64))
     scales = (*(f"g{size}" for size in sizes), "channel", "tensor")
     flat = tuple(f"flat{size}" for size in sizes)
     nested = tuple(f"flat{size}:dynamic8+flat{256 * size}" for size in sizes)
     return [
-        Kernel(f"{prefix}_{name}", "marlin", "linear", platforms, accepts, dtypes, 0.3, f"qcore_cuda.kernels.{implementation}",
+        Kernel(f"{prefix}_{name}", "marlin", "linear", platforms, accepts, dtypes, 0.3, f"qcore_cuda.kernels.{module}:{kind}{layer}",
                f"{what} in CUDA C++, permuted as tensor cores take it and decoded by {by}; more than 256 rows by a dense product; "
                "experts in one launch where Triton is installed, else one by one",
                features=features, requires=_TORCH, multiples=(16, 64), sources=_native(*_MARLIN), compiles=True, experts=True)
-        for name, what, by, accepts in (
-            ("int4", "int4", "masks", Accepts(("int4", "uint4"), scales, (None, "stored"), ordered=True)),
-            ("eights", "int8 or e4m3", "masks", Accepts(("int8", "fp8"), (*scales, "block128"), ordered=True)),
-            ("tables", "4-bit codebooks and floats", "a table in registers",
+        for name, module, layer, what, by, accepts in (
+            ("int4", "marlin", "Linear", "int4", "masks", Accepts(("int4", "uint4"), scales, (None, "stored"), ordered=True)),
+            ("eights", "marlin", "Linear", "int8 or e4m3", "masks", Accepts(("int8", "fp8"), (*scales, "block128"), ordered=True)),
+            ("tables", "marlin", "Linear", "4-bit codebooks and floats", "a table in registers",
              Accepts(("nf4", "fp4", "e2m1"), (*scales, *flat, *nested, "g32:e8m0", "g16:e4m3fn", "g16:e4m3fn+tensor"))),
+            ("blocks", "marlin_blocks", "BlockLinear", "ggml's blocks of 4 and 8 bits without minima", "masks or a table in registers",
+             Accepts(("gguf:q4_0", "gguf:q8_0", "gguf:iq4_*", "gguf:*fp4"))),
         )
     ]  # fmt: skip
 

@@ -16,7 +16,8 @@ from qcore.discovery import registry
 from qcore.platform import Device
 from qcore.refusal import Refused
 from qcore.scheme import Scheme
-from qcore.tensor import LayerTensors
+from qcore.select import LayerRequest, select
+from qcore.tensor import LayerTensors, QuantizedTensor
 from qcore.testing.cases import catalogue, claimed
 from qcore.testing.checks import CHECKS, Bench
 from qcore.testing.layers import random_layer
@@ -61,6 +62,7 @@ def _compare(name: str, scheme: str, layer: LayerTensors, dtype: str, rows: int)
         ("marlin_int4", "W4A16-g128-asym", 1408), ("marlin_int4", "W4A16-g192-sym", 1920), ("marlin_int4", "W4A16-g512-asym", 2560),
         ("marlin_int4", "W4A16-channel-sym", 832), ("marlin_eights", "W8A16-g128-sym", 640), ("marlin_eights", "W8A16-fp8-channel", 64),
         ("marlin_tables", "W4A16-nf4-g64", 832), ("marlin_tables", "W4A16-nvfp4", 320), ("marlin_tables", "W4A16-mxfp4", 832),
+        ("marlin_blocks", "W4A16-gguf:q4_0", 832), ("marlin_blocks", "W4A16-gguf:iq4_xs", 768), ("marlin_blocks", "W8A16-gguf:q8_0", 320),
     ],
 )  # fmt: skip
 def test_products_of_warpgroups(monkeypatch: pytest.MonkeyPatch, name: str, scheme: str, columns: int) -> None:
@@ -73,7 +75,8 @@ def test_products_of_warpgroups(monkeypatch: pytest.MonkeyPatch, name: str, sche
 
 @pytest.mark.parametrize(
     ("name", "scheme"),
-    [("marlin_fp16_int4", "W4A16-g128-asym"), ("marlin_fp16_eights", "W8A16-g128-sym"), ("marlin_fp16_tables", "W4A16-nvfp4")],
+    [("marlin_fp16_int4", "W4A16-g128-asym"), ("marlin_fp16_eights", "W8A16-g128-sym"), ("marlin_fp16_tables", "W4A16-nvfp4"),
+     ("marlin_fp16_blocks", "W4A16-gguf:mxfp4"), ("marlin_fp16_blocks", "W8A16-gguf:q8_0")],
 )  # fmt: skip
 def test_products_in_little_memory(name: str, scheme: str) -> None:
     """Every size of a block; a small GPU shares columns among a block's warps, as far as two steps fit."""
@@ -88,12 +91,54 @@ def test_products_in_little_memory(name: str, scheme: str) -> None:
             assert f", {fewer}, 1>" not in program.body
 
 
+BLOCKS = [str(scheme) for scheme in claimed(KERNELS["marlin_blocks"], catalogue())]
+
+
+@pytest.mark.parametrize("name", ["marlin_blocks", "marlin_fp16_blocks"])
+@pytest.mark.parametrize("scheme", BLOCKS)
+def test_products_of_blocks(name: str, scheme: str) -> None:
+    """Odd numbers of rows of x, and of chunks where a block is no longer than one."""
+    layer = random_layer(Scheme.parse(scheme), 48, 768 if scheme.endswith("iq4_xs") else 832)
+    for dtype in KERNELS[name].dtypes:
+        for rows in (1, 7, 17):
+            _compare(name, scheme, layer, dtype, rows)
+
+
+@pytest.mark.parametrize(("platform", "name"), [("hopper", "marlin_blocks"), ("turing", "marlin_fp16_blocks")])
+@pytest.mark.parametrize("scheme", BLOCKS)
+def test_blocks_are_chosen_where_their_shape_is_whole(platform: str, name: str, scheme: str) -> None:
+    for rows, chosen in ((48, True), (47, False)):
+        request = LayerRequest("linear", Scheme.parse(scheme), (rows, 768), "float16")
+        found = select(request, platform, registry().kernels)
+        assert found.kernel is not None and (found.kernel.name == name) == chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", BLOCKS)
+def test_blocks_are_what_they_are_defined_as(scheme: str, dtype: torch.dtype) -> None:
+    """To the last bit: weights made dense; and of any bytes, whose scales are negative, subnormal, zero or no numbers, multiplied."""
+    parsed, implementation = Scheme.parse(scheme), KERNELS["marlin_blocks"].load()
+    layer = random_layer(parsed, 80, 512)
+    found = implementation.from_layer(layer, dtype)(torch.eye(512, dtype=dtype)).t()
+    assert torch.equal(found, layer.weight.dequantize(dtype))
+    like = random_layer(parsed, 80, 256).weight
+    codes = torch.randint(0, 256, like.codes.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    layer = LayerTensors(QuantizedTensor(parsed, like.shape, codes))
+    found = implementation.from_layer(layer, dtype)(torch.eye(256, dtype=dtype)).t()
+    finite = layer.weight.dequantize().isfinite()
+    whole = finite.all(1)
+    assert int(whole.sum()) > 0
+    assert torch.equal(found[whole], layer.weight.dequantize(dtype)[whole])
+    assert not found[~finite].isfinite().any()
+
+
 @pytest.mark.parametrize("processors", [4, 132])
 @pytest.mark.parametrize(
     ("name", "scheme", "columns"),
     [
         ("marlin_int4", "W4A16-g32-asym", 832), ("marlin_int4", "W4A16-g512-asym", 2560), ("marlin_int4", "W4A16-g128-asym-actorder", 1408),
         ("marlin_eights", "W8A16-g128-sym", 640), ("marlin_tables", "W4A16-nvfp4", 320), ("marlin_fp16_eights", "W8A16-g16-sym", 1408),
+        ("marlin_blocks", "W4A16-gguf:iq4_xs", 768), ("marlin_blocks", "W4A16-gguf:nvfp4", 320), ("marlin_fp16_blocks", "W8A16-gguf:q8_0", 1408),
     ],
 )  # fmt: skip
 def test_products_of_experts(
@@ -128,7 +173,7 @@ def test_experts_with_tables_of_their_own_are_not_held_as_one() -> None:
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [("marlin_int4", "W4A16-g128-asym-actorder"), ("marlin_int4", "W4A16-channel-sym"), ("marlin_eights", "W8A16-g128-sym"),
-     ("marlin_eights", "W8A16-fp8-channel")],
+     ("marlin_eights", "W8A16-fp8-channel"), ("marlin_blocks", "W4A16-gguf:iq4_xs"), ("marlin_blocks", "W8A16-gguf:q8_0")],
 )  # fmt: skip
 def test_conformance(name: str, scheme: str, dtype: str, check: str) -> None:
     for size in ("tiny", "odd"):
@@ -184,7 +229,7 @@ def test_tensor_cores_multiply(name: str) -> None:
     """On the oldest architecture and the newest one; nothing to speak of is spilled."""
     kernel = KERNELS[name]
     targets = [target for platform in kernel.platforms for target in registry().platforms[platform].targets]
-    for scheme in ("W4A16-g128-asym", "W8A16-fp8-channel"):
+    for scheme in ("W4A16-g128-asym", "W8A16-fp8-channel", "W4A16-gguf:iq4_xs"):
         if kernel.accepts.refuse(Scheme.parse(scheme)) is not None:
             continue
         for target in (

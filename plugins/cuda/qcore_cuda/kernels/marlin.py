@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 _EIGHT_BITS = 0x7F
 """Of a byte of e4m3 that is no number, sign aside."""
-_ROWS = 256
+ROWS = 256
 """Rows repacked at a time."""
 _COLUMNS = 8192
 """Of a layer that programs are compiled for."""
@@ -75,25 +75,34 @@ class MarlinLinear(StackableLinear):
         (code, center), grid, scales = _code(scheme.element), scheme.granularity, _scales(weight)
         form = _form(weight.scheme, dtype, scales.dtype)
         order = None if weight.index is None else columns_by_group(weight.index, group_size(grid), "Marlin")
-        scales = by_group(scales, grid, rows)
+        scales, zeros = by_group(scales, grid, rows), None
         packed = []
-        for part in weight.codes.split(_ROWS):
+        for part in weight.codes.split(ROWS):
             codes = unpack(part, 4, columns).to(torch.uint8) if scheme.bits == 4 else part.view(torch.uint8)
             if code == "Int8":
                 codes = codes ^ 128
             packed.append(permuted(codes if order is None else codes[:, order], code).flatten())
         if code == "Float8":  # codes that are no numbers are decoded as if they were
             scales[:, (weight.codes.view(torch.uint8) & _EIGHT_BITS == _EIGHT_BITS).any(1)] = float("nan")
-        parts = [scales.view(len(scales), -1, 16).view(torch.uint8)]
         if weight.zeros is not None:  # those of signed codes are held as they are, and codes `center` higher
-            zeros = (weight.zeros.to(torch.int16) + center).to(torch.uint8)
-            parts.append(by_group(zeros, grid, rows).view(len(scales), -1, 16))
-        records = torch.cat(parts, 2).transpose(0, 1).flatten()
+            zeros = by_group((weight.zeros.to(torch.int16) + center).to(torch.uint8), grid, rows)
+        table = table_of(_numbers(weight), dtype) if code == "Table4" else None
+        return cls.of_parts(form, center, packed, scales, zeros, table, order)
+
+    @classmethod
+    def of_parts(
+        cls, form: Form, center: int, packed: Sequence[torch.Tensor], scales: torch.Tensor, zeros: torch.Tensor | None = None,
+        table: torch.Tensor | None = None, order: torch.Tensor | None = None,
+    ) -> Self:  # fmt: skip
+        """packed: int32, flat, of some rows after others, as `permuted` gives them. scales, zeros: [groups, N], in the form's type and uint8. The rest as
+        buffers are."""
+        parts = [scales, *([] if zeros is None else [zeros])]
+        records = torch.cat([part.view(len(part), -1, 16).view(torch.uint8) for part in parts], 2)
+        records = records.transpose(0, 1).flatten()
         # Programs read in pairs of chunks, and so behind the last one where their number is odd.
-        packed.append(packed[0].new_zeros(form.vectors * 128))
+        weight = torch.cat([*packed, packed[0].new_zeros(form.vectors * 128)])
         records = torch.cat([records, records.new_zeros(form.records * form.record)])
-        table = _table(weight, dtype) if code == "Table4" else None
-        return cls(form, center, rows, torch.cat(packed), records, table, order)
+        return cls(form, center, scales.shape[1], weight, records, table, order)
 
     @classmethod
     def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[CppProgram | Program]:
@@ -103,18 +112,7 @@ class MarlinLinear(StackableLinear):
         form = _form(
             scheme, kind, torch.float32 if exact else torch.bfloat16 if scheme.weight.scales[0].type == "e8m0" else kind
         )
-        if target.name == HOPPER:
-            some = [form.warpgroup(rows, target.shared) for rows in WARPGROUP_ROWS]
-        else:
-            some = [form.wide_in(tokens, deep, target.shared)[0] for tokens in TOKENS for deep in DEEP]
-        vector = form.vector_in(_COLUMNS, target.shared)
-        return [
-            *([] if vector is None else [vector]),
-            *dict.fromkeys(some),
-            *experts_programs(form, target.shared),
-            form.dense(),
-            adding(kind),
-        ]
+        return programs_of(form, target)
 
     @classmethod
     def stackable(cls, layers: Sequence[Self]) -> bool:
@@ -152,6 +150,22 @@ class SmallMarlinLinear(MarlinLinear):
     SHARED = 64 << 10
 
 
+def programs_of(form: Form, target: Target) -> list[CppProgram | Program]:
+    """What may run a form on a target."""
+    if target.name == HOPPER:
+        some = [form.warpgroup(rows, target.shared) for rows in WARPGROUP_ROWS]
+    else:
+        some = [form.wide_in(tokens, deep, target.shared)[0] for tokens in TOKENS for deep in DEEP]
+    vector = form.vector_in(_COLUMNS, target.shared)
+    return [
+        *([] if vector is None else [vector]),
+        *dict.fromkeys(some),
+        *experts_programs(form, target.shared),
+        form.dense(),
+        adding(form.dtype),
+    ]
+
+
 def _form(scheme: Scheme, dtype: torch.dtype, scales: torch.dtype) -> Form:
     weight = scheme.weight
     return Form(_code(weight.element)[0], _group(weight.granularity), weight.zero is not None, dtype, scales)
@@ -180,10 +194,16 @@ def _scales(weight: QuantizedTensor) -> torch.Tensor:
     return scales.to(torch.bfloat16) if levels[0].type == "e8m0" else scales  # powers of two
 
 
-def _table(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+def _numbers(weight: QuantizedTensor) -> torch.Tensor:
+    """float32 [16], what codes stand for before they are scaled."""
     element = weight.scheme.weight.element
     numbers = float_table(element.format) if isinstance(element, Float) else weight.table
     assert numbers is not None, "a codebook travels with its tensor"
+    return numbers
+
+
+def table_of(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 [2, 16]: the low and the high bytes of 16 numbers in the activations' dtype."""
     return numbers.to(dtype).view(torch.uint8).view(16, 2).t().contiguous()
 
 
