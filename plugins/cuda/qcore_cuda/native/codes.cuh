@@ -84,9 +84,9 @@ struct Int8<Brain> {
   __device__ void step(const Vector* words, int s, u32 (&a)[4]) const {
     for (int i = 0; i < 4; ++i) {
       u32 q = words[s / 2].word[s % 2 * 2 + i / 2];
-      float first = as_float(permuted(q, 0x4b000000, i % 2 ? 0x7652 : 0x7650)) - 8388736.0f;
-      float second = as_float(permuted(q, 0x4b000000, i % 2 ? 0x7653 : 0x7651)) - 8388736.0f;
-      a[i] = Brain::pair(first, second);
+      const u32 codes = permuted(q, 0, i % 2 ? 0x4342 : 0x4140);
+      // 128 and the low seven bits, less 128 where the eighth is set, else 256.
+      a[i] = Brain::fused(masked<0x007f007f, 0x43004300>(codes), 0x3f803f80, masked_and_flipped<0x00800080, 0xc380c380>(codes));
     }
   }
 };

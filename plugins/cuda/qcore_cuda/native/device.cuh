@@ -81,6 +81,14 @@ __device__ inline u32 masked(u32 word) {
   return out;
 }
 
+// (word & kept) ^ flipped
+template <u32 kept, u32 flipped>
+__device__ inline u32 masked_and_flipped(u32 word) {
+  u32 out;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(out) : "r"(word), "n"(kept), "n"(flipped));
+  return out;
+}
+
 __device__ inline u32 permuted(u32 low, u32 high, u32 selector) {
   return __byte_perm(low, high, selector);
 }

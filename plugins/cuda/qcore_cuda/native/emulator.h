@@ -226,6 +226,11 @@ u32 masked(u32 word) {
   return (word & kept) | set;
 }
 
+template <u32 kept, u32 flipped>
+u32 masked_and_flipped(u32 word) {
+  return (word & kept) ^ flipped;
+}
+
 inline u32 permuted(u32 low, u32 high, u32 selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   u32 out = 0;
