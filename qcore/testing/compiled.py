@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -208,7 +208,11 @@ def main(what: str) -> None:
         (kernels[task["kernel"]], [Scheme.parse(scheme) for scheme in task["schemes"]], [registry().platforms[name] for name in task["platforms"]])
         for task in json.load(sys.stdin)
     ]  # fmt: skip
-    ways = {"interpret": _interpret, "compile": _compile, "table": partial(_compile, experts_everywhere=False)}
+    ways: dict[str, Callable[[Sequence[Task]], list[dict[str, Any]]]] = {
+        "interpret": _interpret,
+        "compile": _compile,
+        "table": partial(_compile, experts_everywhere=False),
+    }
     json.dump(ways[what](tasks), sys.stdout)
 
 

@@ -17,7 +17,7 @@ from qcore.scheme import Scheme
 from qcore.select import LayerRequest, select
 from qcore.tensor import LayerTensors
 from qcore.testing.layers import random_layer
-from qcore_cuda.kernels.fp8_blocks import FEW_ROWS, BlocksLinear
+from qcore_cuda.kernels.fp8_blocks import FEW_ROWS, TILED_ROWS, BlocksLinear
 
 KERNELS = registry().kernels
 KERNEL = next(kernel for kernel, _ in KERNELS if kernel.name == "cublas_fp8_block128")
@@ -92,7 +92,7 @@ def _random(*shape: int) -> torch.Tensor:
         (ROWS, 128, 128, False),
     ],
 )
-@pytest.mark.parametrize("rows", [0, 1, FEW_ROWS, FEW_ROWS + 1, 96])
+@pytest.mark.parametrize("rows", [0, 1, FEW_ROWS, FEW_ROWS + 1, TILED_ROWS + 1])
 def test_products(
     scheme: str, outputs: int, columns: int, by_tile: bool, rows: int, calls: list[tuple[int, int]]
 ) -> None:
@@ -103,7 +103,9 @@ def test_products(
     got = packed(x.to(PLACE)).cpu()
     assert got.shape == (rows, 1, outputs) and got.dtype == torch.bfloat16 and got.is_contiguous()
     assert worst_error(got[:, 0], _expected(layer, x[:, 0])) < error_bound(KERNEL, layer.weight.scheme, "bfloat16")
-    assert calls == ([(-(-rows // 4) * 4, outputs // 128 if by_tile else outputs)] if rows > FEW_ROWS else [])
+    assert calls == (
+        [(-(-rows // 4) * 4, outputs // 128 if by_tile and rows >= TILED_ROWS else outputs)] if rows > FEW_ROWS else []
+    )
 
 
 @pytest.mark.parametrize("columns", [384, 512])
@@ -135,7 +137,7 @@ def test_a_compiled_graph_chooses_as_it_runs(calls: list[tuple[int, int]]) -> No
     for rows in (3, 70):
         x = _random(rows, 512).to(PLACE)
         assert torch.equal(compiled(x), packed(x))
-    assert calls == [(72, 1), (72, 1)]
+    assert calls == [(72, 128), (72, 128)]
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,13 @@ def test_products_of_warpgroups_run_on(rows: int) -> None:
     assert len(re.findall(r"WARPGROUP\.DEPBAR", said)) <= products // 4 + 1
 
 
+@pytest.mark.parametrize("scheme", ["W4A16-g128-asym", "W4A16-g512-sym"])
+def test_blocks_share_long_rows(scheme: str) -> None:
+    """Of a weight of few rows; what blocks have is added behind."""
+    assert marlin_product.vector_grid(1, 118, *marlin_product._limits(torch.device("cpu"))[:2]) == (1, 4, 1)
+    _compare("marlin_int4", scheme, random_layer(Scheme.parse(scheme), 16, 118 * 64), "bfloat16", 1)
+
+
 @pytest.mark.parametrize("processors", [1, 4, 48, 132])
 @pytest.mark.parametrize("tiles", [1, 12, 64, 256, 688, 1792])
 @pytest.mark.parametrize("chunks", [1, 9, 64, 172, 448])

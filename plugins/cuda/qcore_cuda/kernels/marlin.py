@@ -40,8 +40,8 @@ _EIGHT_BITS = 0x7F
 """Of a byte of e4m3 that is no number, sign aside."""
 ROWS = 256
 """Rows repacked at a time."""
-_COLUMNS = 8192
-"""Of a layer that programs are compiled for."""
+_COLUMNS = (8192, 12288)
+"""Of layers that programs are compiled for."""
 
 
 class MarlinLinear(StackableLinear):
@@ -156,10 +156,9 @@ def programs_of(form: Form, target: Target) -> list[CppProgram | Program]:
         some = [form.warpgroup(rows, target.shared) for rows in WARPGROUP_ROWS]
     else:
         some = [form.wide_in(tokens, deep, target.shared)[0] for tokens in TOKENS for deep in DEEP]
-    vector = form.vector_in(_COLUMNS, target.shared)
+    vectors = [form.vector_in(columns, target.shared, hopper=target.name == HOPPER) for columns in _COLUMNS]
     return [
-        *([] if vector is None else [vector]),
-        *dict.fromkeys(some),
+        *dict.fromkeys([*filter(None, vectors), *some]),
         *experts_programs(form, target.shared),
         form.dense(),
         adding(form.dtype),
