@@ -10,6 +10,7 @@ import pytest
 from commands import command
 from qcore.discovery import registry
 from qcore.kernels.triton.program import Compiled, Program
+from qcore.scheme import Scheme
 from qcore.testing import compiled
 from qcore.testing.compiled import Build, compilable, verify_compiled
 from qcore.testing.verify import Question, records
@@ -70,6 +71,23 @@ def test_the_table_of_instructions() -> None:
     assert list(document) == ["builds"] and {build["architecture"] for build in document["builds"]} == {"sm_89"}
     for more in ("--record", "--compile-only", "--simulate"):
         assert "bad-argument" in command(*asked, more).stderr
+
+
+def test_the_table_has_every_architecture() -> None:
+    """Of many schemes those that differ in their elements, and one where the architecture is like another; of a row that is named, all."""
+    kernel = next(kernel for kernel, _ in registry().kernels if kernel.name == "triton_integers")
+    schemes = [
+        Scheme.parse(text) for text in ("W4A16-g128-sym", "W4A16-g32-sym", "W8A16-g128-sym", "W4A16-channel-sym")
+    ]
+    for name in ("ampere", "blackwell"):
+        platform = registry().platforms[name]
+        assert len(list(compiled._places(kernel, schemes, platform, True))) == 4 * len(platform.targets)
+        some: dict[str, list[str]] = {target.architecture: [] for target in platform.targets}
+        for target, scheme in compiled._places(kernel, schemes, platform, False):
+            some[target.architecture].append(str(scheme))
+        first, *others = some.values()
+        assert first == ["W4A16-g128-sym", "W8A16-g128-sym"] and all(other in (first, first[:1]) for other in others)
+        assert first[:1] in others, "sm_87 is like sm_80, sm_103 like sm_100"
 
 
 def test_where_nothing_is_compiled() -> None:

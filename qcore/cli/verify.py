@@ -36,7 +36,10 @@ def verify_command(
     ] = False,
     isa: Annotated[
         bool,
-        typer.Option("--isa", help="No device: compile them alone, and show instructions, registers and memory."),
+        typer.Option(
+            "--isa",
+            help="No device: compile alone, without --row one scheme for each element type, and show instructions, registers and memory.",
+        ),
     ] = False,
     simulate: Annotated[
         bool,

@@ -87,10 +87,10 @@ def verify_compiled(
 
 
 def builds_of(kernels: Sequence[tuple[Kernel, Sequence[Platform]]], question: Question) -> list[Build]:
-    """What the compilers make of the same programs, none of which is run; of those for a mixture's experts, which differ from the others in where they
-    begin to read, for a platform's first architecture alone. One process starts Triton for all of them."""
+    """What the compilers make of the same programs, none of which is run. Where no row is named, of some: for every architecture those of one scheme for
+    each element type (`_places`). One process starts Triton for all of them."""
     tasks = [_task(kernel, platforms, question) for kernel, platforms in kernels]
-    return [Build(**row) for row in _answer(_start("table"), json.dumps(tasks))]
+    return [Build(**row) for row in _answer(_start("compile" if question.row else "table"), json.dumps(tasks))]
 
 
 def _task(kernel: Kernel, platforms: Sequence[Platform], question: Question) -> dict[str, Any]:
@@ -143,18 +143,16 @@ def _interpret(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     return [{"scheme": str(one.scheme)} | {key: getattr(one, key) for key in keys} for one in found]
 
 
-def _compile(tasks: Sequence[Task], experts_everywhere: bool = True) -> list[dict[str, Any]]:
-    """Programs of the data type that a kernel computes in first, each once for a target. experts_everywhere: those of experts, too."""
+def _compile(tasks: Sequence[Task], whole: bool = True) -> list[dict[str, Any]]:
+    """Programs of the data type that a kernel computes in first, each once for a target. whole: all; else some (`_places`)."""
     each = {
         (kernel.name, platform.id, target.architecture, _identity(program)): (kernel, platform, target, program)
         for kernel, schemes, platforms in tasks
-        for implementation in [cast("Any", kernel.load())]
         for platform in platforms
-        for place, target in enumerate(t for t in platform.targets if kernel.runs_on(t.architecture))
-        for scheme in schemes
-        for program in implementation.programs(scheme, kernel.dtypes[0], target)
-        if experts_everywhere or not place or not _of_experts(program)
-    }  # fmt: skip
+        for target, scheme in _places(kernel, schemes, platform, whole)
+        for program in cast("Any", kernel.load()).programs(scheme, kernel.dtypes[0], target)
+        if whole or not _of_experts(program)
+    }
     _TASKS[:] = each.values()
     # Processes, for Triton's own passes hold Python's lock; forked ones, which have the tasks.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as processes:
@@ -167,8 +165,25 @@ def _identity(program: Any) -> str:
     return repr([getattr(program, part) for part in parts] if hasattr(program, "signature") else program)
 
 
+def _places(
+    kernel: Kernel, schemes: Sequence[Scheme], platform: Platform, whole: bool
+) -> Iterator[tuple[Target, Scheme]]:  # fmt: skip
+    """Architectures that a kernel runs on, with the schemes that it is compiled for there. whole: all of them; else the first scheme for each element type
+    of weight and input, and of an architecture that is like one before it in all that programs ask for the first scheme alone."""
+    targets = [target for target in platform.targets if kernel.runs_on(target.architecture)]
+    kinds = {
+        (scheme.weight.element, scheme.input and (scheme.input.element, scheme.input.outliers)): scheme
+        for scheme in reversed(schemes)
+    }
+    some = [scheme for scheme in schemes if scheme in kinds.values()]
+    facts = [replace(target, architecture="", name="") for target in targets]
+    for place, target in enumerate(targets):
+        sampled = some[:1] if facts[place] in facts[:place] else some
+        yield from ((target, scheme) for scheme in (schemes if whole else sampled))
+
+
 def _of_experts(program: Any) -> bool:
-    """Whether rows of x are routed to experts by it (qcore.kernels.triton.launch)."""
+    """Whether it is Triton's and rows of x are routed to experts by it (qcore.kernels.triton.launch): it differs from others in where it begins to read."""
     return getattr(program, "constants", {}).get("ROUTED") is True
 
 
@@ -211,7 +226,7 @@ def main(what: str) -> None:
     ways: dict[str, Callable[[Sequence[Task]], list[dict[str, Any]]]] = {
         "interpret": _interpret,
         "compile": _compile,
-        "table": partial(_compile, experts_everywhere=False),
+        "table": partial(_compile, whole=False),
     }
     json.dump(ways[what](tasks), sys.stdout)
 
