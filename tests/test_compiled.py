@@ -74,7 +74,7 @@ def test_the_table_of_instructions() -> None:
 
 
 def test_the_table_has_every_architecture() -> None:
-    """Of many schemes those that differ in their elements, and one where the architecture is like another; of a row that is named, all."""
+    """A column's first those schemes that differ in their elements, and others one; of a row that is named, all."""
     kernel = next(kernel for kernel, _ in registry().kernels if kernel.name == "triton_integers")
     schemes = [
         Scheme.parse(text) for text in ("W4A16-g128-sym", "W4A16-g32-sym", "W8A16-g128-sym", "W4A16-channel-sym")
@@ -86,8 +86,7 @@ def test_the_table_has_every_architecture() -> None:
         for target, scheme in compiled._places(kernel, schemes, platform, False):
             some[target.architecture].append(str(scheme))
         first, *others = some.values()
-        assert first == ["W4A16-g128-sym", "W8A16-g128-sym"] and all(other in (first, first[:1]) for other in others)
-        assert first[:1] in others, "sm_87 is like sm_80, sm_103 like sm_100"
+        assert first == ["W4A16-g128-sym", "W8A16-g128-sym"] and others == [first[:1]] * len(others) != []
 
 
 def test_where_nothing_is_compiled() -> None:

@@ -38,7 +38,7 @@ def verify_command(
         bool,
         typer.Option(
             "--isa",
-            help="No device: compile alone, without --row one scheme for each element type, and show instructions, registers and memory.",
+            help="No device: compile alone (without --row: some schemes), and show instructions, registers and memory.",
         ),
     ] = False,
     simulate: Annotated[

@@ -87,8 +87,8 @@ def verify_compiled(
 
 
 def builds_of(kernels: Sequence[tuple[Kernel, Sequence[Platform]]], question: Question) -> list[Build]:
-    """What the compilers make of the same programs, none of which is run. Where no row is named, of some: for every architecture those of one scheme for
-    each element type (`_places`). One process starts Triton for all of them."""
+    """What the compilers make of the same programs, none of which is run. Where no row is named, of some: for a column's first architecture those of one
+    scheme for each element type, for its others those of one (`_places`). One process starts Triton for all of them."""
     tasks = [_task(kernel, platforms, question) for kernel, platforms in kernels]
     return [Build(**row) for row in _answer(_start("compile" if question.row else "table"), json.dumps(tasks))]
 
@@ -168,18 +168,16 @@ def _identity(program: Any) -> str:
 def _places(
     kernel: Kernel, schemes: Sequence[Scheme], platform: Platform, whole: bool
 ) -> Iterator[tuple[Target, Scheme]]:  # fmt: skip
-    """Architectures that a kernel runs on, with the schemes that it is compiled for there. whole: all of them; else the first scheme for each element type
-    of weight and input, and of an architecture that is like one before it in all that programs ask for the first scheme alone."""
+    """Architectures that a kernel runs on, with the schemes that it is compiled for there. whole: all of them; else for the first architecture one scheme
+    for each element type of weight and input, and for the others one."""
     targets = [target for target in platform.targets if kernel.runs_on(target.architecture)]
     kinds = {
         (scheme.weight.element, scheme.input and (scheme.input.element, scheme.input.outliers)): scheme
         for scheme in reversed(schemes)
     }
     some = [scheme for scheme in schemes if scheme in kinds.values()]
-    facts = [replace(target, architecture="", name="") for target in targets]
     for place, target in enumerate(targets):
-        sampled = some[:1] if facts[place] in facts[:place] else some
-        yield from ((target, scheme) for scheme in (schemes if whole else sampled))
+        yield from ((target, scheme) for scheme in (schemes if whole else some[:1] if place else some))
 
 
 def _of_experts(program: Any) -> bool:
