@@ -253,9 +253,9 @@ def test_the_gpus_cells_of_the_seed_are_compiled_or_measured(row: str, platform:
     assert qcore.matrix().cell(row, platform).evidence in ("measured", "compiled")
 
 
-def test_the_intel_gpus_cells_of_the_seed_are_simulated_at_least() -> None:
-    for row in ("awq", "gptq"):
-        assert qcore.matrix().cell(row, "xpu").evidence in ("measured", "compiled", "simulated")
+@pytest.mark.parametrize(("row", "platform"), [("awq", "xpu"), ("gptq", "xpu"), ("inc_w8a8", "gaudi")])
+def test_intels_cells_of_the_seed_are_simulated_at_least(row: str, platform: str) -> None:
+    assert qcore.matrix().cell(row, platform).evidence in ("measured", "compiled", "simulated")
 
 
 @pytest.mark.parametrize("platform", ["volta", "turing", "ampere", "ada", "hopper", "blackwell", "amd", "xpu"])

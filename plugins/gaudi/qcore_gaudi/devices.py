@@ -43,6 +43,14 @@ def devices(host: Host | None = None) -> list[Device]:
     return [_device(place, found[module], module) for place, module in enumerate(places)]
 
 
+def stand_ins() -> list[Device]:
+    """The CPU in the place of a Gaudi2. Raises RuntimeError where Intel's software is installed."""
+    from qcore_gaudi.stand_in import load
+
+    load()
+    return [Device("gaudi2-stand-in", "gaudi", "stand-in for Gaudi2's operators", "cpu", "gaudi2", _FEATURES["gaudi2"], simulated=True)]  # fmt: skip
+
+
 def report(host: Host | None = None) -> dict[str, str]:
     """What `qcore doctor` prints."""
     looked_at = host or Host()
