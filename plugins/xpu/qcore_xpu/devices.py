@@ -8,6 +8,7 @@ from typing import Any
 
 from qcore.host import Host
 from qcore.platform import Device
+from qcore_xpu import ipex
 from qcore_xpu.operators import available
 
 ARCHITECTURES = ("tgl", "dg1", "dg2", "pvc", "mtl", "arl", "lnl", "bmg", "ptl")
@@ -40,13 +41,17 @@ def examine(host: Host | None = None) -> Finding:
         return Finding(report={"GPUs": "none: no render node in /dev/dri is Intel's"})
     build = looked_at.torch_build()
     names = (f"{node} ({device}, {architecture(device) or 'before Xe, or newer'})" for node, device in found.items())
-    report = {"GPUs": ", ".join(names), "torch": build.get("version", "not installed")}
+    report = {
+        "GPUs": ", ".join(names),
+        "torch": build.get("version", "not installed"),
+        ipex.DISTRIBUTION: ipex.report(looked_at),
+    }
     if "xpu" not in build:
         report["missing"] = f"torch {build.get('version', 'is absent')} is not built for Intel GPUs"
         report["fix"] = "Install torch's XPU build; intel-extension-for-pytorch is archived and not needed."
         return Finding(report=report)
     try:
-        devices = _asked()
+        devices = _asked(looked_at, found)
     except Exception as error:  # whatever the driver and torch make of each other
         report |= {"missing": f"torch.xpu failed: {error}"[:300], "fix": "Update Intel's compute runtime (level-zero)."}
         return Finding(report=report)
@@ -57,10 +62,10 @@ def examine(host: Host | None = None) -> Finding:
 
 def stand_ins() -> tuple[Device, ...]:
     """The CPU in the place of an Intel GPU. Raises RuntimeError where there is one."""
-    from qcore_xpu.stand_in import load
+    from qcore_xpu import ipex_stand_in, stand_in
 
-    return (Device("xpu-stand-in", "xpu", "stand-in for torch's operators on Intel GPUs, and Triton's interpreter", "cpu",
-                   features=load() | {"xmx"}, simulated=True),)  # fmt: skip
+    return (Device("xpu-stand-in", "xpu", "stand-in for torch's and its extension's operators on Intel GPUs, and Triton's interpreter", "cpu",
+                   features=stand_in.load() | ipex_stand_in.load() | {"xmx"}, simulated=True),)  # fmt: skip
 
 
 def nodes(host: Host) -> dict[str, str]:
@@ -80,25 +85,29 @@ def architecture(device: str) -> str:
     return next((name for start, name in _BY_DEVICE if device.startswith(start)), "")
 
 
-def _asked() -> tuple[Device, ...]:
-    """torch.xpu's devices. Raises whatever it raises."""
+def _asked(host: Host, found: dict[str, str]) -> tuple[Device, ...]:
+    """torch.xpu's devices; found: the host's render nodes, and their PCI device ids. Raises whatever torch raises."""
     import torch
 
     xpu: Any = torch.xpu
     if not xpu.is_available():
         return ()
-    return tuple(_device(place, xpu.get_device_properties(place)) for place in range(xpu.device_count()))
+    alike = set(found.values())
+    only = alike.pop() if len(alike) == 1 else ""
+    return tuple(_device(host, place, xpu.get_device_properties(place), only) for place in range(xpu.device_count()))
 
 
-def _device(place: int, facts: Any) -> Device:
-    kind = architecture(f"{getattr(facts, 'device_id', 0):04x}")
+def _device(host: Host, place: int, facts: Any, only: str) -> Device:
+    """only: the PCI device id of all of the host's Intel GPUs, if they are alike; torch 2.8 tells none."""
+    told = getattr(facts, "device_id", None)
+    kind = architecture(only if told is None else f"{told:04x}")
     return Device(
         id=f"xpu:{place}",
         platform="xpu",
         name=facts.name,
         torch_device=f"xpu:{place}",
         architecture=kind,
-        features=available() | ({"xmx"} if kind in _MATRIX_ENGINE else set()),
+        features=available() | ipex.available(host, facts) | ({"xmx"} if kind in _MATRIX_ENGINE else set()),
         memory=facts.total_memory,
         fast_dtype="bfloat16",
         facts={"driver": str(getattr(facts, "driver_version", ""))},

@@ -16,6 +16,10 @@ QCORE_API = (1, 2)
 _TORCH = (("torch", "2.8"),)
 _TRITON = (*_TORCH, ("triton|triton-xpu|pytorch-triton-xpu", "3.6"))
 _16_BITS = ("bfloat16", "float16")
+_GROUPS = ("g32", "g64", "g96", "g128", "g160", "g192", "g256", "g512", "g1024")
+_OPTIONAL = (
+    "optional: only where the XPU build of Intel Extension for PyTorch (IPEX) is installed; it is archived upstream"
+)
 
 
 @hookimpl
@@ -37,9 +41,15 @@ def qcore_kernels() -> Sequence[Kernel]:
         return Kernel(f"xpu_{name}", "onednn", "linear", ("xpu",), accepts, _16_BITS, cost, f"qcore_xpu.kernels.{implementation}", note,
                       features=(frozenset({feature}),), requires=_TORCH, multiples=multiples)  # fmt: skip
 
+    def extension(
+        name: str, accepts: Accepts, implementation: str, note: str, multiples: tuple[int, int] = (1, 1)
+    ) -> Kernel:
+        return Kernel(f"xpu_{name}", "ipex", "linear", ("xpu",), accepts, _16_BITS, 0.6, f"qcore_xpu.kernels.ipex:{implementation}", f"{note}; {_OPTIONAL}",
+                      features=(frozenset({name}),), requires=_TORCH, multiples=multiples)  # fmt: skip
+
     rows = ("channel", "tensor")
     return [
-        onednn("int4pack", Accepts(("int4", "uint4"), ("g32", "g64", "g96", "g128", "g160", "g192", "g256", "g512", "g1024"), (None, "stored"), ordered=True),
+        onednn("int4pack", Accepts(("int4", "uint4"), _GROUPS, (None, "stored"), ordered=True),
                "int4pack", 0.4, "int4:Int4Linear", "torch's weight-only int4 operator; scales in the activations' type", (8, 32)),
         onednn("int8pack", Accepts(("int8",), rows), "int8pack", 0.45, "eights:Int8Linear",
                "torch's weight-only int8 operator; scales in the activations' type", (1, 16)),
@@ -47,6 +57,11 @@ def qcore_kernels() -> Sequence[Kernel]:
                "oneDNN's int8 x int8 product, exact in int32; inputs are rounded by unfused operators", (8, 16)),
         onednn("fp8", Accepts(("fp8",), rows, inputs=("fp8-token-dyn", "fp8-tensor")), "scaled_mm", 0.4, "eights:Fp8ProductLinear",
                "oneDNN's fp8 x fp8 product; inputs are rounded by unfused operators", (16, 16)),
+        extension("ipex_int4", Accepts(("int4", "uint4"), _GROUPS, (None, "stored"), ordered=True),
+                  "IpexInt4Linear", "IPEX's weight-only int4 operator; scales in the activations' type", (8, 32)),
+        extension("ipex_fp8_w8a16", Accepts(("fp8",), rows), "IpexFp8Linear", "IPEX's weight-only fp8 operator"),
+        extension("ipex_fp8", Accepts(("fp8",), rows, inputs=("fp8-token-dyn", "fp8-tensor")),
+                  "IpexFp8ProductLinear", "IPEX's fp8 x fp8 product; inputs are rounded by unfused operators"),
         triton_kv_cache("triton_xpu", ("xpu",), _16_BITS, requires=_TRITON),
         *triton_kernels("triton_xpu", ("xpu",), _16_BITS, requires=_TRITON),
     ]  # fmt: skip

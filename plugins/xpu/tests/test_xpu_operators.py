@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qcore.discovery import registry
-from qcore_xpu import operators, stand_in
+from qcore_xpu import ipex, operators, stand_in
 from qcore_xpu.operators import OPERATORS, available
 
 KERNELS = [kernel.name for kernel, plugin in registry().kernels if plugin == "xpu"]
@@ -66,7 +66,7 @@ def test_kernels_on_the_stand_in(kernel: str) -> None:
 
 
 def test_rows_name_features_that_a_device_can_have() -> None:
-    known = {*operators.OPERATORS, "xmx"}
+    known = {*operators.OPERATORS, *ipex.OPERATORS, "xmx"}
     for kernel, plugin in registry().kernels:
         if plugin == "xpu":
             assert set().union(*kernel.features) <= known
