@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -195,6 +197,33 @@ def test_an_input_that_is_no_number_gives_none(scheme: str) -> None:
             x = torch.ones(3, 256, dtype=torch.float16)
             x[1, 40] = float("nan")
             assert packed(x).isnan().all(1).tolist() == [False, True, False], kernel.name
+
+
+@pytest.mark.parametrize("weight", ["W8A8-fp8-tensor", "W4A4-e2m1-g16:e4m3fn+tensor"])
+@pytest.mark.parametrize("bound", ["", "-bound0.5"])
+def test_a_scale_of_all_inputs_is_that_of_an_expert_s_rows(weight: str, bound: str) -> None:
+    """To the bit what torch's operators make of each expert's rows: of zeros, of the smallest numbers, of infinities, and of what is no number."""
+    scheme = Scheme.parse(
+        f"{weight}/fp8-tensor-dyn{bound}" if "fp8" in weight else f"{weight}/e2m1-g16:e4m3fn+tensor-dyn"
+    )
+    assert scheme.input is not None
+    layers = [replace(random_layer(scheme, 32, 256, seed), input_scale=None) for seed in range(6)]
+    rounded = KERNELS["triton_rounded_floats"].load()
+    packed = [rounded.from_layer(layer, torch.bfloat16) for layer in layers]
+    assert rounded.stackable(packed)  # type: ignore[attr-defined]
+    counts = (3, 0, 1, 2, 2, 2)
+    experts = torch.arange(6).repeat_interleave(torch.tensor(counts)).to(torch.int32)
+    x = torch.randn(10, 256, generator=torch.Generator().manual_seed(5)) * torch.logspace(-3, 3, 10)[:, None]
+    x[3], x[4:6], x[7, 40] = 0, x[4:6] * 1e-32, float("nan")
+    if bound:
+        x[9, 3] = float("inf")
+    x = x.to(torch.bfloat16)
+    parts = x.split(counts)
+    wanted = torch.cat([quantize_input(part, scheme.input) for part in parts])
+    apart = torch.cat([layer.rounded(part) for layer, part in zip(packed, parts, strict=True)])  # type: ignore[operator]
+    together = rounded.stacked(packed).rounded(x, experts)  # type: ignore[attr-defined]
+    for got in (apart, together):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 TARGETS = {
