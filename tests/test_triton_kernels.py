@@ -12,10 +12,12 @@ from qcore.discovery import registry
 from qcore.elements import Block
 from qcore.kernel import Kernel
 from qcore.kernels.activations import quantize_input
+from qcore.kernels.triton.eights import EightsLinear
 from qcore.kernels.triton.planes import pack_planes, parts_of, planes_of
 from qcore.kernels.triton.rounding import Rounding, round_input
 from qcore.kernels.triton.rows import triton_fp8, triton_int8, triton_kernels
 from qcore.kernels.triton.tilings import tilings_on
+from qcore.kernels.triton.whole import WholeEightsLinear
 from qcore.platform import Device
 from qcore.refusal import Refused
 from qcore.scheme import Scheme, TensorScheme
@@ -252,3 +254,11 @@ def test_products_in_the_blocks_of_other_architectures(
             for rows in (1, 3, 70):
                 x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(3)).to(torch.float16)
                 bench.compare(f"{rows} rows", bench.run(x), bench.product(x))
+
+
+def test_inputs_under_a_scale_of_run_time_take_the_programs_of_a_stored_one() -> None:
+    """Which are those that are compiled for the matrix's rows."""
+    schemes = [Scheme.parse(f"W8A8-fp8-channel/{text}") for text in ("fp8-tensor-dyn", "fp8-tensor")]
+    found, stored = schemes
+    target = TARGETS["sm_89"]
+    assert WholeEightsLinear.programs(found, "bfloat16", target) == EightsLinear.programs(stored, "bfloat16", target)
