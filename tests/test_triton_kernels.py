@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,10 +12,12 @@ from qcore.discovery import registry
 from qcore.elements import Block
 from qcore.kernel import Kernel
 from qcore.kernels.activations import quantize_input
+from qcore.kernels.triton.eights import EightsLinear
 from qcore.kernels.triton.planes import pack_planes, parts_of, planes_of
 from qcore.kernels.triton.rounding import Rounding, round_input
 from qcore.kernels.triton.rows import triton_fp8, triton_int8, triton_kernels
 from qcore.kernels.triton.tilings import tilings_on
+from qcore.kernels.triton.whole import WholeEightsLinear
 from qcore.platform import Device
 from qcore.refusal import Refused
 from qcore.scheme import Scheme, TensorScheme
@@ -197,6 +201,33 @@ def test_an_input_that_is_no_number_gives_none(scheme: str) -> None:
             assert packed(x).isnan().all(1).tolist() == [False, True, False], kernel.name
 
 
+@pytest.mark.parametrize("weight", ["W8A8-fp8-tensor", "W4A4-e2m1-g16:e4m3fn+tensor"])
+@pytest.mark.parametrize("bound", ["", "-bound0.5"])
+def test_a_scale_of_all_inputs_is_that_of_an_expert_s_rows(weight: str, bound: str) -> None:
+    """To the bit what torch's operators make of each expert's rows: of zeros, of the smallest numbers, of infinities, and of what is no number."""
+    scheme = Scheme.parse(
+        f"{weight}/fp8-tensor-dyn{bound}" if "fp8" in weight else f"{weight}/e2m1-g16:e4m3fn+tensor-dyn"
+    )
+    assert scheme.input is not None
+    layers = [replace(random_layer(scheme, 32, 256, seed), input_scale=None) for seed in range(6)]
+    rounded = KERNELS["triton_rounded_floats"].load()
+    packed = [rounded.from_layer(layer, torch.bfloat16) for layer in layers]
+    assert rounded.stackable(packed)  # type: ignore[attr-defined]
+    counts = (3, 0, 1, 2, 2, 2)
+    experts = torch.arange(6).repeat_interleave(torch.tensor(counts)).to(torch.int32)
+    x = torch.randn(10, 256, generator=torch.Generator().manual_seed(5)) * torch.logspace(-3, 3, 10)[:, None]
+    x[3], x[4:6], x[7, 40] = 0, x[4:6] * 1e-32, float("nan")
+    if bound:
+        x[9, 3] = float("inf")
+    x = x.to(torch.bfloat16)
+    parts = x.split(counts)
+    wanted = torch.cat([quantize_input(part, scheme.input) for part in parts])
+    apart = torch.cat([layer.rounded(part) for layer, part in zip(packed, parts, strict=True)])  # type: ignore[operator]
+    together = rounded.stacked(packed).rounded(x, experts)  # type: ignore[attr-defined]
+    for got in (apart, together):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 TARGETS = {
     target.architecture: target
     for platform in ("turing", "ada", "amd")
@@ -223,3 +254,11 @@ def test_products_in_the_blocks_of_other_architectures(
             for rows in (1, 3, 70):
                 x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(3)).to(torch.float16)
                 bench.compare(f"{rows} rows", bench.run(x), bench.product(x))
+
+
+def test_inputs_under_a_scale_of_run_time_take_the_programs_of_a_stored_one() -> None:
+    """Which are those that are compiled for the matrix's rows."""
+    schemes = [Scheme.parse(f"W8A8-fp8-channel/{text}") for text in ("fp8-tensor-dyn", "fp8-tensor")]
+    found, stored = schemes
+    target = TARGETS["sm_89"]
+    assert WholeEightsLinear.programs(found, "bfloat16", target) == EightsLinear.programs(stored, "bfloat16", target)

@@ -21,6 +21,8 @@ KERNELS = {kernel.name: kernel for kernel in qcore_kernels()}
         ("cublas_int8", "W8A8-int8-static"),
         ("cublas_fp8", "W8A8-fp8-dyn"),
         ("cublas_fp8", "W8A8-fp8-static"),
+        ("cublas_fp8_tensor", "W8A8-fp8-channel/fp8-tensor-dyn"),
+        ("cublas_fp8_tensor", "W8A8-fp8-tensor/fp8-tensor-dyn-bound2.5"),
     ],
 )
 @pytest.mark.parametrize("rows", [0, 1, 17, 70])

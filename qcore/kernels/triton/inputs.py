@@ -14,6 +14,7 @@ from qcore.kernels.stacking import StackableLinear
 from qcore.kernels.triton.floats import FloatLinear
 from qcore.kernels.triton.integers import IntegerLinear
 from qcore.kernels.triton.rounding import Rounding, round_input
+from qcore.kernels.triton.whole import given_scale, scale_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,7 +36,7 @@ class RoundedLinear(StackableLinear):
         self.weight, self.order = weight, layer.order
         given = layer.weight.scheme.input
         assert given is not None
-        self.given, self.rounding = given, Rounding.of(given, layer.order)
+        self.given, self.rounding = given, Rounding.of(given_scale(given) or given, layer.order)
         self.register_buffer("input_scale", None if layer.input_scale is None else layer.input_scale.to(torch.float32))
         self.register_buffer("input_zero", layer.input_zero)
 
@@ -45,7 +46,8 @@ class RoundedLinear(StackableLinear):
 
     @classmethod
     def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[Program]:
-        rounding = Rounding.of(scheme.input)
+        given = scheme.input
+        rounding = Rounding.of(given and (given_scale(given) or given))
         return [
             *_family(scheme).programs(scheme, dtype, target),
             *(rounding.programs(False, dtype) if rounding else []),
@@ -53,16 +55,17 @@ class RoundedLinear(StackableLinear):
 
     @classmethod
     def stackable(cls, layers: Sequence[Self]) -> bool:
-        """Not where how a row is rounded depends on other rows: each expert has others."""
-        return layers[0]._rounds_by_row() and super().stackable(layers)
+        """Not where torch's operators round an expert's row by what is in others."""
+        return layers[0]._rounds_apart() and super().stackable(layers)
 
-    def _rounds_by_row(self) -> bool:
-        given, static = self.given, self.input_scale is not None
-        if given.outliers is not None or self.order == "inverses":
+    def _rounds_apart(self) -> bool:
+        """Whether rows of several experts can be rounded at once."""
+        given = self.given
+        if self.rounding is not None:
+            return True
+        if given.outliers is not None or self.order == "inverses" or given.scales[0].type == "e4m3fn":
             return False
-        if given.scales[0].type == "e4m3fn":  # under a scale of the whole input, or the file's
-            return static and self.rounding is not None
-        return static or isinstance(given.granularity, PerToken | Group)
+        return self.input_scale is not None or isinstance(given.granularity, PerToken | Group)
 
     def forward(self, x: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
         out: torch.Tensor = self.weight(self.rounded(x, experts), experts)
@@ -73,11 +76,13 @@ class RoundedLinear(StackableLinear):
         how, scale, zero = self.rounding, self.input_scale, self.input_zero
         if experts is not None:
             scale, zero = (None if part is None else part[experts] for part in (scale, zero))
-        if how is None or (how.scale == "e4m3fn" and scale is None):
+        if how is None:
             return quantize_input(x, self.given, scale, zero, self.order)
         flat = x.reshape(-1, x.shape[-1])
         if flat.stride(-1) != 1:
             flat = flat.contiguous()
+        if scale is None and given_scale(self.given):
+            scale = scale_of(flat, self.given, experts, len(self.weight.codes))
         stands_for: torch.Tensor = round_input(
             flat, scale, how.element, how.group, how.scale, how.dynamic, how.bound, False
         )[0]

@@ -81,13 +81,17 @@ def triton_fp8(
     prefix: str, platforms: tuple[str, ...], *, features: tuple[frozenset[str], ...] = (), requires: tuple[tuple[str, str], ...] = (),
     architectures: tuple[str, ...] = ("*",),
 ) -> Sequence[Kernel]:  # fmt: skip
-    """e4m3 on matrix units that have it: a scale for each row, or for each tile and group of 128 columns."""
+    """e4m3 on matrix units that have it: a scale for each row, for all rows of inputs at run time, or for each tile and group of 128 columns."""
     return [
         Kernel(f"{prefix}_fp8{suffix}", "triton", "linear", platforms, accepts, ("bfloat16", "float16"), 0.35,
-               "qcore.kernels.triton.eights:EightsLinear", f"e4m3 x e4m3 on matrix units{note}; inputs are rounded by one kernel before",
-               features=features, requires=requires, architectures=architectures, ragged=suffix != "", compiles=True, experts=True)
-        for suffix, note, accepts in (
-            ("", "", Accepts(("fp8",), ("channel", "tensor"), inputs=("fp8-token-dyn*", "fp8-tensor"))),
-            ("_block128", ", the sums of 128 columns scaled", Accepts(("fp8",), ("block128", "tile1x128"), inputs=("fp8-g128-dyn",))),
+               f"qcore.kernels.triton.{implementation}", f"e4m3 x e4m3 on matrix units{note}",
+               features=features, requires=requires, architectures=architectures, ragged=suffix == "_block128", compiles=True, experts=True)
+        for suffix, implementation, note, accepts in (
+            ("", "eights:EightsLinear", "; inputs are rounded by one kernel before",
+             Accepts(("fp8",), ("channel", "tensor"), inputs=("fp8-token-dyn*", "fp8-tensor"))),
+            ("_tensor", "whole:WholeEightsLinear", "; torch's operators find the scale of all inputs, one kernel rounds them",
+             Accepts(("fp8",), ("channel", "tensor"), inputs=("fp8-tensor-dyn*",))),
+            ("_block128", "eights:EightsLinear", ", the sums of 128 columns scaled; inputs are rounded by one kernel before",
+             Accepts(("fp8",), ("block128", "tile1x128"), inputs=("fp8-g128-dyn",))),
         )
     ]  # fmt: skip
