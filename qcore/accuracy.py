@@ -49,9 +49,11 @@ def worst_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """max |got - expected| / (|expected| + rms(expected)); infinite where an element is no number, or where something was
     found though nothing but zeros was expected."""
     wanted = expected.double()
-    difference = (got.detach().to("cpu").double() - wanted).abs()
+    difference = (got.detach().to("cpu").double() - wanted).abs_()
     if not difference.numel():
         return 0.0
-    size = wanted.abs() + wanted.square().mean().sqrt()
-    worst = float((difference / size).max()) if bool(size.min() > 0) else float(difference.max()) * float("inf")
-    return worst if worst == worst else (float("inf") if bool(difference.isnan().any() | difference.any()) else 0.0)
+    usual = wanted.square().mean().sqrt()  # no number where an element is none
+    worst = (difference / wanted.abs().add_(usual)).max() if bool(usual > 0) else difference.max() * float("inf")
+    if bool(worst == worst):
+        return float(worst)
+    return float("inf") if bool(difference.isnan().any() | difference.any()) else 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import torch
@@ -67,7 +67,7 @@ class Bench:
 
     @cached_property
     def layer(self) -> LayerTensors:
-        return self.given or random_layer(self.scheme, *self.shape)
+        return self.given or _layer_of(self.scheme, *self.shape)
 
     @cached_property
     def packed(self) -> torch.nn.Module:
@@ -81,7 +81,7 @@ class Bench:
     @cached_property
     def weight(self) -> torch.Tensor:
         """float64 [N, K]"""
-        return self.layer.weight.dequantize().double()
+        return self.given.weight.dequantize().double() if self.given else _weight_of(self.scheme, *self.shape)
 
     @property
     def bound(self) -> float:
@@ -135,6 +135,16 @@ class Bench:
         if not error <= most:
             raise AssertionError(f"{self}: {what}: error {error:.3g}, expected at most {most:.3g} (qcore.accuracy)")
         return error
+
+
+_layer_of = lru_cache(maxsize=len(SIZES))(random_layer)
+"""The same for every type of activations, so each is made once."""
+
+
+@lru_cache(maxsize=len(SIZES))
+def _weight_of(scheme: Scheme, rows: int, columns: int) -> torch.Tensor:
+    """float64 [rows, columns]: what the weight of `_layer_of` stands for."""
+    return _layer_of(scheme, rows, columns).weight.dequantize().double()
 
 
 def smallest_shape(kernel: Kernel, scheme: Scheme) -> tuple[int, int]:
