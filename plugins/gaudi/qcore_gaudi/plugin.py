@@ -52,8 +52,10 @@ def qcore_kernels() -> Sequence[Kernel]:
             f"small floats, MX, NVFP4 and e4m3 by groups and tiles {dense}", ragged=True),
         hpu("codebooks", Accepts(("nf4", "fp4"), (*_ANY_GROUP, *_FLAT)), 0.9, "dense:DenseLinear",
             "looked up in float32, and bfloat16 at every call, by torch's operators"),
-        hpu("kv_cache", Accepts(("fp8",), _ROWS), 0.5, "kv_cache:KvCache",
-            "keys and values in e4m3, all of its numbers on Gaudi2 too; attention gets all of them dequantized",
+        hpu("blocks", Accepts(("gguf:*",)), 0.9, "blocks:BlockLinear",
+            "ggml's blocks taken apart; they become bfloat16 at every call, by torch's operators", ragged=True),
+        hpu("kv_cache", Accepts(("fp8", "int8"), _ROWS, (None, "stored")), 0.5, "kv_cache:KvCache",
+            "keys and values in int8, or in e4m3, all of its numbers on Gaudi2 too; attention gets all of them dequantized",
             op="kv_cache", dtypes=("bfloat16", "float16", "float32")),
     ]  # fmt: skip
 

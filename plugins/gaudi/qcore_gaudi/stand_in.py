@@ -2,17 +2,23 @@
 Intel's bridge to torch (hpu_ops/backend: fp8_gemm.cpp, fp8_ops.cpp, convert_from_int4_gen.cpp) and of how its tests call them; results by their formulas.
 
 Numbers are Gaudi2's: casts saturate at 240, and what is larger is no number. Gaudi3 takes all that Gaudi2 does. What Gaudi makes of sums is not shown.
+
+Torch's own operators are the CPU's; while a kernel of this plugin runs, those that Intel does not list for Gaudi, or not for the type, raise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from qcore_gaudi.operators import SCHEMAS
+from qcore_gaudi.operators import SAME, SCHEMAS, TORCH, VIEWS
 
 _FLOATS = (torch.bfloat16, torch.float32)
 _E4M3 = torch.float8_e4m3fn
@@ -96,10 +102,50 @@ def load() -> None:
         library.define(f"{name}{SCHEMAS[name]}")
         library.impl(name, double, "CPU")
     _KEPT.append(library)
+    register_module_forward_pre_hook(_enter)
+    register_module_forward_hook(_leave, always_call=True)
 
 
 _KEPT: list[torch.library.Library] = []
 """What is registered goes when its library does."""
+
+
+class OnlyGaudis(TorchDispatchMode):
+    """Raises ValueError where torch computes by an operator, or of a type, that Intel does not list."""
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Sequence[type], given: tuple[Any, ...] = (), named: Mapping[str, Any] | None = None
+    ) -> Any:
+        found = operator(*given, **(named or {}))
+        space, name = operator.namespace, operator.overloadpacket.__name__
+        if space == "aten" and name not in VIEWS:
+            taken = TORCH.get(SAME.get(name, name))
+            _check(taken is not None, f"{operator} is not among the operators that Gaudi has")
+            tensors = (part for part in tree_leaves((given, named)) if isinstance(part, torch.Tensor))
+            for kind in {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}:
+                _check(kind in (taken or ()), f"{operator} of {kind}")
+        else:
+            _check(space in ("aten", "hpu"), f"{operator} is not Gaudi's")
+        return found
+
+
+_RUNNING: list[Any] = []
+"""One for each kernel that is running."""
+
+
+def _is_kernel(module: torch.nn.Module) -> bool:
+    return type(module).__module__.startswith("qcore_gaudi.kernels")
+
+
+def _enter(module: torch.nn.Module, given: object) -> None:
+    if _is_kernel(module):
+        _RUNNING.append(OnlyGaudis())  # type: ignore[no-untyped-call]
+        _RUNNING[-1].__enter__()
+
+
+def _leave(module: torch.nn.Module, given: object, result: object) -> None:
+    if _is_kernel(module) and _RUNNING:
+        _RUNNING.pop().__exit__(None, None, None)
 
 
 def _scaled(x: torch.Tensor, scale: torch.Tensor | None, scale_shape: Sequence[int] | None) -> torch.Tensor:

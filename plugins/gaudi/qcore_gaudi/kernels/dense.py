@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcore.bits import unpack
-from qcore.elements import Codebook, Float, Group, Int, PerChannel, PerTensor, Tile
+from qcore.elements import Codebook, Float, Group, Int, PerChannel, PerTensor
 from qcore.kernels.order import columns_by_group
 from qcore.kernels.scales import by_group, finest_scales, group_size
 from qcore.tensor import TORCH_FLOATS, float_table
@@ -95,7 +95,7 @@ class DenseLinear(torch.nn.Module):
             x = x.index_select(1, self.order)
         out = torch.mm(x.to(dtype), self.weight().to(dtype).t())
         if self.follows:
-            out = out.to(torch.float32) * self.scales.to(torch.float32).t()
+            out = out.to(torch.float32) * self.wide(self.scales).t()
         if factor is not None:
             out = out.to(torch.float32) * factor
         return out.to(dtype)
@@ -107,27 +107,28 @@ class DenseLinear(torch.nn.Module):
 
     def weight(self) -> torch.Tensor:
         """float32 [N, K], without scales that follow the sums."""
-        if self.shifts is None:
-            wide = from_codes(self.codes, torch.float32)
-        else:
-            codes = unpacked(self.codes, self.shifts, self.bits, self.columns)
-            if self.values is None:
-                wide = codes.to(torch.float32) - self.center
-            else:
-                wide = self.values.index_select(0, codes.reshape(-1)).reshape(codes.shape)
-        wide = torch.nn.functional.pad(wide, (0, -self.columns % self.group))
-        wide = wide.reshape(len(wide), -1, self.group)
+        numbers = torch.nn.functional.pad(self.numbers(), (0, -self.columns % self.group))
+        grouped = numbers.reshape(len(numbers), -1, self.group)
         if self.zeros is not None and not self.added:
-            wide = wide - self.zeros.to(torch.float32).unsqueeze(-1)
+            grouped = grouped - self.wide(self.zeros).unsqueeze(-1)
         if not self.follows:
-            wide = wide * self.spread_scales().unsqueeze(-1)
+            grouped = grouped * self.wide(self.scales).unsqueeze(-1)
         if self.zeros is not None and self.added:
-            wide = wide + self.zeros.to(torch.float32).unsqueeze(-1)
-        return wide.reshape(len(wide), -1)[:, : self.columns]
+            grouped = grouped + self.wide(self.zeros).unsqueeze(-1)
+        return grouped.reshape(len(numbers), -1)[:, : self.columns]
 
-    def spread_scales(self) -> torch.Tensor:
-        """float32 [N, groups]"""
-        return self.scales.to(torch.float32)
+    def numbers(self) -> torch.Tensor:
+        """float32 [N, K]: what codes stand for, before zero points and scales."""
+        if self.shifts is None:
+            return from_codes(self.codes, torch.float32)
+        codes = unpacked(self.codes, self.shifts, self.bits, self.columns)
+        if self.values is None:
+            return codes.to(torch.float32) - self.center
+        return self.values.index_select(0, codes.reshape(-1)).reshape(codes.shape)
+
+    def wide(self, part: torch.Tensor) -> torch.Tensor:
+        """Scales or zero points in float32 [N, groups]."""
+        return part.to(torch.float32)
 
 
 def _codes(weight: QuantizedTensor, order: torch.Tensor | None) -> Iterator[torch.Tensor]:

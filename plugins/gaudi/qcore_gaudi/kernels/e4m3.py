@@ -65,7 +65,7 @@ def from_bytes(rows: torch.Tensor) -> torch.Tensor:
     wide = rows.to(torch.int32)
     size = wide & 0x7F
     above = (size > 0x77) & (size < 0x7F)
-    codes = torch.where(above, wide - 8, wide).to(torch.uint8).view(torch.float8_e4m3fn)
+    codes = torch.where(above, wide & ~8, wide).to(torch.uint8).view(torch.float8_e4m3fn)
     return from_codes(codes, torch.float32) * torch.where(above, 2.0, 1.0)
 
 

@@ -110,7 +110,7 @@ def _e2m1(values: torch.Tensor) -> torch.Tensor:
 def _power_of_two(magnitude: torch.Tensor, largest: float) -> torch.Tensor:
     """MX's scales, 2^-126 .. 2^127: the magnitude's exponent, or the next where its mantissa is 1.75 at least, less that of the largest number. Made of bits:
     logarithms and powers are not exact everywhere."""
-    exponents = (magnitude.view(torch.int32) + (1 << 21) >> 23) - (2 if largest == _E2M1 else 8)
+    exponents = (magnitude.view(torch.int32) + (1 << 21) >> 23) + (-2 if largest == _E2M1 else -8)
     return (exponents.clamp(1, 254) << 23).view(torch.float32)
 
 
