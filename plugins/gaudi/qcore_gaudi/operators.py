@@ -63,7 +63,7 @@ TORCH: Mapping[str, tuple[str, ...]] = MappingProxyType(
 SAME: Mapping[str, str] = MappingProxyType(
     {
         "__lshift__": "bitwise_left_shift", "__rshift__": "bitwise_right_shift", "_to_copy": "to", "clamp_min": "clamp", "constant_pad_nd": "pad",
-        "new_full": "full", "scalar_tensor": "full",
+        "new_full": "full", "new_zeros": "full", "scalar_tensor": "full",
     }
 )  # fmt: skip
 """What torch's dispatcher calls some of them."""

@@ -17,9 +17,11 @@ _ROWS = ("channel", "tensor")
 _SIZES = (16, *(int(group[1:]) for group in _GROUPS), 2048)
 _ANY_GROUP = (*(f"g{size}" for size in _SIZES), *_ROWS)
 _FLAT = tuple(text for n in _SIZES for text in (f"flat{n}", f"flat{n}:dynamic8+flat{256 * n}"))
+_E4M3_INPUTS = ("fp8-token-dyn", "fp8-tensor", "fp8-tensor-dyn", "fp8-tensor:e8m0ceil-dyn", "fp8-g*:e8m0ceil-dyn")
+"""One scale for each row or for all, and INC's powers of two."""
 _INPUTS = (
     "none", "int8-token-sym-dyn", "int8-token-asym-dyn", "int8-token-sym-dyn-outliers*", "int8-tensor-sym", "int8-tensor-asym", "int8-tensor-sym-dyn",
-    "fp8-token-dyn", "fp8-tensor", "fp8-tensor-dyn", "fp8-g*-dyn", "fp8-g32:e8m0-dyn", "e2m1-g32:e8m0-dyn", "e2m1-g16:e4m3fn+tensor-dyn",
+    *_E4M3_INPUTS, "fp8-g*-dyn", "e2m1-g*:e8m0*-dyn", "e2m1-g16:e4m3fn+tensor-dyn",
 )  # fmt: skip
 _FLOAT_SCALES = (*_ANY_GROUP, "block*", "tile*", "g32:e8m0", "g16:e4m3fn", "g16:e4m3fn+tensor")
 
@@ -42,7 +44,7 @@ def qcore_kernels() -> Sequence[Kernel]:
     return [
         hpu("int4", Accepts(("int4", "uint4"), (*_GROUPS, "channel"), (None, "stored"), ordered=True), 0.6, "int4:Int4Linear",
             "weights become bfloat16 at every call; scales in bfloat16", multiples=(8, 8)),
-        hpu("fp8", Accepts(("fp8",), _ROWS, inputs=("fp8-token-dyn", "fp8-tensor")), 0.4, "fp8:Fp8ProductLinear",
+        hpu("fp8", Accepts(("fp8",), _ROWS, inputs=_E4M3_INPUTS), 0.4, "fp8:Fp8ProductLinear",
             "e4m3 x e4m3; rows of weights and inputs with numbers above 240, which Gaudi2 lacks, are halved and their scales doubled", multiples=(16, 16)),
         hpu("fp8_weights", Accepts(("fp8",), _ROWS), 0.6, "fp8:Fp8Linear",
             "weights become bfloat16 at every call; rows with numbers above 240, which Gaudi2 lacks, are halved and their scales doubled", multiples=(16, 16)),

@@ -116,6 +116,10 @@ class OnlyGaudis(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Sequence[type], given: tuple[Any, ...] = (), named: Mapping[str, Any] | None = None
     ) -> Any:
+        with self:  # in inference mode operators come that are made of others
+            found = operator.decompose(*given, **(named or {}))
+        if found is not NotImplemented:
+            return found
         found = operator(*given, **(named or {}))
         space, name = operator.namespace, operator.overloadpacket.__name__
         if space == "aten" and name not in VIEWS:

@@ -36,10 +36,7 @@ def rounded(
         return _groups(values, scheme, scheme.granularity.size, scale)
     by_row = isinstance(scheme.granularity, PerToken)
     if isinstance(scheme.element, Float):
-        if scheme.dynamic:
-            scale = _absmax(values, by_row, _E4M3)
-        assert scale is not None
-        codes, scale = e4m3.rounded(values, scale.to(torch.float32))
+        codes, scale = e4m3.rounded(values, scale_of(values, scheme) if scheme.dynamic else scale)
         return e4m3.from_codes(codes, torch.float32), scale
     steps = 2**scheme.bits - 1
     least, most = -(steps + 1) // 2, steps // 2
@@ -56,6 +53,14 @@ def rounded(
         return codes.clamp(least, most).round(), scale
     shift = zero.to(torch.float32)
     return (codes + shift).clamp(least, most).round() - shift, scale
+
+
+def scale_of(values: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
+    """The run-time scales of e4m3 inputs, [M, 1] or [1, 1]: of rows, or of all; groups are to be rows."""
+    by_row, kind = isinstance(scheme.granularity, PerToken | Group), scheme.scales[0].type
+    if kind == "float":
+        return _absmax(values, by_row, _E4M3)
+    return _power_of_two(_reduced(values.abs(), by_row), _E4M3, kind)
 
 
 def _reduced(values: torch.Tensor, by_row: bool) -> torch.Tensor:
@@ -82,8 +87,8 @@ def _groups(
     small = scheme.element.format == "e2m1"
     largest = _E2M1 if small else _E4M3
     factor = None
-    if kind == "e8m0":
-        scale = _power_of_two(magnitude, largest)
+    if kind.startswith("e8m0"):
+        scale = _power_of_two(magnitude, largest, kind)
     elif kind == "e4m3fn":
         factor = _absmax(values, False, largest * _E4M3) if whole is None else whole.to(torch.float32)
         fine = e4m3.from_bytes(e4m3.to_bytes(divide(magnitude, largest) / factor))
@@ -107,10 +112,17 @@ def _e2m1(values: torch.Tensor) -> torch.Tensor:
     return ((values / step).round() * step).clamp(-_E2M1, _E2M1)
 
 
-def _power_of_two(magnitude: torch.Tensor, largest: float) -> torch.Tensor:
-    """MX's scales, 2^-126 .. 2^127: the magnitude's exponent, or the next where its mantissa is 1.75 at least, less that of the largest number. Made of bits:
-    logarithms and powers are not exact everywhere."""
-    exponents = (magnitude.view(torch.int32) + (1 << 21) >> 23) + (-2 if largest == _E2M1 else -8)
+def _power_of_two(magnitude: torch.Tensor, largest: float, kind: str) -> torch.Tensor:
+    """Scales 2^-126 .. 2^127 of MX, as qcore/kernels/minifloat.py has them. Made of bits: logarithms and powers are not exact everywhere.
+
+    e8m0: the magnitude's exponent, or the next where its mantissa is 1.75 at least, less that of the largest number; e8m0floor: never the next. e8m0ceil: the
+    least power of two under which nothing is clipped.
+    """
+    if kind == "e8m0ceil":
+        exponents = divide(magnitude, largest).view(torch.int32) + ((1 << 23) - 1) >> 23
+    else:
+        carry = 1 << 21 if kind == "e8m0" else 0
+        exponents = (magnitude.view(torch.int32) + carry >> 23) + (-2 if largest == _E2M1 else -8)
     return (exponents.clamp(1, 254) << 23).view(torch.float32)
 
 
