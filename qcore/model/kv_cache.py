@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+try:
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+except ImportError:  # before transformers 4.56, whose models run with caches of their own alone
+
+    class DynamicSlidingWindowLayer(DynamicLayer):  # type: ignore[no-redef,misc]
+        """Nothing is one."""
+
 
 from qcore.checkpoint.kv_scales import KvScales, Side
 from qcore.elements import Float
