@@ -111,8 +111,9 @@ def searched(
 
 
 def input_scheme(element: Float, method: ScaleMethod, columns: int, *, dynamic: bool) -> TensorScheme:
-    """What a layer's inputs are rounded to. At run time INC's scales are max |x| / (largest / 2), or up to a power of two: twice what is written here, and an fp8
-    number under twice its scale is one of the same numbers, unless it is below 2^-5 of it. A scale for each row is written as a group of all columns."""
+    """What a layer's inputs are rounded to. At run time INC's scales are max |x| / (largest / 2), up to a power of two or not: twice what is written here, or a
+    power of two of it, and an fp8 number under twice its scale is one of the same numbers, unless it is below 2^-5 of it. (Not so of plain scales for 240.) A
+    scale for each row is written as a group of all columns."""
     if not dynamic:
         return TensorScheme(element, (Level(PerTensor()),))
     kind = "e8m0ceil" if method.input == "pow2" else "float"

@@ -172,6 +172,14 @@ def test_optimum_habana_is_of_the_range_that_is_declared() -> None:
     assert version("transformers").startswith("4.55.")
 
 
+def test_caches_in_8_bits_need_a_newer_transformers() -> None:
+    """Of the range that optimum-habana takes."""
+    with pytest.raises(qcore.Refused) as caught:
+        qcore.load_model(GOLDEN / "llmcompressor-kvfp8-only", stand_ins()[0])
+    assert caught.value.refusal.code == "missing-package" and "kv_cache='none'" in caught.value.refusal.fix
+    assert qcore.load_model(GOLDEN / "llmcompressor-kvfp8-only", stand_ins()[0], kv_cache="none")
+
+
 def test_without_intels_software_it_fails_as_devices_py_says() -> None:
     done = subprocess.run([sys.executable, "-c", "import optimum.habana"], capture_output=True, text=True, check=False)
     assert done.returncode and "IndexError" in done.stderr.splitlines()[-1], done.stderr

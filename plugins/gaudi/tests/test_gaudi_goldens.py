@@ -41,7 +41,12 @@ def test_logits_are_the_references(path: Path) -> None:
     device = stand_ins()[0]
     found = {}
     for name, given in (("gaudi", {"device": device, "dtype": torch.bfloat16}), ("reference", {"device": "cpu", "dtype": torch.float32, "kernel": "reference_linear"})):  # fmt: skip
-        model = qcore.load_model(path, **given)  # type: ignore[arg-type]
+        try:
+            model = qcore.load_model(path, **given)  # type: ignore[arg-type]
+        except qcore.Refused as error:
+            if error.refusal.code != "missing-package":
+                raise
+            pytest.skip(str(error.refusal.fact))  # caches in 8 bits, under the transformers that optimum-habana takes
         if name == "gaudi":
             linears = {kernel for kernel in kernel_counts(model) if kernel != "reference_embedding"}
             assert all(kernel.startswith("gaudi_") for kernel in linears), linears
