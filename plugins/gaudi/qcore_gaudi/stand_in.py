@@ -9,12 +9,11 @@ Torch's own operators are the CPU's; while a kernel of this plugin runs, those t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -102,8 +101,8 @@ def load() -> None:
         library.define(f"{name}{SCHEMAS[name]}")
         library.impl(name, double, "CPU")
     _KEPT.append(library)
-    register_module_forward_pre_hook(_enter)
-    register_module_forward_hook(_leave, always_call=True)
+    for implementation, name, method in _methods():
+        setattr(implementation, name, watched(method))
 
 
 _KEPT: list[torch.library.Library] = []
@@ -133,23 +132,24 @@ class OnlyGaudis(TorchDispatchMode):
         return found
 
 
-_RUNNING: list[Any] = []
-"""One for each kernel that is running."""
+def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, under the eyes of OnlyGaudis."""
+
+    @wraps(method)
+    def run(*given: Any, **named: Any) -> Any:
+        with OnlyGaudis():  # type: ignore[no-untyped-call]
+            return method(*given, **named)
+
+    return run
 
 
-def _is_kernel(module: torch.nn.Module) -> bool:
-    return type(module).__module__.startswith("qcore_gaudi.kernels")
+def _methods() -> list[tuple[type, str, Callable[..., Any]]]:
+    """What runs on the device, of all of the plugin's kernels."""
+    from qcore_gaudi.plugin import qcore_kernels
 
-
-def _enter(module: torch.nn.Module, given: object) -> None:
-    if _is_kernel(module):
-        _RUNNING.append(OnlyGaudis())  # type: ignore[no-untyped-call]
-        _RUNNING[-1].__enter__()
-
-
-def _leave(module: torch.nn.Module, given: object, result: object) -> None:
-    if _is_kernel(module) and _RUNNING:
-        _RUNNING.pop().__exit__(None, None, None)
+    kernels: dict[type, None] = dict.fromkeys(kernel.load() for kernel in qcore_kernels())
+    names = ("forward", "encode", "decode")
+    return [(kernel, name, getattr(kernel, name)) for kernel in kernels for name in names if hasattr(kernel, name)]
 
 
 def _scaled(x: torch.Tensor, scale: torch.Tensor | None, scale_shape: Sequence[int] | None) -> torch.Tensor:

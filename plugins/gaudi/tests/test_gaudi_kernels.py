@@ -125,19 +125,6 @@ def test_nothing_stands_in_for_software_that_is_there(monkeypatch: pytest.Monkey
         stand_in.load.__wrapped__()
 
 
-class Stray(torch.nn.Module):
-    """Calls what Gaudi does not have. Its module's name makes it one of the plugin's kernels."""
-
-    __module__ = "qcore_gaudi.kernels.stray"
-
-    def __init__(self, call: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.call(x)
-
-
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize(
     ("call", "fault"),
@@ -155,10 +142,16 @@ def test_kernels_may_call_what_intel_lists_and_nothing_else(
     x = torch.ones(32, 32)
     with torch.inference_mode(inference):
         with pytest.raises(ValueError, match=fault):
-            Stray(lambda x: call(x) + 1)(x)
+            stand_in.watched(lambda x: call(x) + 1)(x)
         call(x)  # outside of a kernel all is as ever
-        assert torch.equal(Stray(lambda x: x.abs() @ x.t())(x), torch.full((32, 32), 32.0))
-    assert not stand_in._RUNNING
+        assert torch.equal(stand_in.watched(lambda x: x.abs() @ x.t())(x), torch.full((32, 32), 32.0))
+    everywhere = torch.nn.modules.module  # a hook there would keep all models from their decoders
+    assert not everywhere._global_forward_hooks and not everywhere._global_forward_pre_hooks
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_every_kernel_is_watched(kernel: Kernel) -> None:
+    assert kernel.load().forward.__wrapped__  # type: ignore[attr-defined]
 
 
 def test_no_product_of_integers_is_listed() -> None:
