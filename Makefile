@@ -19,7 +19,7 @@ test: .venv/developed
 
 # With optimum-habana and Intel Neural Compressor, in an environment of its own; GOLDEN=FOLDER tries more checkpoints.
 test-gaudi: .venv-gaudi/installed
-	OMP_NUM_THREADS=1 QCORE_GOLDEN=$(GOLDEN) .venv-gaudi/bin/pytest -n auto plugins/gaudi/tests/lane.py plugins/gaudi/tests
+	OMP_NUM_THREADS=1 QCORE_GOLDEN=$(GOLDEN) .venv-gaudi/bin/pytest -n auto plugins/gaudi/tests/*.py
 
 lint: .venv/developed
 	$(BIN)/ruff check

@@ -38,11 +38,10 @@ def goldens() -> list[Path]:
 @pytest.mark.parametrize("path", goldens(), ids=lambda path: path.name)
 def test_logits_are_the_references(path: Path) -> None:
     tokens = load_file(path / "expected.safetensors")["input_ids"]
-    device = stand_ins()[0]
-    found = {}
-    for name, given in (("gaudi", {"device": device, "dtype": torch.bfloat16}), ("reference", {"device": "cpu", "dtype": torch.float32, "kernel": "reference_linear"})):  # fmt: skip
+    device, found = stand_ins()[0], {}
+    for name, given in (("gaudi", {"dtype": torch.bfloat16}), ("reference", {"dtype": torch.float32, "kernel": "reference_linear"})):  # fmt: skip
         try:
-            model = qcore.load_model(path, **given)  # type: ignore[arg-type]
+            model = qcore.load_model(path, device, **given)  # type: ignore[arg-type]
         except qcore.Refused as error:
             if error.refusal.code != "missing-package":
                 raise
