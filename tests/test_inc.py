@@ -320,11 +320,12 @@ def test_layers_without_measurements_are_refused_or_kept(tmp_path: Path) -> None
     [
         ({"mode": "MEASURE"}, "unknown-variant"),
         ({"observer": "shape"}, "unknown-variant"),
-        ({"scale_method": "MAXABS_HW_OPT_WEIGHT"}, "unknown-variant"),
         ({"scale_method": "MAXABS_PCS_POW2"}, "unknown-variant"),
+        ({"scale_method": "SMOOTHQUANT_OPT"}, "unknown-variant"),
         ({"scale_method": {"default": "maxabs_hw"}}, "unknown-variant"),
         ({"device_for_scales": "ABACUS"}, "unknown-variant"),
         ({"dynamic_quantization": True}, "unknown-variant"),
+        ({"dynamic_quantization": True, "scale_method": "UNIT_SCALE"}, "unknown-variant"),
         ({"scale_params": {"input_backoff": 0.5}}, "unknown-variant"),
         ({"scale_params": 3}, "bad-field"),
         ({"fp8_config": "E3M4"}, "bad-field"),

@@ -9,7 +9,8 @@
 
 w = q * scale_weight, x = q * scale_input. A scale is max |x| / (largest * backoff), computed in `hp_dtype`; the backoff is 1/2
 for weights and 1/4 for inputs, and METHODS says how it is rounded. `device_for_scales` chooses RANGES: how large an e4m3 may be
-and which scales are exponent biases; where it is not stated, 448 is the largest, as for all e4m3fn here.
+and which scales are exponent biases; where it is not stated, 448 is the largest, as for all e4m3fn here. With
+`dynamic_quantization` inputs have scales of run time, and nothing was measured.
 The config has no quant_method: it is known by its keys. Read from neural_compressor 3.10, torch/algorithms/fp8_quant.
 """
 
@@ -27,7 +28,7 @@ from qcore.checkpoint.settings import Settings, check
 from qcore.checkpoint.source import TensorInfo
 from qcore.elements import Float, Granularity, Level, PerChannel, PerTensor
 from qcore.layouts import inc_writer
-from qcore.layouts.inc_scales import METHODS, RANGES, Rounding, positive, rounded
+from qcore.layouts.inc_scales import METHODS, RANGES, Rounding, ScaleMethod, input_scheme, positive, rounded, searched
 from qcore.layouts.inc_writer import FORMS
 from qcore.method import (
     CheckpointFiles,
@@ -153,7 +154,8 @@ class Inc(Method):
             if saved or why or is_embedding(module):
                 plan.setdefault(module, ModulePlan(None, why or entry.reason, entry.shape))
             else:
-                scheme = self._scheme(files, PerChannel() if self._channels(files) else PerTensor())
+                grid = PerChannel() if self._method(files).channels else PerTensor()
+                scheme = self._scheme(files, grid, entry.shape[1])
                 plan[module] = ModulePlan(scheme, "quantized while loading, as the config asks", entry.shape)
         return plan
 
@@ -166,16 +168,16 @@ class Inc(Method):
         if form := _form(files):
             entry = self._saved_entry(files, module, form)
             assert entry.scheme is not None
-            scale, given = (finite(files, n, read(n)) for n in (f"{module}.{part}" for part in FORMS[form]))
+            scale, *stored = (finite(files, n, read(n)) for n in self._scale_names(files, module, form))
             made = QuantizedTensor(entry.scheme, entry.shape, weight.t().contiguous(), (scale.reshape(-1, 1),))
-            return LayerTensors(made, bias, input_scale=given.reshape(1))
+            return LayerTensors(made, bias, input_scale=stored[0].reshape(1) if stored else None)
         weight = quantizable(weight, tensors[f"{module}.weight"]).to(_torch(self._config(files).hp_dtype))
         scale, given = self._scales(files, module, weight)
         element, largest = self._element(files), self._largest(files)
         codes = (weight.float() * (1 / scale).float()).clamp_(-largest, largest).to(TORCH_FLOATS[element.format])
-        scheme = self._scheme(files, PerChannel() if self._channels(files) else PerTensor())
+        scheme = self._scheme(files, PerChannel() if self._method(files).channels else PerTensor(), weight.shape[1])
         made = QuantizedTensor(scheme, (weight.shape[0], weight.shape[1]), codes, (scale.float(),))
-        return LayerTensors(made, bias, input_scale=given.float().reshape(1))
+        return LayerTensors(made, bias, input_scale=None if given is None else given.float().reshape(1))
 
     def encode_config(self, plan: Mapping[str, ModulePlan], variant: str = "") -> dict[str, Any]:
         """A saved model, as a Gaudi's or, with the variant qdq, as a CPU's."""
@@ -216,7 +218,7 @@ class Inc(Method):
             ("observer", config.observer, config.observer in ("maxabs", "maxabs_per_channel")),
             ("scale_method", config.scale_method, bool(_form(files)) or config.scale_method in METHODS),
             ("device_for_scales", config.device_for_scales, config.device_for_scales in RANGES),
-            ("dynamic_quantization", "true", not config.dynamic_quantization),
+            ("dynamic_quantization", str(config.dynamic_quantization).lower(), _timely(config)),
             ("scale_params", ", ".join(sorted(params)), not params),
         ):
             if not known:
@@ -226,7 +228,7 @@ class Inc(Method):
     def _variant(self, files: CheckpointFiles, field: str, found: str) -> Refused:
         return Refused(
             Refusal("unknown-variant", "notimpl", str(files.path), "this form of INC's fp8 is not read yet",
-                    f"found {field} {found}, expected mode QUANTIZE, static maxabs scales, one of {', '.join(METHODS)}",
+                    f"found {field} {found}, expected mode QUANTIZE, maxabs scales, one of {', '.join(METHODS)}",
                     "Choose one of these scale methods, or save the model from one rank in INC's vllm format.",
                     str(files.quantization_file), field=field)
         )  # fmt: skip
@@ -234,16 +236,22 @@ class Inc(Method):
     def _element(self, files: CheckpointFiles) -> Float:
         return Float(_FP8[self._config(files).fp8_config][1])  # type: ignore[arg-type]
 
-    def _channels(self, files: CheckpointFiles) -> bool:
-        return METHODS[self._config(files).scale_method].channels
+    def _method(self, files: CheckpointFiles) -> ScaleMethod:
+        return METHODS.get(self._config(files).scale_method) or METHODS["MAXABS_HW"]
 
     def _largest(self, files: CheckpointFiles) -> float:
         config = self._config(files)
         return RANGES[config.device_for_scales].largest if config.fp8_config == "E4M3" else 57344.0
 
-    def _scheme(self, files: CheckpointFiles, grid: Granularity) -> Scheme:
-        element = self._element(files)
-        return Scheme(TensorScheme(element, (Level(grid),)), TensorScheme(element, (Level(PerTensor()),)))
+    def _scheme(self, files: CheckpointFiles, grid: Granularity, columns: int) -> Scheme:
+        element, dynamic = self._element(files), self._config(files).dynamic_quantization
+        given = input_scheme(element, self._method(files), columns, dynamic=dynamic)
+        return Scheme(TensorScheme(element, (Level(grid),)), given)
+
+    def _scale_names(self, files: CheckpointFiles, module: str, form: str) -> list[str]:
+        """Of the weight, and of the input where it is stored."""
+        parts = FORMS[form][:1] if self._config(files).dynamic_quantization else FORMS[form]
+        return [f"{module}.{part}" for part in parts]
 
     # --- Saved models ---
 
@@ -254,19 +262,20 @@ class Inc(Method):
             raise bad_file("bad-shape", "the weight is a matrix", file=weight.file, tensor=weight.name, field="shape",
                            found=list(weight.shape), expected="two dimensions")  # fmt: skip
         columns, rows = weight.shape
-        scale, given = (require_tensor(files, f"{module}.{part}", dtypes=_FLOATS) for part in FORMS[form])
+        scale, *given = (require_tensor(files, name, dtypes=_FLOATS) for name in self._scale_names(files, module, form))
         for part in ("dequant_weights", "quant_input"):
             zero = f"{module}.{part}.zero_point"
             if zero in files.source.tensors and bool(files.source.read(zero).any()):
                 raise bad_file("bad-content", "fp8 has no zero points", file=files.source.tensors[zero].file, tensor=zero,
                                field="values", found="other than 0", expected="0")  # fmt: skip
-        for info, shapes in ((scale, [(), (1,), (1, 1), (rows,), (rows, 1)]), (given, [(), (1,), (1, 1)])):
+        one: list[tuple[int, ...]] = [(), (1,), (1, 1)]
+        for info, shapes in ((scale, [*one, (rows,), (rows, 1)]), *((info, one) for info in given)):
             if info.shape not in shapes:
                 raise bad_file("bad-shape", "the scales do not fit the weight", file=info.file, tensor=info.name,
                                field="shape", found=list(info.shape), expected=" or ".join(map(str, map(list, shapes))))  # fmt: skip
         single = scale.shape in ((), (1,), (1, 1))
         return ModulePlan(
-            self._scheme(files, PerTensor() if single else PerChannel()), "stored in fp8", (rows, columns)
+            self._scheme(files, PerTensor() if single else PerChannel(), columns), "stored in fp8", (rows, columns)
         )
 
     # --- Measured models ---
@@ -277,6 +286,8 @@ class Inc(Method):
 
     def _read_measured(self, files: CheckpointFiles) -> tuple[dict[str, Node], bool]:
         config = self._config(files)
+        if config.dynamic_quantization:
+            return {}, False
         suffix = f"hooks_{config.observer}"
         if not config.recalc_scales:
             scales = read_nodes(files.folder, config.dump_stats_path, f"{suffix}_{config.scale_method}")
@@ -294,7 +305,7 @@ class Inc(Method):
         config = self._config(files)
         if why := self._listed(files, module, "linear"):
             return why
-        fixed = METHODS[config.scale_method].input in ("one", "single")
+        fixed = config.dynamic_quantization or METHODS[config.scale_method].input in ("one", "single")
         node = self._node(files, module)
         if not fixed and (node is None or node.input is None):
             if config.ignore_modules_wo_measures:
@@ -325,9 +336,13 @@ class Inc(Method):
         parent, _, leaf = module.rpartition(".")
         return nodes.get(module) or nodes.get(f"{parent}.{_FUSED.get(leaf, leaf)}")
 
-    def _scales(self, files: CheckpointFiles, module: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales in hp_dtype of the weight [N, 1] or [1, 1] and of the input []."""
+    def _scales(
+        self, files: CheckpointFiles, module: str, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales in hp_dtype of the weight [N, 1] or [1, 1], and of the input [] where it is known before it runs."""
         import torch
+
+        from qcore.tensor import TORCH_FLOATS
 
         config, (nodes, are_scales) = self._config(files), self._measured(files)
         method, node = METHODS[config.scale_method], self._node(files, module)
@@ -344,13 +359,25 @@ class Inc(Method):
         largest = weight.abs().amax(1, keepdim=True) if method.channels else weight.abs().amax().reshape(1, 1)
         if module not in nodes and node is not None and node.weight and not method.channels:
             largest = largest.clamp(min=max(node.weight))  # layers that were measured as one share a scale
+        scale = self._rounded(files, largest, method.weight, "weight")
+        if method.search:
+            bounds, fp8 = RANGES[config.device_for_scales], TORCH_FLOATS[self._element(files).format]
+            scale = searched(weight, method, scale, self._largest(files), bounds, fp8)
+        if config.dynamic_quantization:
+            return scale, None
         given = kept([node.input if node is not None and node.input is not None else 0.0])
-        return self._rounded(files, largest, method.weight, "weight"), self._rounded(
-            files, given, method.input, "input"
-        )
+        return scale, self._rounded(files, given, method.input, "input")
 
     def _rounded(self, files: CheckpointFiles, largest: torch.Tensor, how: Rounding, what: str) -> torch.Tensor:
         return rounded(largest, how, what, self._largest(files), RANGES[self._config(files).device_for_scales])
+
+
+def _timely(config: IncConfig) -> bool:
+    """Whether the method's scales of inputs are known when the config wants them: by token at run time alone, and those that are a device's before."""
+    method = METHODS.get(config.scale_method)
+    if method is None:
+        return not config.dynamic_quantization
+    return method.input in ("pow2", "none") if config.dynamic_quantization else not method.tokens
 
 
 def _form(files: CheckpointFiles) -> str:

@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+try:
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+except ImportError:  # before transformers 4.56, whose models run with caches of their own alone
+
+    class DynamicSlidingWindowLayer(DynamicLayer):  # type: ignore[no-redef,misc]
+        """Nothing is one."""
+
 
 from qcore.checkpoint.kv_scales import KvScales, Side
 from qcore.elements import Float
@@ -114,8 +117,11 @@ def quantize_kv_cache(
     """From now on every forward of the model, and `generate`, run with such a cache. Scales are by attention module.
 
     Raises Refused: unexpected-tensor, bad-shape and bad-content where scales do not fit the model or the scheme; bad-argument
-    where the architecture keeps something else than keys and values.
+    where the architecture keeps something else than keys and values; missing-package where transformers is too old.
     """
+    if "config" not in inspect.signature(DynamicCache.__init__).parameters:
+        raise Refused(Refusal("missing-package", "missing-dep", "kv_cache", "caches in 8 bits are built on those of transformers 4.56",
+                              f"found transformers {transformers.__version__}", "Install a newer one, or load the model with kv_cache='none'."))  # fmt: skip
     base, config = model.base_model, model.config.get_text_config(decoder=True)
     if "past_key_values" not in inspect.signature(base.forward).parameters:
         raise _unsupported(f"found no past_key_values in {type(base).__name__}'s forward")

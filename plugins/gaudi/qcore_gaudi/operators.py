@@ -1,7 +1,8 @@
-"""The operators of Intel's software that kernels here call: `torch.ops.hpu`, which torch has once it has loaded habana_frameworks, as it does by itself.
+"""The operators that kernels here call: `torch.ops.hpu`, which torch has once it has loaded habana_frameworks, as it does by itself, and those of torch's own
+that Intel says that Gaudi has, with the types that it says.
 
-Sources: Intel's bridge to torch (github.com/HabanaAI/gaudi-pytorch-bridge: TORCH_LIBRARY(hpu, ...), hpu_ops/backend, tests/pytest_working), and those who
-call them (vllm-hpu-extension, neural-compressor).
+Sources: Intel's bridge to torch (github.com/HabanaAI/gaudi-pytorch-bridge: TORCH_LIBRARY(hpu, ...), hpu_ops/backend, tests/pytest_working,
+docs/Pytorch_Operators.rst, scripts/hpu_op.yaml), and those who call them (vllm-hpu-extension, neural-compressor).
 """
 
 from __future__ import annotations
@@ -20,3 +21,67 @@ SCHEMAS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Arguments and results. Later versions have further arguments, with defaults, at the end."""
+
+_FLOATS = ("float32", "bfloat16", "float16")
+_INT8 = ("int8", "uint8")
+_MOST = (*_FLOATS, "float8_e4m3fn", "int64", "int32", *_INT8, "bool")
+
+TORCH: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "abs": _FLOATS,
+        "add": (*_FLOATS, "int64", "int32"),
+        "amax": (*_FLOATS, "float8_e4m3fn", "int32"),
+        "any": ("float32", "bfloat16", "int32", *_INT8, "bool"),
+        "bitwise_and": ("int32", *_INT8, "bool"),
+        "bitwise_left_shift": ("int32", *_INT8, "bool"),
+        "bitwise_or": ("int32", *_INT8, "bool"),
+        "bitwise_right_shift": ("int32", *_INT8, "bool"),
+        "cat": _MOST,
+        "clamp": _MOST,
+        "clone": (*_FLOATS, "float8_e4m3fn", "int32", *_INT8, "bool"),
+        "div": (*_FLOATS, "int32", *_INT8),
+        "eq": _MOST,
+        "full": _MOST,
+        "ge": (*_FLOATS, "float8_e4m3fn", "int64", "int32"),
+        "gt": (*_FLOATS, "float8_e4m3fn", "int64", "int32", *_INT8),
+        "index_select": _MOST,
+        "lt": (*_FLOATS, "float8_e4m3fn", "int64", "int32", *_INT8),
+        "mm": _FLOATS,
+        "mul": _FLOATS,
+        "neg": _FLOATS,
+        "pad": ("float32", "bfloat16", "float8_e4m3fn"),
+        "reciprocal": _FLOATS,
+        "round": _FLOATS,
+        "sub": _FLOATS,
+        "to": _MOST,
+        "where": (*_FLOATS, "int64", "int32", "bool"),
+    }
+)
+"""Operators of torch and the types of their tensors: those of docs/Pytorch_Operators.rst whose cell says Yes (its INT8 is any byte), and bool as the condition of
+`where`. No product has INT8."""
+
+SAME: Mapping[str, str] = MappingProxyType(
+    {
+        "__lshift__": "bitwise_left_shift", "__rshift__": "bitwise_right_shift", "_to_copy": "to", "clamp_min": "clamp", "constant_pad_nd": "pad",
+        "new_full": "full", "new_zeros": "full", "scalar_tensor": "full",
+    }
+)  # fmt: skip
+"""What torch's dispatcher calls some of them."""
+
+VIEWS = frozenset(
+    {
+        "_unsafe_view",
+        "alias",
+        "detach",
+        "expand",
+        "new_empty",
+        "select",
+        "slice",
+        "split",
+        "t",
+        "transpose",
+        "unsqueeze",
+        "view",
+    }
+)
+"""Operators that compute nothing, for any type; `view` with another type among them (hpu_op.yaml: view.dtype)."""

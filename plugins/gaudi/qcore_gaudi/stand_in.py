@@ -2,17 +2,27 @@
 Intel's bridge to torch (hpu_ops/backend: fp8_gemm.cpp, fp8_ops.cpp, convert_from_int4_gen.cpp) and of how its tests call them; results by their formulas.
 
 Numbers are Gaudi2's: casts saturate at 240, and what is larger is no number. Gaudi3 takes all that Gaudi2 does. What Gaudi makes of sums is not shown.
+
+Torch's own operators are the CPU's; while a kernel of this plugin runs, those that Intel does not list for Gaudi, or not for the type, raise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, wraps
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from qcore_gaudi.operators import SCHEMAS
+from qcore_gaudi.kernels.blocks import BlockLinear
+from qcore_gaudi.kernels.dense import DenseLinear
+from qcore_gaudi.kernels.fp8 import Fp8Linear, Fp8ProductLinear
+from qcore_gaudi.kernels.int4 import Int4Linear
+from qcore_gaudi.kernels.kv_cache import KvCache
+from qcore_gaudi.operators import SAME, SCHEMAS, TORCH, VIEWS
 
 _FLOATS = (torch.bfloat16, torch.float32)
 _E4M3 = torch.float8_e4m3fn
@@ -96,10 +106,53 @@ def load() -> None:
         library.define(f"{name}{SCHEMAS[name]}")
         library.impl(name, double, "CPU")
     _KEPT.append(library)
+    for implementation, name, method in _methods():
+        setattr(implementation, name, watched(method))
 
 
 _KEPT: list[torch.library.Library] = []
 """What is registered goes when its library does."""
+
+
+class OnlyGaudis(TorchDispatchMode):
+    """Raises ValueError where torch computes by an operator, or of a type, that Intel does not list."""
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Sequence[type], given: tuple[Any, ...] = (), named: Mapping[str, Any] | None = None
+    ) -> Any:
+        with self:  # in inference mode operators come that are made of others
+            found = operator.decompose(*given, **(named or {}))
+        if found is not NotImplemented:
+            return found
+        found = operator(*given, **(named or {}))
+        space, name = operator.namespace, operator.overloadpacket.__name__
+        if space == "aten" and name not in VIEWS:
+            taken = TORCH.get(SAME.get(name, name))
+            _check(taken is not None, f"{operator} is not among the operators that Gaudi has")
+            tensors = (part for part in tree_leaves((given, named)) if isinstance(part, torch.Tensor))
+            for kind in {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}:
+                _check(kind in (taken or ()), f"{operator} of {kind}")
+        else:
+            _check(space in ("aten", "hpu"), f"{operator} is not Gaudi's")
+        return found
+
+
+def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, under the eyes of OnlyGaudis."""
+
+    @wraps(method)
+    def run(*given: Any, **named: Any) -> Any:
+        with OnlyGaudis():  # type: ignore[no-untyped-call]
+            return method(*given, **named)
+
+    return run
+
+
+def _methods() -> list[tuple[type, str, Callable[..., Any]]]:
+    """What runs on the device, of all of the plugin's kernels."""
+    kernels: tuple[type, ...] = (Int4Linear, Fp8ProductLinear, Fp8Linear, DenseLinear, BlockLinear, KvCache)
+    names = ("forward", "encode", "decode")
+    return [(kernel, name, getattr(kernel, name)) for kernel in kernels for name in names if hasattr(kernel, name)]
 
 
 def _scaled(x: torch.Tensor, scale: torch.Tensor | None, scale_shape: Sequence[int] | None) -> torch.Tensor:

@@ -14,19 +14,25 @@ import torch
 
 from qcore.accuracy import worst_error
 from qcore.discovery import registry
+from qcore.kernel import Kernel
 from qcore.kernels.activations import quantize_input
 from qcore.kernels.kv_cache import KvRounding
 from qcore.platform import Device
 from qcore.scheme import Scheme
 from qcore.select import LayerRequest, select
+from qcore.support.rows import ROWS
 from qcore.tensor import LayerTensors
+from qcore.testing.cases import catalogue, claimed, row_schemes
+from qcore.testing.checks import smallest_shape
 from qcore.testing.layers import random_layer
+from qcore.testing.verify import Question, verify
 from qcore_gaudi import stand_in
+from qcore_gaudi.devices import stand_ins
 from qcore_gaudi.kernels import e4m3
 from qcore_gaudi.kernels.fp8 import Fp8Linear, Fp8ProductLinear
 from qcore_gaudi.kernels.int4 import Int4Linear
 from qcore_gaudi.kernels.kv_cache import KvCache
-from qcore_gaudi.operators import SCHEMAS
+from qcore_gaudi.operators import SCHEMAS, TORCH, VIEWS
 
 KERNELS = [kernel for kernel, plugin in registry().kernels if plugin == "gaudi"]
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -117,6 +123,40 @@ def test_nothing_stands_in_for_software_that_is_there(monkeypatch: pytest.Monkey
     monkeypatch.setattr(stand_in, "find_spec", lambda name: object() if name == "habana_frameworks" else None)
     with pytest.raises(RuntimeError, match="nothing stands in"):
         stand_in.load.__wrapped__()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    ("call", "fault"),
+    [
+        (lambda x: x.sort(-1)[0], "sort.* is not among"),
+        (lambda x: torch.linalg.qr(x)[0], "qr.* is not among"),
+        (lambda x: x.to(torch.int8) @ x.to(torch.int8), "mm.* of int8"),
+        (lambda x: x.double(), "to_copy.* of float64|of float64"),
+        (lambda x: torch._int_mm(x.to(torch.int8), x.to(torch.int8)), "_int_mm.* is not among"),
+    ],
+)
+def test_kernels_may_call_what_intel_lists_and_nothing_else(
+    call: Callable[[torch.Tensor], torch.Tensor], fault: str, inference: bool
+) -> None:
+    x = torch.ones(32, 32)
+    with torch.inference_mode(inference):
+        with pytest.raises(ValueError, match=fault):
+            stand_in.watched(lambda x: call(x) + 1)(x)
+        call(x)  # outside of a kernel all is as ever
+        assert torch.equal(stand_in.watched(lambda x: x.abs() @ x.t())(x), torch.full((32, 32), 32.0))
+    everywhere = torch.nn.modules.module  # a hook there would keep all models from their decoders
+    assert not everywhere._global_forward_hooks and not everywhere._global_forward_pre_hooks
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_every_kernel_is_watched(kernel: Kernel) -> None:
+    assert kernel.load().forward.__wrapped__  # type: ignore[attr-defined]
+
+
+def test_no_product_of_integers_is_listed() -> None:
+    assert "mm" in TORCH and not {"int8", "uint8", "int32"} & set(TORCH["mm"]) and not VIEWS & set(TORCH)
+    assert not any("int" in name and "mm" in name for name in (*TORCH, *SCHEMAS))
 
 
 def test_every_byte_of_the_cache_is_e4m3fns() -> None:
@@ -217,27 +257,34 @@ def test_int4_is_the_definition_in_bfloat16(text: str) -> None:
     torch.testing.assert_close(weight.float(), layer.weight.dequantize().t(), rtol=0.008, atol=0)
 
 
-@pytest.mark.parametrize("kernel", [kernel.name for kernel in KERNELS])
-def test_kernels_on_the_stand_in(kernel: str) -> None:
-    """As `qcore verify` has it."""
-    command = [sys.executable, "-m", "qcore", "verify", "--plugin", "gaudi", "--simulate", "--kernel", kernel, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_kernels_on_the_stand_in(kernel: Kernel) -> None:
+    """For the matrix's schemes, as `qcore verify --simulate` has it."""
+    findings = list(verify(registry(), Question(plugin="gaudi", kernel=kernel.name), None, stand_ins()))
+    assert findings and {finding.device.id for finding in findings} == {"gaudi2-stand-in"}
+    assert not [failure for finding in findings for failure in finding.failures]
+    assert min(finding.cases for finding in findings) >= 8
+
+
+def test_verify_asks_the_stand_in() -> None:
+    command = [sys.executable, "-m", "qcore", "verify", "--plugin", "gaudi", "--simulate", "--kernel", "gaudi_int4"]
+    done = subprocess.run([*command, "--row", "awq", "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    findings = json.loads(done.stdout)["findings"]
-    assert findings and {finding["device"] for finding in findings} == {"gaudi2-stand-in"}
-    assert not any(finding["failures"] for finding in findings) and min(finding["cases"] for finding in findings) >= 8
+    assert [finding["scheme"] for finding in json.loads(done.stdout)["findings"]] == ["W4A16-g128-asym"]
 
 
-def test_the_first_gaudi_is_left_to_portable_kernels() -> None:
-    for kernel in KERNELS:
-        text = (
-            "W4A16-g128-sym"
-            if kernel.name == "gaudi_int4"
-            else "W8A8-fp8-dyn"
-            if kernel.name == "gaudi_fp8"
-            else "W8A16-fp8-channel"
-        )
-        for generation, taken in (("gaudi", False), ("gaudi2", True), ("gaudi3", True)):
-            device = Device("hpu:0", "gaudi", generation, "hpu", generation)
-            request = LayerRequest(kernel.op, Scheme.parse(text), (128, 128), "bfloat16")
-            assert (select(request, "gaudi", [(kernel, "gaudi")], device).kernel is not None) == taken
+def test_no_scheme_of_the_matrix_is_left_to_portable_kernels() -> None:
+    for row in ROWS:
+        for scheme in row.parsed if not row.platforms else ():
+            request = LayerRequest(row.op, scheme, (256, 512) if row.op == "linear" else (8, 64), "bfloat16")
+            chosen = select(request, "gaudi", [(kernel, "gaudi") for kernel in KERNELS], stand_ins()[0]).kernel
+            assert chosen is not None, f"{row.id}: {scheme}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_the_first_gaudi_is_left_to_portable_kernels(kernel: Kernel) -> None:
+    scheme = claimed(kernel, row_schemes() + catalogue())[0]
+    for generation, taken in (("gaudi", False), ("gaudi2", True), ("gaudi3", True)):
+        device = Device("hpu:0", "gaudi", generation, "hpu", generation)
+        request = LayerRequest(kernel.op, scheme, smallest_shape(kernel, scheme), "bfloat16")
+        assert (select(request, "gaudi", [(kernel, "gaudi")], device).kernel is not None) == taken

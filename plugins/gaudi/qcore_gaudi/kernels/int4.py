@@ -59,4 +59,6 @@ class Int4Linear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight: torch.Tensor = torch.ops.hpu.convert_from_uint4(self.packed, self.scales, self.zeros, x.dtype)
-        return torch.matmul(x if self.order is None else x[..., self.order], weight)
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch.mm(flat if self.order is None else flat.index_select(1, self.order), weight)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
