@@ -107,8 +107,8 @@ class Kernel:
 class LayerKernel(Protocol):
     """What an implementation is: a torch.nn.Module class that holds one prepacked weight.
 
-    Its tensors are buffers, so that the model moves and counts them like any other. A linear maps [..., K] to [..., N]
-    in the activations' dtype; bias and input multiplier are added by QuantizedLinear around it. An embedding maps
+    Its tensors are buffers, so that the model moves and counts them like any other. A linear maps [..., M, K] to [..., M, N]
+    in the activations' dtype; QuantizedLinear around it adds bias and input multiplier, and makes a row of a vector. An embedding maps
     integer indices [...] to [..., K]. A kv cache maps states [..., heads, head_dim] to what attention sees of them
     (qcore.kernels.kv_cache); its weight [heads, head_dim] stands for one token; where it has `attends` and `attention`, models
     attend to its rows as they are (qcore.model.attention.RowAttention). Where the row's `quantizes_input` is set, `rounded(x)`

@@ -44,8 +44,8 @@ class Wrong(ReferenceLinear):
             x = x.reshape(-1).as_strided(x.shape, (x.shape[-1], 1)) * 1.1
         if self.fault == "writes":
             x *= 2
-        if self.fault == "vector" and x.dim() == 1:
-            x = x.unsqueeze(0)
+        if self.fault == "sequences" and x.dim() > 2:
+            x = x.flatten(0, -2)
         out = super().forward(x)
         if self.fault == "last channel":
             out[..., -1] = 0
@@ -108,7 +108,7 @@ def bench(fault: str, *, size: str = "odd", scheme: Scheme = INT4, dtype: str = 
         ("one percent", "numbers"),
         ("dtype", "numbers"),
         ("raises", "numbers"),
-        ("vector", "leading_dimensions"),
+        ("sequences", "leading_dimensions"),
         ("contiguous", "strided_input"),
         ("writes", "strided_input"),
         ("empty", "empty_input"),

@@ -97,6 +97,8 @@ class Bench:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """float64 [..., N]: what the layer should give, without bias; of a kv cache [..., N, K]."""
+        if x.dim() == 1:
+            return self.product(x[None])[0]
         given, layer = x.float(), self.layer
         if self.kernel.op == "kv_cache":
             scale, zero = layer.weight.scales[0].float(), layer.weight.zeros
@@ -198,8 +200,12 @@ def leading_dimensions(bench: Bench) -> float:
     if bench.kernel.op == "embedding":
         tokens = torch.tensor([[0, bench.shape[0] - 1], [0, 0]])
         return bench.compare("[2, 2] tokens", bench.run(tokens), bench.weight[tokens])
-    shapes = ((), (2, 3), (1, 1, 2))
-    return max(bench.compare(f"input {[*s, 'K']}", bench.run(x := bench.input(*s)), bench.product(x)) for s in shapes)
+    model = bench.packed
+    if bench.kernel.op == "linear":
+        model = QuantizedLinear(bench.scheme, bench.shape, bench.kernel, model)
+    inputs = [bench.input(*shape) for shape in ((), (2, 3), (1, 1, 2))]
+    place = bench.device.torch_device
+    return max(bench.compare(f"input {list(x.shape)}", model(x.to(place)).cpu(), bench.product(x)) for x in inputs)
 
 
 def strided_input(bench: Bench) -> float:

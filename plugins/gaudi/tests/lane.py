@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,12 +47,6 @@ class OnTheStandIn(Capabilities):
     @property
     def device(self) -> Device | None:
         return stand_ins()[0]
-
-    @property
-    def known_failures(self) -> Mapping[str, str]:
-        return {
-            "* */*-tensor*-dyn leading_dimensions": "the definition gives the product of a vector one dimension more"
-        }
 
 
 @pytest.fixture(scope="session")
