@@ -123,3 +123,7 @@ def _device(place: int, generation: str, cores: list[int]) -> Device:
         fast_dtype="bfloat16",
         facts={"cores": ",".join(map(str, cores))},
     )
+
+
+def stand_ins() -> list[Device]:
+    return []

@@ -1,0 +1,92 @@
+"""Integer weights of 1 to 8 bits by groups, channel or tensor: w = (q - z) * s in float32 at every call, and torch's product in the activations' type. ggml's
+blocks that are such weights in other clothes come here, too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qcore.elements import Group, Int
+from qcore.kernels.order import columns_by_group
+from qcore.kernels.scales import by_group
+from qcore.layouts.unblocked import unblocked
+from qcore_neuron.kernels.planes import from_planes, to_planes
+from qcore_neuron.kernels.rounding import int8_codes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from qcore.tensor import LayerTensors
+
+
+class IntegerLinear(torch.nn.Module):
+    """codes: planes of bits (qcore_neuron.kernels.planes), uint8 [N, K bits / 8]; int8 or uint8 [N, K] of 8 bits. scales: [N, groups], floats as in the file. zeros: alike, in
+    codes, or floats that are added (`added`). order: int32 [K], act-order columns sorted by group. middle: how much higher signed codes are held."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    order: torch.Tensor | None
+    input_scale: torch.Tensor | None
+
+    def __init__(
+        self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, order: torch.Tensor | None,
+        input_scale: torch.Tensor | None, bits: int, middle: int, added: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.bits, self.middle, self.added = bits, middle, added
+        parts = {"codes": codes, "scales": scales, "zeros": zeros, "order": order, "input_scale": input_scale}
+        for name, part in parts.items():
+            self.register_buffer(name, part)
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
+        """Raises Refused (shape-unsupported) where act-order groups are not all of one size."""
+        weight, order = unblocked(layer.weight), None
+        scheme, (rows, columns) = weight.scheme.weight, weight.shape
+        element, grid = scheme.element, scheme.granularity
+        assert isinstance(element, Int)
+        if weight.index is not None:
+            assert isinstance(grid, Group)
+            order = columns_by_group(weight.index, grid.size, "Neuron's product by groups")
+        if element.bits < 8:
+            codes = to_planes(weight.codes, element.bits, columns, order)
+        else:
+            codes = weight.codes.contiguous() if order is None else weight.codes[:, order].contiguous()
+        scales, zeros = (
+            None if part is None else by_group(part, grid, rows).t().contiguous() for part in (weight.scales[0], weight.zeros)
+        )  # fmt: skip
+        assert scales is not None
+        given = None if layer.input_scale is None else layer.input_scale.to(torch.float32)
+        middle = 1 << (element.bits - 1) if element.signed and element.bits < 8 else 0
+        return cls(codes, scales, zeros, None if order is None else order.to(torch.int32), given, element.bits, middle,
+                   scheme.zero == "float")  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.order is None else x.index_select(-1, self.order)
+        return torch.matmul(x, self.weight().to(x.dtype).t())
+
+    def weight(self) -> torch.Tensor:
+        """float32 [N, K], columns in the packed order."""
+        codes = self.codes.to(torch.float32) if self.bits == 8 else from_planes(self.codes, self.bits)
+        grouped = codes.unflatten(1, (self.scales.shape[1], -1))
+        scales, zeros = self.scales.to(torch.float32).unsqueeze(-1), None
+        if self.zeros is not None:
+            zeros = self.zeros.to(torch.float32).unsqueeze(-1)
+        if self.middle:
+            grouped = grouped - float(self.middle)
+        if zeros is not None and not self.added:
+            grouped = grouped - zeros
+        grouped = grouped * scales
+        if zeros is not None and self.added:
+            grouped = grouped + zeros
+        return grouped.flatten(1)
+
+
+class RoundedIntegerLinear(IntegerLinear):
+    """Inputs are rounded to int8 as the scheme says, and what they stand for is multiplied."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes, scale = int8_codes(x, self.input_scale)
+        return super().forward((codes * scale).to(x.dtype))
