@@ -68,7 +68,7 @@ TYPES: Mapping[str, Known] = MappingProxyType(
 
 ATEN: frozenset[str] = frozenset(
     (
-        "_to_copy _unsafe_view abs add alias amax cat ceil clamp clamp_min clone div eq expand floor full_like ge index_select le log mm mul new_empty new_full "
+        "_to_copy _unsafe_view abs add alias amax cat ceil clamp clamp_min clone div eq floor full_like ge index_select log mm mul new_empty new_full "
         "reciprocal rsub sign slice squeeze_ sub t unbind unsqueeze view where zeros_like"
     ).split()
 )

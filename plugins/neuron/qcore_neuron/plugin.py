@@ -48,7 +48,7 @@ def qcore_kernels() -> Sequence[Kernel]:
         xla("fp8", Accepts(("fp8",), _ROWS), 0.5, "eight_bits:WeightOnlyLinear",
             f"e4m3 is what weights are stored in; {fp8}", features=_E4M3),
         xla("fp8_inputs", Accepts(("fp8",), _ROWS, inputs=_FP8), 0.5, "eight_bits:Fp8ProductLinear",
-            f"weights and inputs are rounded to e4m3, and multiplied in the activations' type; {fp8}", features=_E4M3),
+            f"weights and inputs are rounded to e4m3, and multiplied in the activations' type; weights: {fp8}", features=_E4M3),
         xla("fp8_tiles", Accepts(("fp8",), (*_GROUPS, *_TILES, "g32:e8m0"), inputs=("none", *_FP8, "fp8-g128-dyn")), 0.6, "tiles:Fp8TileLinear",
             f"e4m3 weights are scaled by group or tile at every call; {fp8}", features=_E4M3),
         xla("e5m2", Accepts(("e5m2",), _ROWS), 0.5, "eight_bits:WeightOnlyLinear", "e5m2 is what weights are stored in, the same on all chips"),

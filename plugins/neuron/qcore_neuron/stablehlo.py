@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from qcore_neuron.operators import LIST, OPERATIONS, REDUCTIONS, TYPES, error_page
 
-_OPERATION = re.compile(r'(?<![\w.#])"?(stablehlo|chlo|mhlo|vhlo|func)\.(\w+)"?')
+_OPERATION = re.compile(r'^\s*(?:%[\w:]+(?:, %[\w:]+)* = )?"?([a-z_]+\.\w+)"?(?=[ (<])')
 _APPLIES = re.compile(r"applies stablehlo\.(\w+)")
 _TYPE = re.compile(r"tensor<((?:[\d?]+x)*)([^<>]+)>")
+_ATTRIBUTES = re.compile(r"\{(?:\"[^\"]*\"|[^{}\"])*\}")
+"""Layouts and dimensions, whose own types are no tensors'; texts in them have braces."""
 _STRUCTURE = frozenset({"func.func", "func.return", "stablehlo.return"})
 _INTEGERS = frozenset({"i8", "ui8", "i32", "ui32", "i64", "ui64", "i16", "ui16", "i4", "ui4"})
 _NO_SHIFT = frozenset({"i8", "ui8", "i16", "ui16"})
@@ -44,12 +46,10 @@ def operations(text: str) -> Iterator[Operation]:
     """Those of a program, in its order. Raises ValueError where there are none, for then this is no StableHLO."""
     found = False
     for line in text.splitlines():
-        named = [match for match in _OPERATION.finditer(line) if not line[: match.start()].rstrip().endswith("applies")]
-        for match in named[:1]:
+        if match := _OPERATION.match(line):
             found = True
-            shapes = _TYPE.findall(line)
-            applies = _APPLIES.search(line)
-            yield Operation(f"{match[1]}.{match[2]}", tuple(kind for _, kind in shapes), applies[1] if applies else "",
+            shapes, applies = _TYPE.findall(_ATTRIBUTES.sub("", line)), _APPLIES.search(line)
+            yield Operation(match[1], tuple(kind for _, kind in shapes), applies[1] if applies else "",
                             any("?" in shape for shape, _ in shapes), line.strip())  # fmt: skip
     if not found:
         raise ValueError("there is no operation of StableHLO in this text")

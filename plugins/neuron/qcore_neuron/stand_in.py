@@ -35,12 +35,12 @@ class Chip(TorchDispatchMode):
         name = str(func).split(".")[1]
         _check(name in ATEN, f"{func} is not known to become an operation of the chip")
         _check(not str(func).endswith(".dtype"), f"{func} is left to the CPU")
-        compared = name in ("eq", "ge", "le") and not str(func).endswith(".Tensor")
+        compared = name in ("eq", "ge") and not str(func).endswith(".Tensor")
         _check(not compared, f"{func} compares in float64, which the chip lacks")
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors((args, kwargs, out)):
             _check(tensor.dtype in TYPES, f"{func}: the chip has no {tensor.dtype}")
-        if name in ("mm", "bmm"):
+        if name == "mm":
             _check(all(one.is_floating_point() for one in _tensors(args)), f"{func}: the chip multiplies no integers")
         for tensor in _tensors((args, out)):
             if tensor.dtype == torch.float8_e4m3fn and name == "_to_copy":

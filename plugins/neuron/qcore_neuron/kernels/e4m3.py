@@ -1,4 +1,4 @@
-"""e4m3 within what every chip has. Neuron's number with four bits of exponent is IEEE 754's, which ends at 240: the bytes that stand for 256 to 448 in torch's e4m3fn
+"""e4m3 weights within what every chip has. Neuron's number with four bits of exponent is IEEE 754's, which ends at 240: the bytes that stand for 256 to 448 in torch's e4m3fn
 are infinity and no numbers there. Trn3 has both.
 
 Rows with a number above 240 are held as halves, and their scales doubled. A number can be halved unless it is below 2^-5, where the step is 2^-9 already; beside
@@ -12,11 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from qcore.kernels.minifloat import LARGEST
-from qcore_neuron.kernels.rounding import symmetric_scale
-
 IEEE_LARGEST = 240.0
-_ALL = LARGEST["e4m3fn"]
 _ROWS = 256
 """Rows brought into range at a time."""
 
@@ -34,15 +30,3 @@ def halved(codes: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, 
         kept.append((wide / spread).to(torch.float8_e4m3fn))
         factors.append(factor)
     return torch.cat(kept), torch.cat(factors)
-
-
-def rounded(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What e4m3 holds of x [..., K], in float32 up to 240, and the scales [..., 1] beside it. scale: float32 [1] where it is stored; None is absmax / 448 of each
-    row. The cast itself rounds half to even on all chips."""
-    values = x.to(torch.float32)
-    if scale is None:
-        scale = symmetric_scale(values.abs().amax(-1, keepdim=True), _ALL)
-    scaled = (values / scale).clamp(-_ALL, _ALL)
-    largest = scaled.abs().amax(-1, keepdim=True)
-    factor = 2.0 - (largest <= largest.new_full((), IEEE_LARGEST)).to(torch.float32)
-    return (scaled / factor).to(torch.float8_e4m3fn).to(torch.float32), scale * factor

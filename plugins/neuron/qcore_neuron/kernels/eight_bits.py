@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcore.kernels.eight_bits import EightBits
-from qcore_neuron.kernels.e4m3 import halved, rounded
-from qcore_neuron.kernels.rounding import int8_codes
+from qcore_neuron.kernels.e4m3 import halved
+from qcore_neuron.kernels.rounding import fp8_codes, int8_codes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,8 +49,8 @@ class Int8ProductLinear(WeightOnlyLinear):
 
 
 class Fp8ProductLinear(WeightOnlyLinear):
-    """Inputs are rounded to e4m3 as the scheme says; rows with codes above 240 are halved too."""
+    """Inputs are rounded to numbers of e4m3 as the scheme says, all of which both types of activations have."""
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        codes, scale = rounded(x, self.input_scale)
+        codes, scale = fp8_codes(x, self.input_scale)
         return (self.sums(codes.to(x.dtype)).to(torch.float32) * self.scales * scale).to(x.dtype)

@@ -12,6 +12,7 @@ from qcore.scheme import TensorScheme
 from qcore_neuron.kernels.rounding import (
     at_least,
     exponent,
+    fp8_codes,
     half_to_even,
     int8_codes,
     on_grid,
@@ -37,13 +38,12 @@ def rounded_values(x: torch.Tensor, scheme: TensorScheme | None, scale: torch.Te
     if isinstance(grid, Group):
         values = values.unflatten(-1, (-1, min(grid.size, x.shape[-1])))
     kind = scheme.scales[0].type
-    if kind == "e8m0":
-        scale = _mx_scale(values, name)
-    elif kind == "e4m3fn":
-        scale = _nv_scale(values, name, scale)
-    elif scale is None:
-        scale = symmetric_scale(values.abs().amax(-1, keepdim=True), LARGEST[name])
-    found = on_grid(values / scale, name) * scale
+    if kind == "float":
+        codes, steps = fp8_codes(values, scale)
+    else:
+        steps = _mx_scale(values, name) if kind == "e8m0" else _nv_scale(values, name, scale)
+        codes = on_grid(values / steps, name)
+    found = codes * steps
     return found.flatten(-2) if isinstance(grid, Group) else found
 
 

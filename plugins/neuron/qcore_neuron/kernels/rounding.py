@@ -67,6 +67,16 @@ def int8_codes(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tenso
     return half_to_even((values / scale).clamp(-128.0, 127.0)), scale
 
 
+def fp8_codes(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3's numbers for each row, as float32, and their scales: [..., K] and [..., 1]; under a stored scale [1], which is given back, or absmax / 448.
+
+    By arithmetic: most chips have none above 240, and compilers round on their way to 8 bits twice (XLA's for CPUs does, by float16)."""
+    values = x.to(torch.float32)
+    if scale is None:
+        scale = symmetric_scale(values.abs().amax(-1, keepdim=True), LARGEST["e4m3fn"])
+    return on_grid(values / scale, "e4m3fn"), scale
+
+
 def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
     """2^e, exactly, of whole float32 exponents from -126 to 127."""
     rest = exponents + 126.0

@@ -8,7 +8,8 @@ import torch
 
 from qcore.elements import Group, Tile
 from qcore.kernels.scales import finest_scales
-from qcore_neuron.kernels.e4m3 import halved, rounded
+from qcore_neuron.kernels.e4m3 import halved
+from qcore_neuron.kernels.inputs import rounded_values
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,7 +46,7 @@ class Fp8TileLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.given is not None:
-            x = self._rounded(x).to(x.dtype)
+            x = rounded_values(x, self.given, self.input_scale).to(x.dtype)
         return torch.matmul(x, self.weight().to(x.dtype).t())
 
     def weight(self) -> torch.Tensor:
@@ -53,12 +54,3 @@ class Fp8TileLinear(torch.nn.Module):
         high, wide = self.scales.shape
         tiles = self.codes.to(torch.float32).unflatten(1, (wide, -1)).unflatten(0, (high, -1))
         return (tiles * self.scales.unsqueeze(1).unsqueeze(-1)).flatten(2).flatten(0, 1)
-
-    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.given is not None
-        grid = self.given.granularity
-        if not isinstance(grid, Group):
-            codes, scale = rounded(x, self.input_scale)
-            return codes * scale
-        codes, scale = rounded(x.unflatten(-1, (-1, min(grid.size, x.shape[-1]))), None)
-        return (codes * scale).flatten(-2)
