@@ -64,7 +64,7 @@ TYPES: Mapping[str, Known] = MappingProxyType(
         )
     }
 )  # fmt: skip
-"""f8E4M3FN: on Trn3; elsewhere with the compiler's `SETTING`. Integers of 64 bits are cut to 32, and numbers of float64 are on no list."""
+"""f8E4M3FN: on Trn3; elsewhere with the compiler's `SETTING`. Float64 is on no list."""
 
 ATEN: frozenset[str] = frozenset(
     (

@@ -65,6 +65,8 @@ def qcore_kernels() -> Sequence[Kernel]:
             "entries are chosen bit by bit, without a gather, and scaled in float32 at every call", multiples=planes),
         xla("llm_int8", Accepts(("int8",), ("channel",), inputs=("int8-token-sym-dyn-outliers*",)), 0.5, "llm_int8:LlmInt8Linear",
             "columns with outliers stay in 16 bits, the others are rounded to int8, and both meet the same codes"),
+        xla("embedding", Accepts(("int?", "uint?", *_BLOCKS), (*_GROUPS, *_ROWS, "none"), _ZEROS), 0.5, "integers:IntegerEmbedding",
+            "the rows that are looked up are taken out of bytes and scaled in float32", op="embedding", multiples=planes),
         xla("kv_cache", Accepts(("fp8", "e5m2", "int8"), _ROWS, (None, "stored")), 0.5, "kv_cache:KvCache",
             "keys and values in 8 bits, the bytes that they have everywhere; attention gets all of them dequantized", op="kv_cache"),
     ]  # fmt: skip

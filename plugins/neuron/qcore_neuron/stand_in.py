@@ -33,13 +33,19 @@ class Chip(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).split(".")[1]
+        if name not in ATEN:
+            with self:  # without gradients, operators that are made of others come whole
+                found = func.decompose(*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
         _check(name in ATEN, f"{func} is not known to become an operation of the chip")
         _check(not str(func).endswith(".dtype"), f"{func} is left to the CPU")
         compared = name in ("eq", "ge") and not str(func).endswith(".Tensor")
         _check(not compared, f"{func} compares in float64, which the chip lacks")
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors((args, kwargs, out)):
-            _check(tensor.dtype in TYPES, f"{func}: the chip has no {tensor.dtype}")
+            cut = name == "_to_copy" and tensor is not out and tensor.dtype == torch.int64  # tokens, to 32 bits
+            _check(cut or tensor.dtype in TYPES, f"{func}: the chip has no {tensor.dtype}")
         if name == "mm":
             _check(all(one.is_floating_point() for one in _tensors(args)), f"{func}: the chip multiplies no integers")
         for tensor in _tensors((args, out)):

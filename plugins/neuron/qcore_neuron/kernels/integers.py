@@ -65,15 +65,15 @@ class IntegerLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x if self.order is None else x.index_select(-1, self.order)
-        return torch.matmul(x, self.weight().to(x.dtype).t())
+        return torch.matmul(x, self.weight(self.codes, self.scales, self.zeros).to(x.dtype).t())
 
-    def weight(self) -> torch.Tensor:
-        """float32 [N, K], columns in the packed order."""
-        codes = self.codes.to(torch.float32) if self.bits == 8 else from_planes(self.codes, self.bits)
-        grouped = codes.unflatten(1, (self.scales.shape[1], -1))
-        scales, zeros = self.scales.to(torch.float32).unsqueeze(-1), None
-        if self.zeros is not None:
-            zeros = self.zeros.to(torch.float32).unsqueeze(-1)
+    def weight(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+        """float32 [rows, K] of some rows' parts, columns in the packed order."""
+        values = codes.to(torch.float32) if self.bits == 8 else from_planes(codes, self.bits)
+        grouped = values.unflatten(1, (scales.shape[1], -1))
+        scales = scales.to(torch.float32).unsqueeze(-1)
+        if zeros is not None:
+            zeros = zeros.to(torch.float32).unsqueeze(-1)
         if self.middle:
             grouped = grouped - float(self.middle)
         if zeros is not None and not self.added:
@@ -90,3 +90,22 @@ class RoundedIntegerLinear(IntegerLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         codes, scale = int8_codes(x, self.input_scale)
         return super().forward((codes * scale).to(x.dtype))
+
+
+class IntegerEmbedding(IntegerLinear):
+    """Only the rows that are looked up are taken apart. Their number is that of the tokens, whichever they are: shapes stay static."""
+
+    dtype: torch.dtype
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
+        packed = super().from_layer(layer, dtype)
+        packed.dtype = dtype
+        return packed
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        flat = tokens.to(torch.int32).reshape(-1)
+        parts = [None if part is None else part.index_select(0, flat) for part in (self.codes, self.scales, self.zeros)]
+        assert parts[0] is not None and parts[1] is not None
+        rows = self.weight(parts[0], parts[1], parts[2]).to(self.dtype)
+        return rows.reshape(*tokens.shape, rows.shape[1])
