@@ -19,6 +19,7 @@ _NESTED = tuple(f"flat{size}:dynamic8+flat{256 * size}" for size in (32, 64, 128
 _TILES = ("block32", "block64", "block128", "tile1x128")
 _MICROSCALES = ("g32:e8m0", "g16:e4m3fn", "g16:e4m3fn+tensor")
 _INT8 = ("int8-token-sym-dyn", "int8-tensor-sym")
+_AFFINE = ("int8-token-asym-dyn", "int8-tensor-asym")
 _FP8 = ("fp8-token-dyn", "fp8-tensor")
 _ZEROS = (None, "stored", "float")
 _BLOCKS = tuple(f"gguf:{name}" for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q3_k", "q4_k", "q5_k", "q6_k"))
@@ -54,8 +55,8 @@ def qcore_kernels() -> Sequence[Kernel]:
         xla("e5m2", Accepts(("e5m2",), _ROWS), 0.5, "eight_bits:WeightOnlyLinear", "e5m2 is what weights are stored in, the same on all chips"),
         xla("integers", Accepts(("int?", "uint?"), (*_GROUPS, *_ROWS), _ZEROS, ordered=True), 0.7, "integers:IntegerLinear",
             "codes of 1 to 8 bits are taken out of bytes by division and floor, and scaled in float32 at every call", multiples=planes),
-        xla("rounded_integers", Accepts(("int?", "uint?"), (*_GROUPS, *_ROWS), _ZEROS, ordered=True, inputs=_INT8), 0.8, "integers:RoundedIntegerLinear",
-            "the same, of inputs that are rounded to int8", multiples=planes),
+        xla("rounded_integers", Accepts(("int?", "uint?"), (*_GROUPS, *_ROWS), _ZEROS, ordered=True, inputs=(*_INT8, *_AFFINE, *_FP8)), 0.8,
+            "integers:RoundedIntegerLinear", "the same, of inputs that are rounded to int8 or e4m3", multiples=planes),
         xla("blocks", Accepts(_BLOCKS), 0.7, "integers:IntegerLinear",
             "ggml's blocks of evenly spaced numbers, as integers by groups", multiples=planes),
         xla("floats", Accepts(("fp8", "e4m3", "e4m3fnuz", "e3m2", "e2m3", "e2m1", "gguf:mxfp4", "gguf:nvfp4"), (*_GROUPS, *_FLAT, *_TILES, *_MICROSCALES, *_ROWS, "none"),

@@ -14,8 +14,12 @@ from qcore.platform import Device
 
 FOLDERS = [Path(__file__).parents[3] / "tests/golden", *map(Path, filter(None, [os.environ.get("QCORE_GOLDEN")]))]
 CPU = Device("cpu", "neuron", "torch on a CPU", "cpu", "trn2", simulated=True)
-BOUNDS = {"bitsandbytes-int8": 1e-4, "llmcompressor-w8a8-int8": 1e-5, "modelopt": 2e-3}
-"""Kullback-Leibler divergence from the tool's own logits, where not 1e-5: bitsandbytes rounds inputs to float16 on their way to int8, and ModelOpt's forward is in bfloat16."""
+BOUNDS = {"bitsandbytes-int8": 1e-4, "quark-fp8": 1e-4, "quark-int8": 1e-4, "llmcompressor-nvfp4a16": 1e-4, "llmcompressor-mxfp4a16": 1e-4,
+          "torchao-int8da": 1e-4, "modelopt-fp8-kvfp8": 1e-2, "modelopt": 2e-3}  # fmt: skip
+"""Kullback-Leibler divergence from the tool's own logits, where not 1e-5, for the reference and these kernels alike (tests/test_goldens.py says why): ModelOpt's are of a
+forward in bfloat16, and a key that lies between two fp8 numbers goes to the one or the other with its noise."""
+_LAST_BITS = 2e-5
+"""From the reference: where inputs are rounded, a last bit decides which way."""
 
 
 def goldens() -> list[Path]:
@@ -34,7 +38,7 @@ def logits_agree(path: Path, device: Device) -> None:
     with torch.no_grad():  # torch-xla has no tensors of inference mode
         got = model(tokens.to(model.device), use_cache=False).logits.float().cpu()
         wanted = reference(tokens, use_cache=False).logits.float()
-    assert divergence(got, wanted) < 1e-5
+    assert divergence(got, wanted) < _LAST_BITS
     tool = expected["logits"] if path.name.startswith("modelopt") else expected.get("logits_dequant_fp32", expected["logits"])
     bound = next((bound for start, bound in BOUNDS.items() if path.name.startswith(start)), 1e-5)
     assert divergence(got, tool) < bound

@@ -24,12 +24,16 @@ _CARRY = {"e2m1": 1.75}
 """From this fraction of its power of two on, the largest of an MX group has the next exponent."""
 
 
-def rounded_values(x: torch.Tensor, scheme: TensorScheme | None, scale: torch.Tensor | None) -> torch.Tensor:
-    """float32 [..., K]. scale: float32 [1], of static inputs, and of NVFP4 that of the whole tensor."""
+def rounded_values(
+    x: torch.Tensor, scheme: TensorScheme | None, scale: torch.Tensor | None, zero: torch.Tensor | None = None
+) -> torch.Tensor:
+    """float32 [..., K]. scale: float32 [1], of static inputs, and of NVFP4 that of the whole tensor. zero: float32 [1], of static inputs with a zero point."""
     if scheme is None:
         return x.to(torch.float32)
     if scheme.outliers is not None:
         return _without_outliers(x, scheme.outliers)
+    if scheme.zero is not None:
+        return _affine(x.to(torch.float32), scale, zero)
     if not isinstance(scheme.element, Float):
         codes, steps = int8_codes(x, scale)
         return codes * steps
@@ -45,6 +49,16 @@ def rounded_values(x: torch.Tensor, scheme: TensorScheme | None, scale: torch.Te
         codes = on_grid(values / steps, name)
     found = codes * steps
     return found.flatten(-2) if isinstance(grid, Group) else found
+
+
+def _affine(values: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> torch.Tensor:
+    """int8 with a zero point, of each row where none is stored."""
+    if scale is None:
+        low = -1.0 * (values * -1.0).amax(-1, keepdim=True).clamp_min(0.0)
+        scale = symmetric_scale(values.amax(-1, keepdim=True).clamp_min(0.0) - low, 255.0)
+        zero = half_to_even((-128.0 - low / scale).clamp(-128.0, 127.0))
+    assert zero is not None
+    return (half_to_even((values / scale + zero).clamp(-128.0, 127.0)) - zero) * scale
 
 
 def _mx_scale(values: torch.Tensor, name: str) -> torch.Tensor:

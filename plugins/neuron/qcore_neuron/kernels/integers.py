@@ -11,12 +11,13 @@ from qcore.elements import Group, Int
 from qcore.kernels.order import columns_by_group
 from qcore.kernels.scales import by_group
 from qcore.layouts.unblocked import unblocked
+from qcore_neuron.kernels.inputs import rounded_values
 from qcore_neuron.kernels.planes import from_planes, to_planes
-from qcore_neuron.kernels.rounding import int8_codes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from qcore.scheme import TensorScheme
     from qcore.tensor import LayerTensors
 
 
@@ -28,16 +29,13 @@ class IntegerLinear(torch.nn.Module):
     scales: torch.Tensor
     zeros: torch.Tensor | None
     order: torch.Tensor | None
-    input_scale: torch.Tensor | None
 
     def __init__(
-        self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, order: torch.Tensor | None,
-        input_scale: torch.Tensor | None, bits: int, middle: int, added: bool,
+        self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, order: torch.Tensor | None, bits: int, middle: int, added: bool
     ) -> None:  # fmt: skip
         super().__init__()
         self.bits, self.middle, self.added = bits, middle, added
-        parts = {"codes": codes, "scales": scales, "zeros": zeros, "order": order, "input_scale": input_scale}
-        for name, part in parts.items():
+        for name, part in {"codes": codes, "scales": scales, "zeros": zeros, "order": order}.items():
             self.register_buffer(name, part)
 
     @classmethod
@@ -58,10 +56,9 @@ class IntegerLinear(torch.nn.Module):
             None if part is None else by_group(part, grid, rows).t().contiguous() for part in (weight.scales[0], weight.zeros)
         )  # fmt: skip
         assert scales is not None
-        given = None if layer.input_scale is None else layer.input_scale.to(torch.float32)
         middle = 1 << (element.bits - 1) if element.signed and element.bits < 8 else 0
-        return cls(codes, scales, zeros, None if order is None else order.to(torch.int32), given, element.bits, middle,
-                   scheme.zero == "float")  # fmt: skip
+        order = None if order is None else order.to(torch.int32)
+        return cls(codes, scales, zeros, order, element.bits, middle, scheme.zero == "float")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x if self.order is None else x.index_select(-1, self.order)
@@ -85,11 +82,22 @@ class IntegerLinear(torch.nn.Module):
 
 
 class RoundedIntegerLinear(IntegerLinear):
-    """Inputs are rounded to int8 as the scheme says, and what they stand for is multiplied."""
+    """Inputs are rounded as the scheme says, and what they stand for is multiplied. input_scale, input_zero: float32 [1], of static inputs."""
+
+    given: TensorScheme | None
+    input_scale: torch.Tensor | None
+    input_zero: torch.Tensor | None
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
+        packed = super().from_layer(layer, dtype)
+        packed.given = layer.weight.scheme.input
+        for name, part in (("input_scale", layer.input_scale), ("input_zero", layer.input_zero)):
+            packed.register_buffer(name, None if part is None else part.to(torch.float32))
+        return packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        codes, scale = int8_codes(x, self.input_scale)
-        return super().forward((codes * scale).to(x.dtype))
+        return super().forward(rounded_values(x, self.given, self.input_scale, self.input_zero).to(x.dtype))
 
 
 class IntegerEmbedding(IntegerLinear):
