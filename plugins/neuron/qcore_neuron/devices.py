@@ -7,13 +7,12 @@ Sources: the Neuron driver's PCI ids (neuron_device.h), AWS's documentation of N
 
 from __future__ import annotations
 
-import importlib
 import re
-from types import ModuleType
 
 from qcore.host import Host
 from qcore.platform import Device
 from qcore_neuron.operators import SETTING
+from qcore_neuron.sdk import sdk
 
 ARCHITECTURES = ("inf2", "trn1", "trn2", "trn3")
 
@@ -89,15 +88,6 @@ def takes_e4m3fn(generation: str, host: Host) -> bool:
     return asked or "e4m3fn" in _FEATURES[generation]
 
 
-def sdk() -> ModuleType | None:
-    """AWS's torch_neuronx, imported; None where there is none, or the index's placeholder, which traces nothing. Raises whatever its import raises."""
-    try:
-        module = importlib.import_module("torch_neuronx")
-    except ModuleNotFoundError:
-        return None
-    return module if callable(getattr(module, "trace", None)) else None
-
-
 def generations(host: Host) -> list[str]:
     """The generation of every device on the bus."""
     return [_GENERATIONS[function.device] for function in host.pci(_VENDOR) if function.device in _GENERATIONS]
@@ -130,7 +120,9 @@ def unusable(host: Host) -> tuple[str, str] | None:
     try:
         return None if sdk() is not None else (placeholder, anew)
     except Exception as error:  # whatever the runtime and torch make of each other
-        return f"torch_neuronx cannot be imported: {error}"[:300], "Install the torch that AWS's release notes name for it."
+        return f"torch_neuronx cannot be imported: {error}"[
+            :300
+        ], "Install the torch that AWS's release notes name for it."
 
 
 def visible_cores(count: int, host: Host) -> list[int]:
@@ -160,4 +152,3 @@ def _device(place: int, generation: str, cores: list[int], host: Host) -> Device
         fast_dtype="bfloat16",
         facts={"cores": ",".join(map(str, cores))},
     )
-

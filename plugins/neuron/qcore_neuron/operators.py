@@ -67,9 +67,10 @@ TYPES: Mapping[str, Known] = MappingProxyType(
 """f8E4M3FN: on Trn3; elsewhere with the compiler's `SETTING`. Float64 is on no list."""
 
 ATEN: frozenset[str] = frozenset(
-    (
-        "_to_copy _unsafe_view abs add alias amax cat ceil clamp clamp_min clone div eq floor full_like ge index_select log mm mul new_empty new_full "
-        "reciprocal rsub sign slice squeeze_ sub t unbind unsqueeze view where zeros_like"
-    ).split()
-)
+    {
+        "_to_copy", "_unsafe_view", "abs", "add", "alias", "amax", "cat", "ceil", "clamp", "clamp_min", "clone", "div", "eq", "floor", "full_like", "ge",
+        "index_select", "log", "mm", "mul", "new_empty", "new_full", "reciprocal", "rsub", "sign", "slice", "squeeze_", "sub", "t", "unbind", "unsqueeze",
+        "view", "where", "zeros_like",
+    }
+)  # fmt: skip
 """torch's operators that kernels here come down to. The lane `make test-neuron` shows that torch-xla lowers every one of them."""

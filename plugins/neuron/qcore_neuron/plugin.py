@@ -40,7 +40,7 @@ def qcore_kernels() -> Sequence[Kernel]:
         return Kernel(f"neuron_{name}", "neuron", op, ("neuron",), accepts, ("bfloat16", "float32"), cost, f"qcore_neuron.kernels.{implementation}", note,
                       features=features, multiples=multiples)  # fmt: skip
 
-    planes, fp8 = (1, 8), "rows or tiles with numbers above 240, which most chips lack, are held as halves"
+    planes, fp8 = (8, 8), "rows or tiles with numbers above 240, which most chips lack, are held as halves"
     return [
         xla("int8", Accepts(("int8",), _ROWS), 0.5, "eight_bits:WeightOnlyLinear",
             "int8 is what weights are stored in: codes become the activations' type, scales follow the sums"),
@@ -51,7 +51,7 @@ def qcore_kernels() -> Sequence[Kernel]:
         xla("fp8_inputs", Accepts(("fp8",), _ROWS, inputs=_FP8), 0.5, "eight_bits:Fp8ProductLinear",
             f"weights and inputs are rounded to e4m3, and multiplied in the activations' type; weights: {fp8}", features=_E4M3),
         xla("fp8_tiles", Accepts(("fp8",), (*_GROUPS, *_TILES, "g32:e8m0"), inputs=("none", *_FP8, "fp8-g128-dyn")), 0.6, "tiles:Fp8TileLinear",
-            f"e4m3 weights are scaled by group or tile at every call; {fp8}", features=_E4M3),
+            f"e4m3 weights are scaled by group or tile at every call; {fp8}", features=_E4M3, multiples=(8, 1)),
         xla("e5m2", Accepts(("e5m2",), _ROWS), 0.5, "eight_bits:WeightOnlyLinear", "e5m2 is what weights are stored in, the same on all chips"),
         xla("integers", Accepts(("int?", "uint?"), (*_GROUPS, *_ROWS), _ZEROS, ordered=True), 0.7, "integers:IntegerLinear",
             "codes of 1 to 8 bits are taken out of bytes by division and floor, and scaled in float32 at every call", multiples=planes),
@@ -67,7 +67,7 @@ def qcore_kernels() -> Sequence[Kernel]:
         xla("llm_int8", Accepts(("int8",), ("channel",), inputs=("int8-token-sym-dyn-outliers*",)), 0.5, "llm_int8:LlmInt8Linear",
             "columns with outliers stay in 16 bits, the others are rounded to int8, and both meet the same codes"),
         xla("embedding", Accepts(("int?", "uint?", *_BLOCKS), (*_GROUPS, *_ROWS, "none"), _ZEROS), 0.5, "integers:IntegerEmbedding",
-            "the rows that are looked up are taken out of bytes and scaled in float32", op="embedding", multiples=planes),
+            "the rows that are looked up are taken out of bytes and scaled in float32", op="embedding", multiples=(1, 8)),
         xla("kv_cache", Accepts(("fp8", "e5m2", "int8"), _ROWS, (None, "stored")), 0.5, "kv_cache:KvCache",
             "keys and values in 8 bits, the bytes that they have everywhere; attention gets all of them dequantized", op="kv_cache"),
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from qcore_neuron.operators import LIST, OPERATIONS, REDUCTIONS, TYPES, error_pa
 
 _OPERATION = re.compile(r'^\s*(?:%[\w:]+(?:, %[\w:]+)* = )?"?([a-z_]+\.\w+)"?(?=[ (<])')
 _APPLIES = re.compile(r"applies stablehlo\.(\w+)")
-_TYPE = re.compile(r"tensor<((?:[\d?]+x)*)([^<>]+)>")
+_TYPE = re.compile(r"tensor<((?:[\d?]+x)*)([^<>]+(?:<[^<>]*>)?)>")
 _ATTRIBUTES = re.compile(r"\{(?:\"[^\"]*\"|[^{}\"])*\}")
 """Layouts and dimensions, whose own types are no tensors'; texts in them have braces."""
 _STRUCTURE = frozenset({"func.func", "func.return", "stablehlo.return"})

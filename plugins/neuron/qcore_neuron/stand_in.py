@@ -15,8 +15,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qcore_neuron.devices import sdk
 from qcore_neuron.operators import ATEN
+from qcore_neuron.sdk import sdk
 
 TYPES = frozenset(
     {
@@ -59,11 +59,12 @@ def load() -> None:
     """From now on this plugin's kernels run as on the chip. Raises RuntimeError where AWS's software is, which has one."""
     if sdk() is not None:
         raise RuntimeError("torch-neuronx is installed: nothing stands in for its devices")
-    chips: list[Chip] = []
+    make: Any = Chip  # torch does not say what its modes' methods take
+    chips: list[Any] = []
 
     def enter(module: torch.nn.Module, args: Any) -> None:
         if _is_kernel(module):
-            chips.append(Chip())
+            chips.append(make())
             chips[-1].__enter__()
 
     def leave(module: torch.nn.Module, args: Any, out: Any) -> None:

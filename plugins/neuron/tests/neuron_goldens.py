@@ -39,7 +39,11 @@ def logits_agree(path: Path, device: Device) -> None:
         got = model(tokens.to(model.device), use_cache=False).logits.float().cpu()
         wanted = reference(tokens, use_cache=False).logits.float()
     assert divergence(got, wanted) < _LAST_BITS
-    tool = expected["logits"] if path.name.startswith("modelopt") else expected.get("logits_dequant_fp32", expected["logits"])
+    tool = (
+        expected["logits"]
+        if path.name.startswith("modelopt")
+        else expected.get("logits_dequant_fp32", expected["logits"])
+    )
     bound = next((bound for start, bound in BOUNDS.items() if path.name.startswith(start)), 1e-5)
     assert divergence(got, tool) < bound
 

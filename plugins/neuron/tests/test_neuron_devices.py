@@ -10,6 +10,8 @@ import pytest
 from qcore.host import Host
 from qcore_neuron import plugin
 from qcore_neuron.devices import ARCHITECTURES, INDEX, devices, is_placeholder, report
+from qcore_neuron.operators import SETTING
+from qcore_neuron.sdk import sdk
 
 SDK = {"torch-neuronx": "2.8.0.2.10.13553+1e4dd6ca", "neuronx-cc": "2.21.18209.0"}
 MODULES = frozenset({"torch_neuronx", "torch_xla", "torch"})
@@ -81,6 +83,55 @@ def test_placeholders_are_told_from_the_sdk(tmp_path: Path) -> None:
     fooled = host(machine(tmp_path, "7164"), {"torch-neuronx": "1.0", "neuronx-cc": "1.0.post1"})
     said = report(fooled)
     assert devices(fooled) == [] and "placeholder" in said["missing"] and INDEX in said["fix"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('"""WRONG PACKAGE. Please install from another index."""', "placeholder"),
+        ("trace = None", "placeholder"),
+        ("raise RuntimeError('libnrt is of another version')", "libnrt is of another version"),
+        ("import a_torch_xla_that_is_absent", "a_torch_xla_that_is_absent"),
+        ("def trace(function, inputs): ...", None),
+    ],
+)
+def test_the_sdk_is_known_by_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, problem: str | None
+) -> None:
+    """Even where a placeholder's version looks like the SDK's: a stub of that name is installed for real, and asked."""
+    site = tmp_path / "site"
+    (site / "torch_neuronx-2.9.0.2.11.dist-info").mkdir(parents=True)
+    (site / "torch_neuronx-2.9.0.2.11.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch-neuronx\nVersion: 2.9.0.2.11\n")  # fmt: skip
+    (site / "torch_neuronx.py").write_text(content)
+    monkeypatch.syspath_prepend(str(site))
+    there = Host(machine(tmp_path / "host", "7364"), {})
+    found, said = devices(there), report(there)
+    sys.modules.pop("torch_neuronx", None)
+    assert bool(found) == (problem is None) and (problem or "") in said.get("missing", "") and bool(said.get("fix")) == bool(problem)  # fmt: skip
+    assert said["torch-neuronx"] == "2.9.0.2.11"
+
+
+def test_without_the_sdk_nothing_is_imported(tmp_path: Path) -> None:
+    assert sdk() is None and "torch_neuronx" not in sys.modules
+    assert devices(Host(machine(tmp_path, "7364"), {})) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "variables", "taken"),
+    [
+        ("7564", {}, True),
+        ("7364", {}, False),
+        ("7264", {"UNSAFE_FP8FNCAST": "0"}, False),
+        ("7164", {"UNSAFE_FP8FNCAST": "1"}, True),
+        ("7364", {"NEURON_CC_FLAGS": f"-O1 --internal-hlo2tensorizer-options={SETTING}"}, True),
+    ],
+)
+def test_where_the_compiler_takes_torchs_e4m3(
+    tmp_path: Path, device: str, variables: dict[str, str], taken: bool
+) -> None:
+    found = host(machine(tmp_path, device), **variables)
+    assert ("e4m3fn" in devices(found)[0].features) == taken
+    assert (SETTING in report(found).get("fp8", "")) == (not taken)
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from qcore.scheme import PRESETS, Scheme
 from qcore.testing.cases import claimed, row_schemes
 from qcore.testing.checks import Bench
 from qcore.testing.verify import examine, unable
-from qcore_neuron.devices import sdk
 from qcore_neuron.operators import ATEN
+from qcore_neuron.sdk import sdk
 from qcore_neuron.stablehlo import faults, operations
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
@@ -34,10 +34,7 @@ CPU = Device("cpu", "neuron", "torch on a CPU", "cpu", "trn2", FEATURES, fast_dt
 KERNELS = [kernel for kernel, plugin in registry().kernels if plugin == "neuron"]
 SCHEMES = tuple(dict.fromkeys((*row_schemes(), *PRESETS.values())))
 CASES = [
-    (kernel, scheme)
-    for kernel in KERNELS
-    for scheme in claimed(kernel, SCHEMES)
-    if unable(kernel, scheme, CPU) is None
+    (kernel, scheme) for kernel in KERNELS for scheme in claimed(kernel, SCHEMES) if unable(kernel, scheme, CPU) is None
 ]
 
 

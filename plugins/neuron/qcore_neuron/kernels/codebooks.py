@@ -46,5 +46,5 @@ class CodebookLinear(torch.nn.Module):
             bit, half = at_least(rest, 2.0**place), 2**place
             rest, chosen = rest - bit * 2.0**place, bit.to(torch.bool)
             found = [torch.where(chosen, found[entry + half], found[entry]) for entry in range(half)]
-        grouped = found[0].unflatten(1, (self.scales.shape[1], -1))
+        grouped: torch.Tensor = found[0].unflatten(1, (self.scales.shape[1], -1))
         return (grouped * self.scales.unsqueeze(-1)).flatten(1)

@@ -24,7 +24,9 @@ def halved(codes: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, 
     step = max(rows, _ROWS // rows * rows)
     for part in codes.split(step):
         wide = part.to(torch.float32)
-        above = torch.nn.functional.pad((wide.abs() > IEEE_LARGEST).float(), (0, -wide.shape[1] % columns, 0, -len(wide) % rows))
+        above = torch.nn.functional.pad(
+            (wide.abs() > IEEE_LARGEST).float(), (0, -wide.shape[1] % columns, 0, -len(wide) % rows)
+        )
         factor = 1.0 + above.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax((1, 3))
         spread = factor.repeat_interleave(rows, 0)[: len(wide)].repeat_interleave(columns, 1)[:, : wide.shape[1]]
         kept.append((wide / spread).to(torch.float8_e4m3fn))

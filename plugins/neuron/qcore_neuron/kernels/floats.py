@@ -48,7 +48,9 @@ class FloatLinear(torch.nn.Module):
         if not isinstance(grid, Tile):
             scales = by_group(scales, grid, rows).t()
         given = None if layer.input_scale is None else layer.input_scale.to(torch.float32)
-        return cls(codes.contiguous(), scales.to(torch.float32).contiguous(), given, element.format, element.bits, scheme.input)
+        return cls(
+            codes.contiguous(), scales.to(torch.float32).contiguous(), given, element.format, element.bits, scheme.input
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x if self.given is None else rounded_values(x, self.given, self.input_scale).to(x.dtype)
@@ -58,7 +60,7 @@ class FloatLinear(torch.nn.Module):
         """float32 [N, K]."""
         codes = self.codes.to(torch.float32) if self.bits == 8 else from_planes(self.codes, self.bits)
         high, wide = self.scales.shape
-        tiles = numbers(codes, self.name).unflatten(1, (wide, -1)).unflatten(0, (high, -1))
+        tiles: torch.Tensor = numbers(codes, self.name).unflatten(1, (wide, -1)).unflatten(0, (high, -1))
         return (tiles * self.scales.unsqueeze(1).unsqueeze(-1)).flatten(2).flatten(0, 1)
 
 
@@ -79,7 +81,7 @@ def numbers(codes: torch.Tensor, name: str) -> torch.Tensor:
     for place in range(exponent_bits - 1, -1, -1):
         bit = at_least(rest, 2.0**place)
         rest = rest - bit * 2.0**place
-        found = found * (1.0 + bit * (2.0 ** (2**place) - 1.0))
+        found = found * (1.0 + bit * (float(2 ** (2**place)) - 1.0))
     found = found * (1.0 - 2.0 * sign)
     if name not in _NO_NUMBERS:
         return found

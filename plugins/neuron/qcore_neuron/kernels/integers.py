@@ -67,7 +67,7 @@ class IntegerLinear(torch.nn.Module):
     def weight(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
         """float32 [rows, K] of some rows' parts, columns in the packed order."""
         values = codes.to(torch.float32) if self.bits == 8 else from_planes(codes, self.bits)
-        grouped = values.unflatten(1, (scales.shape[1], -1))
+        grouped: torch.Tensor = values.unflatten(1, (scales.shape[1], -1))
         scales = scales.to(torch.float32).unsqueeze(-1)
         if zeros is not None:
             zeros = zeros.to(torch.float32).unsqueeze(-1)

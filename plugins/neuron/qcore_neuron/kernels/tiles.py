@@ -52,5 +52,5 @@ class Fp8TileLinear(torch.nn.Module):
     def weight(self) -> torch.Tensor:
         """float32 [N, K]."""
         high, wide = self.scales.shape
-        tiles = self.codes.to(torch.float32).unflatten(1, (wide, -1)).unflatten(0, (high, -1))
+        tiles: torch.Tensor = self.codes.to(torch.float32).unflatten(1, (wide, -1)).unflatten(0, (high, -1))
         return (tiles * self.scales.unsqueeze(1).unsqueeze(-1)).flatten(2).flatten(0, 1)
