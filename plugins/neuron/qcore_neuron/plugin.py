@@ -22,7 +22,6 @@ _INT8 = ("int8-token-sym-dyn", "int8-tensor-sym")
 _AFFINE = ("int8-token-asym-dyn", "int8-tensor-asym")
 _FP8 = ("fp8-token-dyn", "fp8-tensor")
 _ZEROS = (None, "stored", "float")
-_BLOCKS = tuple(f"gguf:{name}" for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q3_k", "q4_k", "q5_k", "q6_k"))
 _E4M3 = (frozenset({"e4m3fn"}),)
 
 
@@ -57,17 +56,19 @@ def qcore_kernels() -> Sequence[Kernel]:
             "codes of 1 to 8 bits are taken out of bytes by division and floor, and scaled in float32 at every call", multiples=planes),
         xla("rounded_integers", Accepts(("int?", "uint?"), (*_GROUPS, *_ROWS), _ZEROS, ordered=True, inputs=(*_INT8, *_AFFINE, *_FP8)), 0.8,
             "integers:RoundedIntegerLinear", "the same, of inputs that are rounded to int8 or e4m3", multiples=planes),
-        xla("blocks", Accepts(_BLOCKS), 0.7, "integers:IntegerLinear",
-            "ggml's blocks of evenly spaced numbers, as integers by groups", multiples=planes),
-        xla("floats", Accepts(("fp8", "e4m3", "e4m3fnuz", "e3m2", "e2m3", "e2m1", "gguf:mxfp4", "gguf:nvfp4"), (*_GROUPS, *_FLAT, *_TILES, *_MICROSCALES, *_ROWS, "none"),
+        xla("blocks", Accepts(("gguf:*",)), 0.7, "blocks:BlockLinear",
+            "ggml's blocks, held as codes with scales of runs and blocks, are put together in float32 at every call", multiples=planes),
+        xla("floats", Accepts(("fp8", "e4m3", "e4m3fnuz", "e3m2", "e2m3", "e2m1"), (*_GROUPS, *_FLAT, *_TILES, *_MICROSCALES, *_ROWS),
                               inputs=("none", *_FP8, "fp8-g128-dyn", "e2m1-g*-dyn")), 1.0, "floats:FloatLinear",
             "small floats are taken apart by arithmetic, with all numbers of their formats on every chip; MX and NVFP4 too", multiples=planes),
         xla("codebooks", Accepts(("nf4", "fp4"), (*_GROUPS, *_FLAT, *_NESTED)), 0.9, "codebooks:CodebookLinear",
             "entries are chosen bit by bit, without a gather, and scaled in float32 at every call", multiples=planes),
         xla("llm_int8", Accepts(("int8",), ("channel",), inputs=("int8-token-sym-dyn-outliers*",)), 0.5, "llm_int8:LlmInt8Linear",
             "columns with outliers stay in 16 bits, the others are rounded to int8, and both meet the same codes"),
-        xla("embedding", Accepts(("int?", "uint?", *_BLOCKS), (*_GROUPS, *_ROWS, "none"), _ZEROS), 0.5, "integers:IntegerEmbedding",
+        xla("embedding", Accepts(("int?", "uint?"), (*_GROUPS, *_ROWS), _ZEROS), 0.5, "integers:IntegerEmbedding",
             "the rows that are looked up are taken out of bytes and scaled in float32", op="embedding", multiples=(1, 8)),
+        xla("block_embedding", Accepts(("gguf:*",)), 0.5, "blocks:BlockEmbedding",
+            "the rows of ggml's blocks that are looked up are put together in float32", op="embedding", multiples=(1, 8)),
         xla("kv_cache", Accepts(("fp8", "e5m2", "int8"), _ROWS, (None, "stored")), 0.5, "kv_cache:KvCache",
             "keys and values in 8 bits, the bytes that they have everywhere; attention gets all of them dequantized", op="kv_cache"),
     ]  # fmt: skip

@@ -41,10 +41,16 @@ class CodebookLinear(torch.nn.Module):
 
     def weight(self) -> torch.Tensor:
         """float32 [N, K]."""
-        rest, found = from_planes(self.codes, 4), list(self.table.unbind(0))
-        for place in range(3, -1, -1):  # the highest bit leaves one of each two numbers that are 8 apart
-            bit, half = at_least(rest, 2.0**place), 2**place
-            rest, chosen = rest - bit * 2.0**place, bit.to(torch.bool)
-            found = [torch.where(chosen, found[entry + half], found[entry]) for entry in range(half)]
-        grouped: torch.Tensor = found[0].unflatten(1, (self.scales.shape[1], -1))
+        entries = choose(from_planes(self.codes, 4), self.table)
+        grouped: torch.Tensor = entries.unflatten(1, (self.scales.shape[1], -1))
         return (grouped * self.scales.unsqueeze(-1)).flatten(1)
+
+
+def choose(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The entries of a table [16] for whole float32 codes: the highest bit leaves one of each two that are 8 apart, and so on."""
+    rest, found = codes, list(table.unbind(0))
+    for place in range(3, -1, -1):
+        bit, half = at_least(rest, 2.0**place), 2**place
+        rest, chosen = rest - bit * 2.0**place, bit.to(torch.bool)
+        found = [torch.where(chosen, found[entry + half], found[entry]) for entry in range(half)]
+    return found[0]

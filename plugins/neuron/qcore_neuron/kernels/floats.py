@@ -9,7 +9,6 @@ import torch
 
 from qcore.elements import Float, Tile
 from qcore.kernels.scales import by_group, finest_scales
-from qcore.layouts.unblocked import unblocked
 from qcore_neuron.kernels.inputs import rounded_values
 from qcore_neuron.kernels.planes import from_planes, to_planes
 from qcore_neuron.kernels.rounding import at_least
@@ -39,7 +38,7 @@ class FloatLinear(torch.nn.Module):
 
     @classmethod
     def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
-        weight = unblocked(layer.weight)
+        weight = layer.weight
         scheme, (rows, columns) = weight.scheme, weight.shape
         element, grid = scheme.weight.element, scheme.weight.granularity
         assert isinstance(element, Float)
@@ -77,7 +76,8 @@ def numbers(codes: torch.Tensor, name: str) -> torch.Tensor:
     exponent = torch.floor(size * 0.5**mantissa_bits)
     normal = exponent.clamp(max=1.0)
     mantissa = size - exponent * 2.0**mantissa_bits + normal * 2.0**mantissa_bits
-    rest, found = exponent - normal, mantissa * 2.0 ** (1 - bias - mantissa_bits)
+    rest = exponent - normal
+    found: torch.Tensor = mantissa * 2.0 ** (1 - bias - mantissa_bits)
     for place in range(exponent_bits - 1, -1, -1):
         bit = at_least(rest, 2.0**place)
         rest = rest - bit * 2.0**place

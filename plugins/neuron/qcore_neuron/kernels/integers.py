@@ -1,5 +1,4 @@
-"""Integer weights of 1 to 8 bits by groups, channel or tensor: w = (q - z) * s in float32 at every call, and torch's product in the activations' type. ggml's
-blocks that are such weights in other clothes come here, too."""
+"""Integer weights of 1 to 8 bits by groups, channel or tensor: w = (q - z) * s in float32 at every call, and torch's product in the activations' type."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ import torch
 from qcore.elements import Group, Int
 from qcore.kernels.order import columns_by_group
 from qcore.kernels.scales import by_group
-from qcore.layouts.unblocked import unblocked
 from qcore_neuron.kernels.inputs import rounded_values
 from qcore_neuron.kernels.planes import from_planes, to_planes
 
@@ -41,7 +39,7 @@ class IntegerLinear(torch.nn.Module):
     @classmethod
     def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
         """Raises Refused (shape-unsupported) where act-order groups are not all of one size."""
-        weight, order = unblocked(layer.weight), None
+        weight, order = layer.weight, None
         scheme, (rows, columns) = weight.scheme.weight, weight.shape
         element, grid = scheme.element, scheme.granularity
         assert isinstance(element, Int)

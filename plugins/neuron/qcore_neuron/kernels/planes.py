@@ -1,5 +1,5 @@
-"""Codes of 1 to 7 bits in bytes whose codes lie far apart, so that taking them out needs no gather: with 4 bits, byte j of a row of K columns holds column j in its
-low half and column j + K / 2 in its high one. Codes of 3, 5, 6 and 7 bits are their low bits and, behind them, their high ones.
+"""Codes of 1 to 12 bits in bytes whose codes lie far apart, so that taking them out needs no gather: with 4 bits, byte j of a row of K columns holds column j in its
+low half and column j + K / 2 in its high one. Codes of 3 bits, 5 and so on are their low bits and, behind them, their high ones.
 
 They are taken out by division and floor, for the compiler shifts 32-bit integers only (AWS's documentation of neuronx-cc's error NCC_EVRF022).
 """
@@ -10,17 +10,42 @@ import torch
 
 from qcore.bits import unpack
 
-_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+_WIDTHS = {
+    1: (1,),
+    2: (2,),
+    3: (2, 1),
+    4: (4,),
+    5: (4, 1),
+    6: (4, 2),
+    7: (4, 2, 1),
+    8: (8,),
+    9: (8, 1),
+    10: (8, 2),
+    12: (8, 4),
+}
 """Bits of each part of a code, from the lowest."""
-COLUMNS = 8
-"""What K is a multiple of: the codes of a byte of 1 bit each."""
 _ROWS = 256
 """Rows repacked at a time."""
 
 
 def to_planes(packed: torch.Tensor, bits: int, columns: int, order: torch.Tensor | None = None) -> torch.Tensor:
     """The canonical bit stream, uint8 [N, K bits / 8], to planes of the same size. order: of the columns, int64 [K]."""
-    return torch.cat([_planes(unpack(part, bits, columns), bits, order) for part in packed.split(_ROWS)])
+    parts = (unpack(part, bits, columns) for part in packed.split(_ROWS))
+    return torch.cat([planes_of(part if order is None else part[:, order], bits) for part in parts])
+
+
+def planes_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integer codes [N, K], K a multiple of 8 -> uint8 [N, K bits / 8]."""
+    parts = []
+    for width in _WIDTHS[bits]:
+        count = 8 // width
+        runs = (codes & ((1 << width) - 1)).to(torch.uint8).unflatten(1, (count, -1))
+        held = runs[:, 0].clone()
+        for place in range(1, count):
+            held |= runs[:, place] << (width * place)
+        parts.append(held)
+        codes = codes >> width
+    return torch.cat(parts, 1)
 
 
 def from_planes(planes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -33,16 +58,6 @@ def from_planes(planes: torch.Tensor, bits: int) -> torch.Tensor:
         start, weight = start + columns * width // 8, weight * 2.0**width
     assert codes is not None
     return codes
-
-
-def _planes(codes: torch.Tensor, bits: int, order: torch.Tensor | None) -> torch.Tensor:
-    codes, parts = (codes if order is None else codes[:, order]), []
-    for width in _WIDTHS[bits]:
-        count = 8 // width
-        runs = (codes & ((1 << width) - 1)).unflatten(1, (count, -1))
-        parts.append(sum((runs[:, place] << (width * place) for place in range(1, count)), runs[:, 0]))
-        codes = codes >> width
-    return torch.cat(parts, 1)
 
 
 def _taken_out(part: torch.Tensor, width: int) -> torch.Tensor:
