@@ -1,7 +1,7 @@
 """This host's Neuron devices: the PCI bus and the driver's nodes say what is there, the SDK whether it can be used.
 
 The package index has placeholders named torch-neuronx, neuronx-cc, libneuronxla and nki, which install and do nothing. They are told from the SDK by their version
-numbers, for the real torch-neuronx counts as torch does (2.x), and by what the module has: it is imported where a driver and a runtime are, and only there.
+numbers, for the real torch-neuronx counts as torch does (2.x), and by what the module has (qcore_neuron/sdk.py).
 Sources: the Neuron driver's PCI ids (neuron_device.h), AWS's documentation of NEURON_RT_VISIBLE_CORES and of neuronx-cc's error NCC_EVRF051.
 """
 
@@ -12,7 +12,7 @@ import re
 from qcore.host import Host
 from qcore.platform import Device
 from qcore_neuron.operators import SETTING
-from qcore_neuron.sdk import sdk
+from qcore_neuron.sdk import has_code
 
 ARCHITECTURES = ("inf2", "trn1", "trn2", "trn3")
 
@@ -111,18 +111,11 @@ def unusable(host: Host) -> tuple[str, str] | None:
     version = host.package("torch-neuronx")
     if not version or not host.has_module("torch_neuronx"):
         return "torch-neuronx is not installed", install
-    placeholder = f"torch-neuronx {version} is the package index's placeholder, which does nothing"
-    anew = f"pip uninstall torch-neuronx neuronx-cc libneuronxla; {install}"
-    if is_placeholder(version):
-        return placeholder, anew
-    if host.modules is not None:  # a host that was recorded
-        return None
-    try:
-        return None if sdk() is not None else (placeholder, anew)
-    except Exception as error:  # whatever the runtime and torch make of each other
-        return f"torch_neuronx cannot be imported: {error}"[
-            :300
-        ], "Install the torch that AWS's release notes name for it."
+    if is_placeholder(version) or (host.modules is None and not has_code()):  # None: the modules are this interpreter's
+        return f"torch-neuronx {version} is the package index's placeholder, which does nothing", (
+            f"pip uninstall torch-neuronx neuronx-cc libneuronxla; {install}"
+        )
+    return None
 
 
 def visible_cores(count: int, host: Host) -> list[int]:

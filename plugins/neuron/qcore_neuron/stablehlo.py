@@ -1,7 +1,7 @@
 """Whether a program in StableHLO's text is within what Neuron's compiler is known to take (qcore_neuron/operators.py).
 
 Every operation and every type is looked at, and what the compiler's errors say: static shapes only, no integers in products, shifts of 32 bits only,
-reductions by sum, product, least and largest, and e4m3fn where the chip or the compiler's setting has it.
+reductions by sum, product, least and largest, gathers of whole slices, and e4m3fn where the chip or the compiler's setting has it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ _APPLIES = re.compile(r"applies stablehlo\.(\w+)")
 _TYPE = re.compile(r"tensor<((?:[\d?]+x)*)([^<>]+(?:<[^<>]*>)?)>")
 _ATTRIBUTES = re.compile(r"\{(?:\"[^\"]*\"|[^{}\"])*\}")
 """Layouts and dimensions, whose own types are no tensors'; texts in them have braces."""
+_GATHERED = re.compile(r"(collapsed_slice_dims|start_index_map) = \[([\d, ]*)\]")
 _STRUCTURE = frozenset({"func.func", "func.return", "stablehlo.return"})
 _CUT = frozenset({"func.func", "stablehlo.convert"})
 """Where integers of 64 bits may be, which are cut to 32 on chips before Trn2: arguments, such as tokens, and what makes them narrow."""
@@ -80,5 +81,9 @@ def _of(operation: Operation, e4m3fn: bool) -> Iterator[Fault]:
         yield fault("a product of integers", error_page("EVRF035"))
     if name == "shift_right_arithmetic" and _NO_SHIFT & set(operation.types):
         yield fault("a shift of fewer than 32 bits", error_page("EVRF022"))
+    if name == "gather":
+        gathered = {key: set(places.split(", ")) for key, places in _GATHERED.findall(operation.line)}
+        if not gathered.get("start_index_map", {""}) <= gathered.get("collapsed_slice_dims", set()):
+            yield fault("a gather of slices along what is looked up", LIST)
     if name == "reduce" and operation.applies not in REDUCTIONS:
         yield fault(f"a reduction by {operation.applies or 'a computation of its own'}", LIST)

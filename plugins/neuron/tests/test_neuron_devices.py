@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qcore.host import Host
-from qcore_neuron import plugin
+from qcore_neuron import plugin, stand_in
 from qcore_neuron.devices import ARCHITECTURES, INDEX, devices, is_placeholder, report
 from qcore_neuron.operators import SETTING
 from qcore_neuron.sdk import sdk
@@ -85,35 +85,56 @@ def test_placeholders_are_told_from_the_sdk(tmp_path: Path) -> None:
     assert devices(fooled) == [] and "placeholder" in said["missing"] and INDEX in said["fix"]
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ('"""WRONG PACKAGE. Please install from another index."""', "placeholder"),
-        ("trace = None", "placeholder"),
-        ("raise RuntimeError('libnrt is of another version')", "libnrt is of another version"),
-        ("import a_torch_xla_that_is_absent", "a_torch_xla_that_is_absent"),
-        ("def trace(function, inputs): ...", None),
-    ],
-)
-def test_the_sdk_is_known_by_what_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, problem: str | None
-) -> None:
-    """Even where a placeholder's version looks like the SDK's: a stub of that name is installed for real, and asked."""
-    site = tmp_path / "site"
-    (site / "torch_neuronx-2.9.0.2.11.dist-info").mkdir(parents=True)
-    (site / "torch_neuronx-2.9.0.2.11.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch-neuronx\nVersion: 2.9.0.2.11\n")  # fmt: skip
-    (site / "torch_neuronx.py").write_text(content)
-    monkeypatch.syspath_prepend(str(site))
+STUBS = ('"""WRONG PACKAGE. Please install from another index."""', '__version__ = "2.9.0"', "", "this is no Python")
+
+
+def stub(folder: Path, monkeypatch: pytest.MonkeyPatch, content: str, version: str = "2.9.0.2.11") -> None:
+    """A torch_neuronx that is really installed, with a version that looks like the SDK's."""
+    (folder / f"torch_neuronx-{version}.dist-info").mkdir(parents=True)
+    (folder / f"torch_neuronx-{version}.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: torch-neuronx\nVersion: {version}\n")  # fmt: skip
+    (folder / "torch_neuronx.py").write_text(content)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setitem(sys.modules, "torch_neuronx", None)  # which is put back afterwards
+    del sys.modules["torch_neuronx"]
+
+
+@pytest.mark.parametrize("content", [*STUBS, "from a_torch_xla_that_is_absent import *"])
+def test_a_stub_is_told_from_the_sdk_by_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    stub(tmp_path / "site", monkeypatch, content)
     there = Host(machine(tmp_path / "host", "7364"), {})
     found, said = devices(there), report(there)
-    sys.modules.pop("torch_neuronx", None)
-    assert bool(found) == (problem is None) and (problem or "") in said.get("missing", "") and bool(said.get("fix")) == bool(problem)  # fmt: skip
-    assert said["torch-neuronx"] == "2.9.0.2.11"
+    assert said["torch-neuronx"] == "2.9.0.2.11" and "torch_neuronx" not in sys.modules, "it is read, not imported"
+    if content in STUBS:
+        assert not found and "placeholder" in said["missing"] and INDEX in said["fix"]
+    else:
+        assert found and "missing" not in said
 
 
-def test_without_the_sdk_nothing_is_imported(tmp_path: Path) -> None:
-    assert sdk() is None and "torch_neuronx" not in sys.modules
-    assert devices(Host(machine(tmp_path, "7364"), {})) == []
+@pytest.mark.parametrize(
+    ("content", "there"),
+    [
+        (STUBS[0], False),
+        ("trace = None", False),
+        ("def trace(function, inputs): ...", True),
+    ],
+)
+def test_nothing_stands_in_beside_what_traces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, there: bool
+) -> None:
+    stub(tmp_path, monkeypatch, content)
+    assert (sdk() is not None) == there
+    if there:
+        with pytest.raises(RuntimeError, match="nothing stands in"):
+            stand_in.load.__wrapped__()
+
+
+def test_an_sdk_that_cannot_be_imported_is_no_reason_to_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sdk() is None
+    stub(tmp_path, monkeypatch, "import a_torch_xla_that_is_absent")
+    with pytest.raises(ModuleNotFoundError, match="a_torch_xla"):
+        stand_in.load.__wrapped__()
 
 
 @pytest.mark.parametrize(

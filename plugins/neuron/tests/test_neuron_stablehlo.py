@@ -15,7 +15,7 @@ module @IrToHlo.7 attributes {mhlo.cross_program_prefetches = [], mhlo.is_dynami
     %0 = stablehlo.convert %arg0 : (tensor<32x64xi8>) -> tensor<32x64xbf16>
     %1 = stablehlo.transpose %0, dims = [1, 0] {result_layout = dense<[0, 1]> : tensor<2xindex>, xla_shape = "bf16[64,32]{0,1}"} : (tensor<32x64xbf16>) -> tensor<64x32xbf16>
     %2 = stablehlo.reduce(%3 init: %cst) applies stablehlo.maximum across dimensions = [1] : (tensor<4x64xf32>, tensor<f32>) -> tensor<4xf32>
-    %4 = "stablehlo.gather"(%arg1, %5) <{dimension_numbers = #stablehlo.gather<offset_dims = [0]>, slice_sizes = array<i64: 4, 1>}> : (tensor<4x64xbf16>, tensor<64xi32>) -> tensor<4x64xbf16>
+    %4 = "stablehlo.gather"(%arg1, %5) <{dimension_numbers = #stablehlo.gather<offset_dims = [0], collapsed_slice_dims = [1], start_index_map = [1], index_vector_dim = 1>, slice_sizes = array<i64: 4, 1>}> : (tensor<4x64xbf16>, tensor<64xi32>) -> tensor<4x64xbf16>
     %6 = stablehlo.convert %arg2 : (tensor<5xi64>) -> tensor<5xi32>
     %7 = stablehlo.compare  GE, %2, %2 : (tensor<4xf32>, tensor<4xf32>) -> tensor<4xi1>
     %8 = stablehlo.dot_general %arg1, %1, contracting_dims = [1] x [0], precision = [DEFAULT, DEFAULT] : (tensor<4x64xbf16>, tensor<64x32xbf16>) -> tensor<4x32xbf16>
@@ -48,6 +48,7 @@ def test_a_program_that_is_taken() -> None:
         ("%0 = stablehlo.add %1, %2 : tensor<?x4xf32>", "dynamic", "EMOD025"),
         ("%0 = stablehlo.dot_general %1, %2, contracting_dims = [1] x [0] : (tensor<4x4xi32>, tensor<4x4xi32>) -> tensor<4x4xi32>", "integers", "EVRF035"),
         ("%0 = stablehlo.shift_right_arithmetic %1, %2 : tensor<4xui8>", "32 bits", "EVRF022"),
+        ('%0 = "stablehlo.gather"(%1, %2) <{dimension_numbers = #stablehlo.gather<offset_dims = [0, 1], start_index_map = [0]>}> : (tensor<4x64xf32>, tensor<1xi32>) -> tensor<2x64xf32>', "gather", "neuron-cc-ops-xla"),
         ("%0 = stablehlo.reduce(%1 init: %2) applies stablehlo.or across dimensions = [0] : (tensor<4xi1>, tensor<i1>) -> tensor<i1>", "reduction by or", "neuron-cc-ops-xla"),
         ("%0 = stablehlo.reduce(%1 init: %2) across dimensions = [0] : (tensor<4xf32>, tensor<f32>) -> tensor<f32>", "of its own", "neuron-cc-ops-xla"),
     ],
