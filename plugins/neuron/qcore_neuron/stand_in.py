@@ -7,6 +7,7 @@ It is Trn2 with the compiler's setting for e4m3: a number above 240 raises. What
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -56,20 +57,20 @@ class Chip(TorchDispatchMode):
 
 @cache
 def load() -> None:
-    """From now on this plugin's kernels run as on the chip. Raises RuntimeError where AWS's software is, which has one."""
+    """From now on this plugin's kernels run on the CPU as on the chip. Raises RuntimeError where AWS's software is, which has one."""
     if sdk() is not None:
         raise RuntimeError("torch-neuronx is installed: nothing stands in for its devices")
     make: Any = Chip  # torch does not say what its modes' methods take
-    chips: list[Any] = []
+    entered: list[Any] = []
 
     def enter(module: torch.nn.Module, args: Any) -> None:
         if _is_kernel(module):
-            chips.append(make())
-            chips[-1].__enter__()
+            entered.append(make() if all(one.device.type == "cpu" for one in _tensors(args)) else nullcontext())
+            entered[-1].__enter__()
 
     def leave(module: torch.nn.Module, args: Any, out: Any) -> None:
-        if _is_kernel(module) and chips:
-            chips.pop().__exit__(None, None, None)
+        if _is_kernel(module) and entered:
+            entered.pop().__exit__(None, None, None)
 
     register_module_forward_pre_hook(enter)
     hook: Callable[..., Any] = register_module_forward_hook
