@@ -124,7 +124,7 @@ def test_every_operator_of_the_list_is_lowered_somewhere() -> None:
             inputs += [bench.input(0), bench.input(2, 3), torch.stack([bench.input(3), bench.input(3)], -1)[..., 0]]
         with Seen():
             for x in inputs:
-                packed(x)
+                packed.forward(x)  # which the stand-in does not look at
     assert seen == ATEN
 
 
