@@ -41,7 +41,7 @@ ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 KERNELS = [kernel for kernel, plugin in registry().kernels if plugin == "neuron"]
 FEATURES = frozenset({"e4m3fn"})
 CHIP = Device("trn2", "neuron", "Trn2", "cpu", "trn2", FEATURES, simulated=True)
-SCHEMES = tuple(dict.fromkeys((*row_schemes(), *PRESETS.values())))
+SCHEMES = tuple(dict.fromkeys((*row_schemes(), *PRESETS.values(), Scheme.parse("W8A16-e5m2-channel"))))
 CASES = [(kernel, scheme) for kernel in KERNELS for scheme in claimed(kernel, SCHEMES) if unable(kernel, scheme, CHIP) is None]  # fmt: skip
 
 

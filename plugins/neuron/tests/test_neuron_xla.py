@@ -32,7 +32,7 @@ FEATURES = frozenset({"e4m3fn"})
 XLA = Device("xla-cpu", "neuron", "XLA on a CPU", "xla", "trn2", FEATURES, fast_dtype="bfloat16", simulated=True)
 CPU = Device("cpu", "neuron", "torch on a CPU", "cpu", "trn2", FEATURES, fast_dtype="bfloat16", simulated=True)
 KERNELS = [kernel for kernel, plugin in registry().kernels if plugin == "neuron"]
-SCHEMES = tuple(dict.fromkeys((*row_schemes(), *PRESETS.values())))
+SCHEMES = tuple(dict.fromkeys((*row_schemes(), *PRESETS.values(), Scheme.parse("W8A16-e5m2-channel"))))
 CASES = [
     (kernel, scheme) for kernel in KERNELS for scheme in claimed(kernel, SCHEMES) if unable(kernel, scheme, CPU) is None
 ]
