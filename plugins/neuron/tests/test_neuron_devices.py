@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from qcore.host import Host
-from qcore_neuron import plugin
+from qcore_neuron import plugin, stand_in
 from qcore_neuron.devices import ARCHITECTURES, INDEX, devices, is_placeholder, report
+from qcore_neuron.operators import SETTING
+from qcore_neuron.sdk import sdk
 
 SDK = {"torch-neuronx": "2.8.0.2.10.13553+1e4dd6ca", "neuronx-cc": "2.21.18209.0"}
 MODULES = frozenset({"torch_neuronx", "torch_xla", "torch"})
@@ -81,6 +83,76 @@ def test_placeholders_are_told_from_the_sdk(tmp_path: Path) -> None:
     fooled = host(machine(tmp_path, "7164"), {"torch-neuronx": "1.0", "neuronx-cc": "1.0.post1"})
     said = report(fooled)
     assert devices(fooled) == [] and "placeholder" in said["missing"] and INDEX in said["fix"]
+
+
+STUBS = ('"""WRONG PACKAGE. Please install from another index."""', '__version__ = "2.9.0"', "", "this is no Python")
+
+
+def stub(folder: Path, monkeypatch: pytest.MonkeyPatch, content: str, version: str = "2.9.0.2.11") -> None:
+    """A torch_neuronx that is really installed, with a version that looks like the SDK's."""
+    (folder / f"torch_neuronx-{version}.dist-info").mkdir(parents=True)
+    (folder / f"torch_neuronx-{version}.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: torch-neuronx\nVersion: {version}\n")  # fmt: skip
+    (folder / "torch_neuronx.py").write_text(content)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setitem(sys.modules, "torch_neuronx", None)  # which is put back afterwards
+    del sys.modules["torch_neuronx"]
+
+
+@pytest.mark.parametrize("content", [*STUBS, "from a_torch_xla_that_is_absent import *"])
+def test_a_stub_is_told_from_the_sdk_by_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    stub(tmp_path / "site", monkeypatch, content)
+    there = Host(machine(tmp_path / "host", "7364"), {})
+    found, said = devices(there), report(there)
+    assert said["torch-neuronx"] == "2.9.0.2.11" and "torch_neuronx" not in sys.modules, "it is read, not imported"
+    if content in STUBS:
+        assert not found and "placeholder" in said["missing"] and INDEX in said["fix"]
+    else:
+        assert found and "missing" not in said
+
+
+@pytest.mark.parametrize(
+    ("content", "there"),
+    [
+        (STUBS[0], False),
+        ("trace = None", False),
+        ("def trace(function, inputs): ...", True),
+    ],
+)
+def test_nothing_stands_in_beside_what_traces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, there: bool
+) -> None:
+    stub(tmp_path, monkeypatch, content)
+    assert (sdk() is not None) == there
+    if there:
+        with pytest.raises(RuntimeError, match="nothing stands in"):
+            stand_in.load.__wrapped__()
+
+
+def test_an_sdk_that_cannot_be_imported_is_no_reason_to_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sdk() is None
+    stub(tmp_path, monkeypatch, "import a_torch_xla_that_is_absent")
+    with pytest.raises(ModuleNotFoundError, match="a_torch_xla"):
+        stand_in.load.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("device", "variables", "taken"),
+    [
+        ("7564", {}, True),
+        ("7364", {}, False),
+        ("7264", {"UNSAFE_FP8FNCAST": "0"}, False),
+        ("7164", {"UNSAFE_FP8FNCAST": "1"}, True),
+        ("7364", {"NEURON_CC_FLAGS": f"-O1 --internal-hlo2tensorizer-options={SETTING}"}, True),
+    ],
+)
+def test_where_the_compiler_takes_torchs_e4m3(
+    tmp_path: Path, device: str, variables: dict[str, str], taken: bool
+) -> None:
+    found = host(machine(tmp_path, device), **variables)
+    assert ("e4m3fn" in devices(found)[0].features) == taken
+    assert (SETTING in report(found).get("fp8", "")) == (not taken)
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
