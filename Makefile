@@ -21,9 +21,9 @@ test: .venv/developed
 test-gaudi: .venv-gaudi/installed
 	OMP_NUM_THREADS=1 QCORE_GOLDEN=$(GOLDEN) .venv-gaudi/bin/pytest -n auto plugins/gaudi/tests/*.py
 
-# With torch-xla and the torch that it takes, which brings CUDA's libraries along (7 GB), in an environment of its own. No Neuron device is needed.
+# With torch-xla and the torch that it takes, which brings CUDA's libraries along (7 GB), in an environment of its own; GOLDEN as above. No Neuron device is needed.
 test-neuron: .venv-neuron/installed
-	PJRT_DEVICE=CPU OMP_NUM_THREADS=1 .venv-neuron/bin/pytest plugins/neuron/tests
+	PJRT_DEVICE=CPU OMP_NUM_THREADS=1 QCORE_GOLDEN=$(GOLDEN) .venv-neuron/bin/pytest plugins/neuron/tests
 
 lint: .venv/developed
 	$(BIN)/ruff check

@@ -44,7 +44,7 @@ class Evaluation:
         return result
 
 
-@torch.inference_mode()
+@torch.no_grad()  # torch-xla refuses the tensors of inference mode
 def evaluate(
     model: PreTrainedModel,
     tokens: list[int],

@@ -48,7 +48,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> li
     return list(tokenizer(prompt)["input_ids"])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # torch-xla refuses the tensors of inference mode
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
