@@ -9,7 +9,7 @@ Torch's own operators are the CPU's; while a kernel of this plugin runs, those t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, wraps
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qcore.testing.watch import watch
 from qcore_gaudi.kernels.blocks import BlockLinear
 from qcore_gaudi.kernels.dense import DenseLinear
 from qcore_gaudi.kernels.fp8 import Fp8Linear, Fp8ProductLinear
@@ -106,8 +107,7 @@ def load() -> None:
         library.define(f"{name}{SCHEMAS[name]}")
         library.impl(name, double, "CPU")
     _KEPT.append(library)
-    for implementation, name, method in _methods():
-        setattr(implementation, name, watched(method))
+    watch((Int4Linear, Fp8ProductLinear, Fp8Linear, DenseLinear, BlockLinear, KvCache), only_gaudis)
 
 
 _KEPT: list[torch.library.Library] = []
@@ -137,22 +137,9 @@ class OnlyGaudis(TorchDispatchMode):
         return found
 
 
-def watched(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, under the eyes of OnlyGaudis."""
-
-    @wraps(method)
-    def run(*given: Any, **named: Any) -> Any:
-        with OnlyGaudis():  # type: ignore[no-untyped-call]
-            return method(*given, **named)
-
-    return run
-
-
-def _methods() -> list[tuple[type, str, Callable[..., Any]]]:
-    """What runs on the device, of all of the plugin's kernels."""
-    kernels: tuple[type, ...] = (Int4Linear, Fp8ProductLinear, Fp8Linear, DenseLinear, BlockLinear, KvCache)
-    names = ("forward", "encode", "decode")
-    return [(kernel, name, getattr(kernel, name)) for kernel in kernels for name in names if hasattr(kernel, name)]
+def only_gaudis(given: tuple[object, ...]) -> OnlyGaudis:
+    """What kernels run inside of."""
+    return OnlyGaudis()  # type: ignore[no-untyped-call]
 
 
 def _scaled(x: torch.Tensor, scale: torch.Tensor | None, scale_shape: Sequence[int] | None) -> torch.Tensor:

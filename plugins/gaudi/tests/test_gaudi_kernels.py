@@ -26,6 +26,7 @@ from qcore.testing.cases import catalogue, claimed, row_schemes
 from qcore.testing.checks import smallest_shape
 from qcore.testing.layers import random_layer
 from qcore.testing.verify import Question, verify
+from qcore.testing.watch import watched
 from qcore_gaudi import stand_in
 from qcore_gaudi.devices import stand_ins
 from qcore_gaudi.kernels import e4m3
@@ -142,9 +143,9 @@ def test_kernels_may_call_what_intel_lists_and_nothing_else(
     x = torch.ones(32, 32)
     with torch.inference_mode(inference):
         with pytest.raises(ValueError, match=fault):
-            stand_in.watched(lambda x: call(x) + 1)(x)
+            watched(lambda x: call(x) + 1, stand_in.only_gaudis)(x)
         call(x)  # outside of a kernel all is as ever
-        assert torch.equal(stand_in.watched(lambda x: x.abs() @ x.t())(x), torch.full((32, 32), 32.0))
+        assert torch.equal(watched(lambda x: x.abs() @ x.t(), stand_in.only_gaudis)(x), torch.full((32, 32), 32.0))
     everywhere = torch.nn.modules.module  # a hook there would keep all models from their decoders
     assert not everywhere._global_forward_hooks and not everywhere._global_forward_pre_hooks
 

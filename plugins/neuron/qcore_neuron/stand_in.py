@@ -6,16 +6,16 @@ It is Trn2 with the compiler's setting for e4m3: a number above 240 raises. What
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qcore.testing.watch import watch
 from qcore_neuron.operators import ATEN
 from qcore_neuron.sdk import sdk
 
@@ -25,7 +25,6 @@ TYPES = frozenset(
     }
 )  # fmt: skip
 """qcore_neuron.operators.TYPES, as torch names them."""
-_KERNELS = "qcore_neuron.kernels."
 _LARGEST = 240.0
 
 
@@ -60,25 +59,15 @@ def load() -> None:
     """From now on this plugin's kernels run on the CPU as on the chip. Raises RuntimeError where AWS's software is, which has one."""
     if sdk() is not None:
         raise RuntimeError("torch-neuronx is installed: nothing stands in for its devices")
+    from qcore_neuron.plugin import qcore_kernels
+
+    watch((kernel.load() for kernel in qcore_kernels()), chip)
+
+
+def chip(given: tuple[object, ...]) -> AbstractContextManager[Any]:
+    """What kernels run inside of, where these are not on another device."""
     make: Any = Chip  # torch does not say what its modes' methods take
-    entered: list[Any] = []
-
-    def enter(module: torch.nn.Module, args: Any) -> None:
-        if _is_kernel(module):
-            entered.append(make() if all(one.device.type == "cpu" for one in _tensors(args)) else nullcontext())
-            entered[-1].__enter__()
-
-    def leave(module: torch.nn.Module, args: Any, out: Any) -> None:
-        if _is_kernel(module) and entered:
-            entered.pop().__exit__(None, None, None)
-
-    register_module_forward_pre_hook(enter)
-    hook: Callable[..., Any] = register_module_forward_hook
-    hook(leave, always_call=True)
-
-
-def _is_kernel(module: torch.nn.Module) -> bool:
-    return type(module).__module__.startswith(_KERNELS)
+    return make() if all(one.device.type == "cpu" for one in _tensors(given)) else nullcontext()
 
 
 def _tensors(tree: object) -> Iterator[torch.Tensor]:

@@ -180,7 +180,7 @@ def test_what_is_no_number_stays_none_in_the_cache() -> None:
     assert bool(found[0, 0].isnan()) and found[0, 1:].tolist() == [1.0, 0.0, 448.0, -448.0]
 
 
-def test_the_cache_has_zero_points_and_scales_of_run_time() -> None:
+def test_the_cache_has_zero_points_and_scales_of_run_time(device: Device) -> None:
     element, states = (
         Scheme.parse("W8A16-tensor-sym").weight.element,
         bfloat16s()[: 312 * 192].view(-1, 3, 4, 16).to(BF16),
@@ -188,6 +188,22 @@ def test_the_cache_has_zero_points_and_scales_of_run_time() -> None:
     for parts in [(torch.tensor([0.37]), torch.tensor([-7.0])), (None, None)]:
         own, reference = KvCache(element, *parts), KvRounding(element, *parts)
         assert torch.equal(own.decode(own.encode(states), BF16), reference(states))
+
+
+@pytest.mark.parametrize("name", ["e4m3fn", "e5m2"])
+def test_scales_of_run_time_are_the_bytes_of_floats(name: str, device: Device) -> None:
+    """Of rows of all sizes, zeros, infinities and what is no number: as on any other hardware."""
+    element = Scheme.parse({"e4m3fn": "W8A16-fp8-tensor", "e5m2": "W8A16-e5m2-tensor"}[name]).weight.element
+    own, reference = KvCache(element), KvRounding(element)
+    states = torch.randn(64, 16, generator=torch.Generator().manual_seed(4)) * torch.logspace(-37, 37, 64)[:, None]
+    states[3], states[4, 2], states[5, 2] = 0.0, float("inf"), float("nan")
+    rows = reference.encode(states)
+    mine = own.encode(states)
+    assert torch.equal(mine[6:, -4:], rows[6:, -4:]) and torch.equal(mine[:4, -4:], rows[:4, -4:])
+    torch.testing.assert_close(
+        own.decode(rows, torch.float32), reference.decode(rows, torch.float32), rtol=0, atol=0, equal_nan=True
+    )
+    torch.testing.assert_close(own(states), reference(states), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
