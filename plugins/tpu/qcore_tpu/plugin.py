@@ -1,4 +1,4 @@
-"""What this plugin declares: its platform and this host's devices. The core's portable kernels run on them."""
+"""What this plugin declares: its platform, the kernels' rows, and this host's devices. The core's portable kernels run on them too."""
 
 from __future__ import annotations
 
@@ -6,15 +6,58 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qcore.hookspecs import hookimpl
-from qcore.platform import Device, Platform
-from qcore_tpu.devices import ARCHITECTURES, devices, report
+from qcore.kernel import Accepts, Kernel
+from qcore.platform import Device, Platform, Target
+from qcore_tpu.chips import CHIPS
+from qcore_tpu.devices import ARCHITECTURES, devices, report, stand_ins
 
-QCORE_API = (1, 0)
+QCORE_API = (1, 2)
+
+_SIZES = (16, 32, 64, 96, 128, 160, 192, 256, 512, 1024)
+_GROUPS = tuple(f"g{size}" for size in _SIZES)
+_FLAT = tuple(f"flat{size}" for size in _SIZES)
+_NESTED = tuple(f"flat{size}:dynamic8+flat{256 * size}" for size in _SIZES)
+_LONG_GROUPS = ("g128", "g256", "g512", "g1024")
+"""Whole vectors of a TPU, whose sums are scaled."""
+
+_LINEARS = (
+    ("integers", Accepts(("int?", "uint?"), (*_GROUPS, "channel", "tensor"), (None, "stored", "float"), ordered=True),
+     0.3, "linear:IntegerLinear", "codes of 1 to 8 bits, unpacked and scaled in vector memory as they are multiplied"),
+    ("floats", Accepts(("fp8", "e4m3", "e4m3fnuz", "e5m2", "e3m2", "e2m3", "e2m1"),
+                       (*_GROUPS, "block128", "tile1x128", "channel", "tensor", "g32:e8m0", "g16:e4m3fn", "g16:e4m3fn+tensor")),
+     0.3, "linear:FloatLinear", "small floats, MX and NVFP4, whose bits are moved in vector memory as they are multiplied"),
+    ("codebooks", Accepts(("nf4", "fp4"), (*_GROUPS, *_FLAT, *_NESTED)),
+     0.35, "linear:CodebookLinear", "4-bit codebooks, chosen from in vector memory as they are multiplied"),
+    ("blocks", Accepts(("gguf:q*", "gguf:tq*", "gguf:iq4_*", "gguf:iq3_*", "gguf:iq2_s", "gguf:*fp4")),
+     0.35, "blocks:BlockLinear", "ggml's blocks taken apart, unpacked and scaled in vector memory as they are multiplied"),
+    ("int8", Accepts(("int?",), (*_LONG_GROUPS, "channel", "tensor"), ordered=True, inputs=("int8-token-sym-dyn", "int8-tensor-sym")),
+     0.25, "rounded:RoundedIntegerLinear", "inputs are rounded within the product; int8 x int8, exact in int32, on v5e, v5p and v6e, else in bfloat16"),
+    ("fp8", Accepts(("fp8",), ("channel", "tensor"), inputs=("fp8-token-dyn", "fp8-tensor")),
+     0.25, "rounded:RoundedFloatLinear", "inputs are rounded within the product; e4m3 x e4m3 on v7x, else in bfloat16"),
+    ("fp8_block128", Accepts(("fp8",), ("block128", "tile1x128"), inputs=("fp8-g128-dyn",)),
+     0.25, "rounded:RoundedFloatLinear", "as fp8, the sums of 128 columns scaled"),
+)  # fmt: skip
 
 
 @hookimpl
 def qcore_platforms() -> Sequence[Platform]:
-    return [Platform("tpu", "Google TPU", ARCHITECTURES, portable=True)]
+    targets = tuple(Target(chip.architecture, "tpu", chip.topology) for chip in CHIPS)
+    return [Platform("tpu", "Google TPU", ARCHITECTURES, portable=True, targets=targets)]
+
+
+@hookimpl
+def qcore_kernels() -> Sequence[Kernel]:
+    return [
+        Kernel(f"tpu_{name}", "pallas", "linear", ("tpu",), accepts, ("bfloat16", "float32"), cost, f"qcore_tpu.kernels.{implementation}", note,
+               features=(frozenset({"torchax"}),), requires=(("torch", "2.8"), ("jax", "0.10"), ("torchax", "0.0.13")), ragged=name != "codebooks",
+               architectures=tuple(chip.architecture for chip in CHIPS), compiles=True)
+        for name, accepts, cost, implementation, note in _LINEARS
+    ]  # fmt: skip
+
+
+@hookimpl
+def qcore_stand_ins() -> Sequence[Device]:
+    return stand_ins()
 
 
 @hookimpl

@@ -36,7 +36,7 @@ def machine(folder: Path, *ids: str, node: str = "dev/accel{}") -> Path:
         ("0063", "dev/vfio/{}", "v5e", {"int8"}),
         ("0062", "dev/vfio/{}", "v5p", {"int8"}),
         ("006f", "dev/vfio/{}", "v6e", {"int8"}),
-        ("0076", "dev/vfio/{}", "v7x", {"int8", "fp8"}),
+        ("0076", "dev/vfio/{}", "v7x", {"fp8"}),
     ],
 )
 def test_recorded_chips(tmp_path: Path, device: str, node: str, generation: str, features: set[str]) -> None:
@@ -44,13 +44,14 @@ def test_recorded_chips(tmp_path: Path, device: str, node: str, generation: str,
     assert [row.id for row in found] == [f"tpu:{i}" for i in range(4)]
     first = found[0]
     assert (first.platform, first.torch_device, first.architecture) == ("tpu", "xla:0", generation)
-    assert first.features == features and first.fast_dtype == "bfloat16" and generation in ARCHITECTURES
+    assert first.features == features | {"torch_xla"} and first.fast_dtype == "bfloat16" and generation in ARCHITECTURES
 
 
-def test_either_route_serves_and_torch_xla_comes_first(tmp_path: Path) -> None:
+def test_either_route_serves_and_torchax_which_runs_our_kernels_comes_first(tmp_path: Path) -> None:
     root = machine(tmp_path, "0063")
-    assert devices(Host(root, {}, modules=XLA | JAX))[0].facts["route"] == "torch_xla"
-    assert devices(Host(root, {}, modules=JAX))[0].facts["route"] == "torchax"
+    assert devices(Host(root, {}, modules=XLA))[0].features == {"int8", "torch_xla"}
+    assert devices(Host(root, {}, modules=XLA | JAX))[0].facts["route"] == "torchax"
+    assert devices(Host(root, {}, modules=JAX))[0].features == {"int8", "torchax"}
     for absent in ("torchax", "jax", "libtpu"):
         assert devices(Host(root, {}, modules=JAX - {absent})) == []
 
