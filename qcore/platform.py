@@ -10,16 +10,16 @@ from qcore.refusal import Refusal, Refused
 
 @dataclass(frozen=True)
 class Target:
-    """An architecture that kernels are compiled for where it is not. backend, name: what Triton calls it. warp: threads of one. shared: bytes
-    of shared memory that a block may have. matrix: Triton has the use of its matrix units. fp8: the 8-bit float
+    """An architecture that kernels are compiled for where it is not. backend, name: what its compiler (of GPUs, Triton) calls it. Of GPUs alone: warp: threads of
+    one. shared: bytes of shared memory that a block may have. matrix: Triton has the use of its matrix units. fp8: the 8-bit float
     with four bits of exponent that these multiply, `e4m3fn` or `e4m3fnuz`; empty: none. reserved: bytes of shared memory that the driver takes of
     every block besides, which the vendor's own tools count."""
 
     architecture: str
     backend: str
     name: int | str
-    warp: int
-    shared: int
+    warp: int = 0
+    shared: int = 0
     matrix: bool = True
     fp8: str = ""
     reserved: int = 0
