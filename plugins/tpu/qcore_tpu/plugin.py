@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qcore.hookspecs import hookimpl
-from qcore.kernel import Accepts, Kernel
+from qcore.kernel import Accepts, Kernel, Op
 from qcore.platform import Device, Platform, Target
 from qcore_tpu.chips import CHIPS
 from qcore_tpu.devices import ARCHITECTURES, devices, report, stand_ins
@@ -20,7 +20,7 @@ _NESTED = tuple(f"flat{size}:dynamic8+flat{256 * size}" for size in _SIZES)
 _LONG_GROUPS = ("g128", "g256", "g512", "g1024")
 """Whole vectors of a TPU, whose sums are scaled."""
 
-_LINEARS = (
+_LINEARS: tuple[tuple[str, Accepts, float, str, str], ...] = (
     ("integers", Accepts(("int?", "uint?"), (*_GROUPS, "channel", "tensor"), (None, "stored", "float"), ordered=True),
      0.3, "linear:IntegerLinear", "codes of 1 to 8 bits, unpacked and scaled in vector memory as they are multiplied"),
     ("floats", Accepts(("fp8", "e4m3", "e4m3fnuz", "e5m2", "e3m2", "e2m3", "e2m1"),
@@ -47,11 +47,15 @@ def qcore_platforms() -> Sequence[Platform]:
 
 @hookimpl
 def qcore_kernels() -> Sequence[Kernel]:
+    def tpu(name: str, family: str, op: Op, accepts: Accepts, cost: float, implementation: str, note: str) -> Kernel:
+        return Kernel(f"tpu_{name}", family, op, ("tpu",), accepts, ("bfloat16", "float32"), cost, f"qcore_tpu.kernels.{implementation}", note,
+                      features=(frozenset({"torchax"}),), requires=(("torch", "2.8"), ("jax", "0.10"), ("torchax", "0.0.13")), ragged=name != "codebooks",
+                      architectures=tuple(chip.architecture for chip in CHIPS), compiles=True)  # fmt: skip
+
     return [
-        Kernel(f"tpu_{name}", "pallas", "linear", ("tpu",), accepts, ("bfloat16", "float32"), cost, f"qcore_tpu.kernels.{implementation}", note,
-               features=(frozenset({"torchax"}),), requires=(("torch", "2.8"), ("jax", "0.10"), ("torchax", "0.0.13")), ragged=name != "codebooks",
-               architectures=tuple(chip.architecture for chip in CHIPS), compiles=True)
-        for name, accepts, cost, implementation, note in _LINEARS
+        *(tpu(name, "pallas", "linear", accepts, cost, implementation, note) for name, accepts, cost, implementation, note in _LINEARS),
+        tpu("kv_cache", "xla", "kv_cache", Accepts(("fp8", "int8"), ("tensor", "channel"), (None, "stored")), 0.5, "kv_cache:KvCache",
+            "keys and values in 8 bits, rounded as they are written; attention gets all of them dequantized"),
     ]  # fmt: skip
 
 

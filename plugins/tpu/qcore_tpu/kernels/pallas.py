@@ -25,7 +25,7 @@ _OUTPUTS = 512
 """Outputs of a block, at most."""
 _ROWS = 512
 """Rows of x in a block, at most."""
-_FOR_INPUTS = 0.5
+_FOR_INPUTS = 0.375
 """Of vector memory for x: the rows of a block, those that are read meanwhile for the next, and the rounded ones."""
 _MEMORY = 64 << 20
 """Bytes of vector memory that are asked for, at most; the rest is left to XLA."""
