@@ -60,7 +60,7 @@ def footprint(program: Any) -> dict[str, int]:
     return {
         "bytes moved": int(cost["bytes accessed"]),
         "bytes needed": memory.argument_size_in_bytes + memory.output_size_in_bytes,
-        "flops": int(cost["flops"]),
+        "flops": int(cost.get("flops", 0)),
         "temporary bytes": memory.temp_size_in_bytes,
         "bytes of code": memory.generated_code_size_in_bytes,
     }

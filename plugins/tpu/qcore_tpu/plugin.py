@@ -30,12 +30,19 @@ _LINEARS: tuple[tuple[str, Accepts, float, str, str], ...] = (
      0.35, "linear:CodebookLinear", "4-bit codebooks, chosen from in vector memory as they are multiplied"),
     ("blocks", Accepts(("gguf:q*", "gguf:tq*", "gguf:iq4_*", "gguf:iq3_*", "gguf:iq2_s", "gguf:*fp4")),
      0.35, "blocks:BlockLinear", "ggml's blocks taken apart, unpacked and scaled in vector memory as they are multiplied"),
+    ("grids", Accepts(("gguf:iq1_?", "gguf:iq2_xxs", "gguf:iq2_xs")),
+     0.4, "grids:GridLinear", "ggml's smallest blocks; tuples of weights are looked up in vector memory as they are multiplied"),
     ("int8", Accepts(("int?",), (*_LONG_GROUPS, "channel", "tensor"), ordered=True, inputs=("int8-token-sym-dyn", "int8-tensor-sym")),
      0.25, "rounded:RoundedIntegerLinear", "inputs are rounded within the product; int8 x int8, exact in int32, on v5e, v5p and v6e, else in bfloat16"),
     ("fp8", Accepts(("fp8",), ("channel", "tensor"), inputs=("fp8-token-dyn", "fp8-tensor")),
      0.25, "rounded:RoundedFloatLinear", "inputs are rounded within the product; e4m3 x e4m3 on v7x, else in bfloat16"),
     ("fp8_block128", Accepts(("fp8",), ("block128", "tile1x128"), inputs=("fp8-g128-dyn",)),
      0.25, "rounded:RoundedFloatLinear", "as fp8, the sums of 128 columns scaled"),
+    ("llm_int8", Accepts(("int8",), ("channel", "tensor"), inputs=("int8-token-sym-dyn-outliers*",)),
+     0.4, "rounded:RoundedIntegerLinear", "inputs are rounded by XLA, and what they stand for is multiplied by whole numbers"),
+    ("microscaled", Accepts(("fp8", "e2m1"), ("g32:e8m0", "g16:e4m3fn", "g16:e4m3fn+tensor"),
+                            inputs=("fp8-g32:e8m0-dyn", "e2m1-g32:e8m0-dyn", "e2m1-g16:e4m3fn+tensor-dyn")),
+     0.4, "rounded:RoundedFloatLinear", "inputs are rounded by XLA as MX or NVFP4 says, and what they stand for is multiplied by small floats"),
 )  # fmt: skip
 
 

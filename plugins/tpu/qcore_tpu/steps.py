@@ -53,7 +53,9 @@ class ModelSteps:
         if start + len(tokens) > self.length:
             raise ValueError(f"{start + len(tokens)} tokens, and room for {self.length}")
         filled = list(tokens) + [0] * (bucket(len(tokens)) - len(tokens))
-        logits, states = self._step(self.weights, states, jnp.asarray([filled], jnp.int32), jnp.asarray(start, jnp.int32))
+        logits, states = self._step(
+            self.weights, states, jnp.asarray([filled], jnp.int32), jnp.asarray(start, jnp.int32)
+        )
         return torch.from_numpy(np.array(logits[0, : len(tokens)], np.float32)), states
 
     def compile(self, target: Target, count: int) -> dict[str, int]:

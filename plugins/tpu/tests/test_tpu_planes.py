@@ -59,6 +59,8 @@ def test_parts_are_the_weight(kernel: Kernel, scheme: Scheme, times: int) -> Non
 def _weight(made: PlanesLinear, weight: QuantizedTensor) -> torch.Tensor:
     """float32 [N, K]"""
     form, parts = made.form, dict(made.named_buffers())
+    if form.tuples:
+        return _tuples(parts, form)
     codes = _codes(parts["codes"], form).long()
     if form.table:
         values = parts["table"][0][codes]
@@ -108,3 +110,21 @@ def _spread(parts: dict[str, torch.Tensor], name: str, coarse: str, form: Form) 
     if coarse in parts:
         values = values * parts[coarse].flatten(0, 1).repeat_interleave(form.coarse, 0)
     return values
+
+
+def _tuples(parts: dict[str, torch.Tensor], form: Form) -> torch.Tensor:
+    """float32 [N, K], of weights that are looked up."""
+    groups, entries = form.block // form.group, parts["grid"].flatten()
+    low, high = parts["codes"].int().unflatten(0, (-1, 2, form.group // 8, groups)).unbind(1)
+    words = low | high << 8  # [blocks, words of a group, groups, N]
+    codes = entries[words & (1 << form.tuples) - 1].unsqueeze(-1) >> torch.arange(0, 16, 2, dtype=torch.int32) & 3
+    signs = (words >> form.tuples).unsqueeze(-1) >> torch.arange(8, dtype=torch.int32) & 1
+    if form.tuples == 11:
+        values = 8 * (codes - 1) + 1 - 2 * signs[..., :1]
+    else:
+        if form.tuples == 9:
+            signs[..., 7] = signs[..., :7].sum(-1) & 1
+        values = torch.tensor([8, 25, 43])[codes] * (1 - 2 * signs)
+    columns = values.permute(0, 2, 1, 4, 3).flatten(0, 3)
+    scales = parts["scales"].float().flatten(0, 1).repeat_interleave(form.group, 0)
+    return (columns * scales * parts["coarse"].flatten(0, 1).repeat_interleave(form.coarse, 0)).t()

@@ -79,7 +79,7 @@ class BlockLinear(PlanesLinear):
 
     @classmethod
     def form_of(cls, scheme: Scheme, columns: int) -> Form:
-        found = _TYPES[_kind(scheme)]
+        found = _TYPES[kind_of(scheme)]
         block = block_of(columns, found.bits, math.lcm(found.group, _COARSE) if found.whole else found.group)
         form = Form(
             found.bits,
@@ -93,13 +93,13 @@ class BlockLinear(PlanesLinear):
 
     @classmethod
     def programs(cls, scheme: Scheme, dtype: str, target: Target) -> list[ProductProgram]:
-        narrow = "bfloat16" if _TYPES[_kind(scheme)].floats else "float32"
+        narrow = "bfloat16" if _TYPES[kind_of(scheme)].floats else "float32"
         return programs_of(cls.form_of(scheme, COLUMNS), str(scheme), dtype, narrow)
 
     @classmethod
     def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
         weight, (rows, columns) = layer.weight, layer.weight.shape
-        kind, form = _kind(weight.scheme), cls.form_of(weight.scheme, columns)
+        kind, form = kind_of(weight.scheme), cls.form_of(weight.scheme, columns)
         found, places = _TYPES[kind], torch.zeros(256, dtype=torch.uint8)
         for place, value in reversed(tuple(enumerate(found.values))):
             places[value % 256] = place
@@ -148,7 +148,7 @@ def _table(found: _Type) -> torch.Tensor:
     return torch.nn.functional.pad(values, (0, (1 << found.bits) - len(found.values)))
 
 
-def _kind(scheme: Scheme) -> str:
+def kind_of(scheme: Scheme) -> str:
     """ggml's name of the type."""
     assert isinstance(scheme.weight.element, Block)
     return scheme.weight.element.type

@@ -20,19 +20,27 @@ _LONGEST = 1024
 
 @dataclass(frozen=True)
 class Rounding:
-    """How inputs become 8 bits as they are multiplied. element: `int8` or `e4m3fn`. group: columns of x under one scale; 0: a row's, or all where the scale is stored
-    (not dynamic)."""
+    """How inputs become few bits. element: `int8`, `e4m3fn` or `e2m1`. group: columns of x under one scale; 0: a row's, or all where the scale is stored (not dynamic). scale:
+    what scales are rounded to: `float`, `e8m0`, or `e4m3fn` under one that is stored. outliers: columns with a value beyond stay as they are (LLM.int8)."""
 
     element: str
     dynamic: bool
     group: int = 0
+    scale: str = "float"
+    outliers: float | None = None
+
+    @property
+    def before(self) -> bool:
+        """Whether XLA rounds x before the product, which gets what it stands for; else x is rounded within."""
+        return self.scale != "float" or self.outliers is not None
 
 
 @dataclass(frozen=True)
 class Form:
     """bits: of a code, which is a whole number above `center` (8-bit signed ones are int8 and have none), or a small float with `exponent` bits of exponent above
     `bias`, or a place in a table. block: columns of a block of K. group: columns under one scale; 0: all, and sums are scaled. coarse: columns under one of the scales
-    that multiply these; 0: there are none. zero: empty, `subtracted` from codes, or `added` to what is scaled."""
+    that multiply these; 0: there are none. zero: empty, `subtracted` from codes, or `added` to what is scaled.
+    tuples: bits of a place in a grid of eight weights (qcore_tpu.kernels.grids), two bits for each of them; 0: codes stand for one weight."""
 
     bits: int
     block: int
@@ -44,6 +52,7 @@ class Form:
     coarse: int = 0
     zero: str = ""
     rounding: Rounding | None = None
+    tuples: int = 0
 
     @property
     def widths(self) -> tuple[int, ...]:

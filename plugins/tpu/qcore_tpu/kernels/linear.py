@@ -32,7 +32,7 @@ class PlanesLinear(torch.nn.Module):
     """The parts of qcore_tpu.kernels.pallas.product, as buffers of their names."""
 
     PARTS: ClassVar[tuple[str, ...]] = (
-        "codes", "scales", "zeros", "coarse", "coarse_zeros", "tail", "table", "input_scale", "order"
+        "codes", "scales", "zeros", "coarse", "coarse_zeros", "tail", "table", "input_scale", "grid", "order"
     )  # fmt: skip
 
     def __init__(self, form: Form, codes: torch.Tensor, **others: torch.Tensor | None) -> None:

@@ -33,6 +33,37 @@ def numbers_of(codes: jax.Array, form: Form, table: jax.Array | None) -> jax.Arr
     return (codes - form.center if form.center else codes).astype(jnp.float32)
 
 
+def tuples_of(rows: jax.Array, grid: jax.Array, form: Form) -> jax.Array:
+    """A block's words, their low bytes and then their high ones [bytes, N], N whole vectors -> float32 [columns, N]: the first of all tuples, the second of all, and so on. A word is
+    a place in the grid (int32 [places / 128, 128]), and above it signs. Of eleven bits: whole numbers -1, 0, 1 and an eighth, which one sign is for, all times eight. Else
+    8, 25, 43 with signs, of which seven make an even number with the eighth."""
+    wide = rows.astype(jnp.int32)
+    words = wide[: len(wide) // 2] | (wide[len(wide) // 2 :] << 8)
+    parts = [_entries(words[:, start : start + 128], grid, form.tuples) for start in range(0, words.shape[1], 128)]
+    entries = jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0]
+    signs, found = words >> form.tuples, []
+    if form.tuples == 9:
+        odd = signs ^ (signs >> 4)
+        odd = odd ^ (odd >> 2)
+        signs = signs | (((odd ^ (odd >> 1)) & 1) << 7)
+    for place in range(8):
+        code = (entries >> (2 * place)) & 3
+        if form.tuples == 11:
+            found.append(8 * (code - 1) + jnp.where(signs != 0, -1, 1))
+        else:
+            size = jnp.where(code == 0, 8, jnp.where(code == 1, 25, 43))
+            found.append(jnp.where((signs >> place) & 1 != 0, -size, size))
+    return jnp.concatenate(found, 0).astype(jnp.float32)
+
+
+def _entries(words: jax.Array, grid: jax.Array, bits: int) -> jax.Array:
+    """Of words [tuples, 128] the grid's entries: each of its rows is looked up, and the place's upper bits choose."""
+    column = words & 127
+    rows = [jnp.broadcast_to(grid[row : row + 1, :], words.shape) for row in range(grid.shape[0])]
+    found = [jnp.take_along_axis(row, column, axis=1, mode="promise_in_bounds") for row in rows]
+    return _looked_up(words >> 7, bits - 7, found)
+
+
 def small_float(codes: jax.Array, bits: int, exponent: int, bias: int) -> jax.Array:
     """Sign, exponent and mantissa moved to their places in a float32. Where the exponent is 0 there is no one before the mantissa: it is taken off again, for TPUs take
     float32's own numbers of that kind for 0."""
@@ -44,12 +75,24 @@ def small_float(codes: jax.Array, bits: int, exponent: int, bias: int) -> jax.Ar
     return jnp.where(codes >> (bits - 1) != 0, -value, value)
 
 
-def rounded_e4m3(values: jax.Array) -> jax.Array:
-    """float32 rounded to e4m3's nearest number, ties to even; saturates at 448."""
-    clamped = jnp.clip(values, -448.0, 448.0)
-    exponent = jnp.maximum((_bits(clamped) >> 23) & 255, 127 - 6)
-    step, inverse = _float((exponent - 3) << 23), _float((254 + 3 - exponent) << 23)
+SMALL = {"e4m3fn": (3, -6, 448.0), "e2m1": (1, 0, 6.0)}
+"""Bits of mantissa, the least exponent, and the largest number."""
+
+
+def rounded_to(values: jax.Array, element: str) -> jax.Array:
+    """float32 rounded to a small float's nearest number, ties to even; saturates."""
+    mantissa, least, largest = SMALL[element]
+    clamped = jnp.clip(values, -largest, largest)
+    exponent = jnp.maximum((_bits(clamped) >> 23) & 255, 127 + least)
+    step, inverse = _float((exponent - mantissa) << 23), _float((254 + mantissa - exponent) << 23)
     return jnp.round(clamped * inverse) * step
+
+
+def power_of_two(magnitude: jax.Array, element: str) -> jax.Array:
+    """The scale of an MX group (qcore.kernels.minifloat, e8m0): the exponent of its largest magnitude, rounded to the element's mantissa, less the element's own."""
+    carried = _bits(magnitude) + (1 << 21)
+    largest = (_bits(jnp.float32(SMALL[element][2])) >> 23) - 127
+    return _float(jnp.clip((carried >> 23) - largest, 1, 254) << 23)
 
 
 def divided(values: jax.Array, by: jax.Array | float) -> jax.Array:

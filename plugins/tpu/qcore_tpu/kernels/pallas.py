@@ -8,7 +8,8 @@ outputs, and rounded once. Of the weight every byte is read once for each block 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qcore_tpu.chips import Chip
 from qcore_tpu.kernels.form import Form, Rounding
-from qcore_tpu.kernels.numbers import codes_of, divided, numbers_of, rounded_e4m3
+from qcore_tpu.kernels.inputs import stands_for
+from qcore_tpu.kernels.numbers import codes_of, divided, numbers_of, rounded_to, tuples_of
 
 _OUTPUTS = 512
 """Outputs of a block, at most."""
@@ -37,15 +39,21 @@ def product(x: jax.Array, parts: Mapping[str, jax.Array], form: Form, chip: Chip
     """x [M, K] in bfloat16 or float32 -> [M, N] in x's type, summed in float32.
 
     parts: `codes` [bytes, N] as form has them. `scales`, `zeros` [blocks, groups of a block, N] where there are groups, `coarse` and `coarse_zeros` [blocks, coarse
-    groups of a block, N] that multiply them. `tail` float32 [1, N], multiplies sums. `table` float32 [1, 2^bits]. `input_scale` float32 [1, 1], of static inputs. `order`
+    groups of a block, N] that multiply them. `tail` float32 [1, N], multiplies sums. `table` float32 [1, 2^bits]. `grid` int32, of tuples. `input_scale` float32 [1, 1], of static inputs. `order`
     int32 [K], the columns of x in the weight's order. Where the chip's matrix unit does not multiply what inputs are rounded to, they are multiplied in bfloat16, which has
     all of these numbers.
 
     Pallas compiles it for TPUs; elsewhere it is interpreted.
     """
     given = dict(parts)
+    if form.rounding is not None and form.rounding.before:
+        x = stands_for(x, form.rounding, given.pop("input_scale", None))
+        form = replace(form, rounding=None)
     if "order" in given:
         x = x[:, given.pop("order")]
+    if form.tuples:  # the first columns of all tuples, then the second ones; of different groups one beside the other
+        tuples = x.reshape(len(x), -1, form.block // form.group, form.group // 8, 8)
+        x = tuples.transpose(0, 1, 4, 3, 2).reshape(x.shape)
     columns = given["codes"].shape[0] * 8 // form.bits
     x = jnp.pad(x, ((0, 0), (0, columns - x.shape[1]))) if columns > x.shape[1] else x
     return jax.lax.platform_dependent(
@@ -88,6 +96,8 @@ def outputs_of_block(outputs: int) -> int:
 def _call(x: jax.Array, parts: dict[str, jax.Array], *, form: Form, chip: Chip, interpret: bool) -> jax.Array:
     (rows, columns), outputs = x.shape, parts["codes"].shape[1]
     bm, bn, bk = rows_of_block(rows, columns, x.dtype.itemsize, form, chip), outputs_of_block(outputs), form.block
+    if form.tuples:
+        bn = -(-bn // 128) * 128  # looked up by whole vectors
     grid = (pl.cdiv(rows, bm), pl.cdiv(outputs, bn), columns // bk)
     specs: dict[str, Any] = {
         "codes": pl.BlockSpec((form.byte_rows(bk), bn), lambda i, j, k: (k, j)),
@@ -99,6 +109,7 @@ def _call(x: jax.Array, parts: dict[str, jax.Array], *, form: Form, chip: Chip, 
         "tail": pl.BlockSpec((1, bn), lambda i, j, k: (0, j)),
         "table": pl.BlockSpec(memory_space=pltpu.SMEM),
         "input_scale": pl.BlockSpec(memory_space=pltpu.SMEM),
+        "grid": pl.BlockSpec(parts["grid"].shape if "grid" in parts else None, lambda i, j, k: (0, 0)),
     }
     names = [name for name in specs if name in parts]
     scratch = {"sums": pltpu.VMEM((bm, bn), jnp.float32)}
@@ -110,7 +121,7 @@ def _call(x: jax.Array, parts: dict[str, jax.Array], *, form: Form, chip: Chip, 
         if form.rounding.dynamic:
             shape = (columns // bk, bm, bk // form.rounding.group) if form.rounding.group else (bm, 1)
             scratch["input_scales"] = pltpu.VMEM(shape, jnp.float32)
-    kernel = partial(_kernel, names=("x", *names, "out", *scratch), form=form)
+    kernel = partial(_kernel, names=("x", *names, "out", *scratch), form=form, dot=partial(_dot, wide=interpret))
     fetched = sum(_bytes(parts[name]) for name in names if name not in ("table", "input_scale"))
     moved = _bytes(x) + grid[0] * fetched + rows * outputs * x.dtype.itemsize
     found: jax.Array = pl.pallas_call(
@@ -130,7 +141,7 @@ def _call(x: jax.Array, parts: dict[str, jax.Array], *, form: Form, chip: Chip, 
     return found
 
 
-def _kernel(*refs: Any, names: tuple[str, ...], form: Form) -> None:
+def _kernel(*refs: Any, names: tuple[str, ...], form: Form, dot: Callable[..., jax.Array]) -> None:
     """One step of the grid."""
     ref = dict(zip(names, refs, strict=True))
     block, last = pl.program_id(2), pl.num_programs(2) - 1
@@ -150,14 +161,14 @@ def _kernel(*refs: Any, names: tuple[str, ...], form: Form) -> None:
     columns = _columns(block, form.block)
     if form.rounding is None:
         x = ref["x"][:, columns]
-        ref["sums"][...] += _dot(x, _weight(ref, form).astype(x.dtype))
+        ref["sums"][...] += dot(x, _weight(ref, form).astype(x.dtype))
     else:
         _round(ref, form.rounding, form.block, block)
         codes = _numbers(ref, form)
         if form.group:
-            ref["sums"][...] += _dot_by_group(ref, form, codes, block)
+            ref["sums"][...] += _dot_by_group(ref, form, codes, block, dot)
         else:
-            ref["sums"][...] += _dot(ref["rounded"][:, columns], codes)
+            ref["sums"][...] += dot(ref["rounded"][:, columns], codes)
     pl.when(block == last)(finish)
 
 
@@ -168,8 +179,10 @@ def _columns(block: Any, size: int) -> Any:
 
 def _weight(ref: Mapping[str, Any], form: Form) -> jax.Array:
     """float32 [columns of a block, N]."""
-    table = ref.get("table")
-    values = numbers_of(codes_of(ref["codes"][...], form), form, table)
+    if form.tuples:  # of different groups one beside the other
+        values, scales = tuples_of(ref["codes"][...], ref["grid"], form), _by_group(ref, "scales", "coarse")
+        return (values.reshape(-1, *scales.shape) * scales).reshape(values.shape)
+    values = numbers_of(codes_of(ref["codes"][...], form), form, ref.get("table"))
     if not form.group:
         return values
     scales = _by_group(ref, "scales", "coarse")
@@ -246,23 +259,29 @@ def _scale(magnitude: jax.Array, rounding: Rounding) -> jax.Array:
 
 def _codes(scaled: jax.Array, rounding: Rounding) -> jax.Array:
     """float32, whole or of e4m3."""
-    return jnp.round(jnp.clip(scaled, -128, 127)) if rounding.element == "int8" else rounded_e4m3(scaled)
+    return (
+        jnp.round(jnp.clip(scaled, -128, 127)) if rounding.element == "int8" else rounded_to(scaled, rounding.element)
+    )
 
 
-def _dot_by_group(ref: Mapping[str, Any], form: Form, codes: jax.Array, block: Any) -> jax.Array:
+def _dot_by_group(
+    ref: Mapping[str, Any], form: Form, codes: jax.Array, block: Any, dot: Callable[..., jax.Array]
+) -> jax.Array:
     """Sums of each group scaled, float32."""
     x, scales = ref["rounded"][:, _columns(block, form.block)], _by_group(ref, "scales", "coarse")
     inputs = ref["input_scales"][block] if form.rounding is not None and form.rounding.group else None
     total = jnp.zeros(ref["sums"].shape, jnp.float32)
     for group in range(form.block // form.group):
         own = slice(group * form.group, (group + 1) * form.group)
-        sums = _dot(x[:, own], codes[own]).astype(jnp.float32) * scales[group : group + 1]
+        sums = dot(x[:, own], codes[own]).astype(jnp.float32) * scales[group : group + 1]
         total = total + (sums if inputs is None else sums * inputs[:, group : group + 1])
     return total
 
 
-def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [M, K] times [K, N], both of one type: sums in int32 of int8, else in float32."""
+def _dot(x: jax.Array, weight: jax.Array, *, wide: bool) -> jax.Array:
+    """x [M, K] times [K, N], both of one type: sums in int32 of int8, else in float32. wide: small floats are widened, for XLA's product on CPUs does not take all."""
+    if wide and x.dtype.itemsize < 4 and x.dtype != jnp.int8:
+        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())), precision=exact, preferred_element_type=kind)

@@ -18,6 +18,8 @@ _FEW = 16
 """Rows up to which reading the weight takes the time."""
 _DENSE = 1 / 64
 """Of a dense weight in bfloat16: what temporary memory stays below."""
+_LANES = 128
+"""What XLA fills rows of a turned x up to."""
 _MOVED = 1.15
 """Bytes that a token's program moves, over those of the packed weight, x and the result."""
 
@@ -34,8 +36,8 @@ class ProductProgram:
     parts: tuple[tuple[str, tuple[int, ...], str], ...]
 
     def compile(self, target: Target) -> Mapping[str, int]:
-        """What libtpu says of the program. Raises ValueError where it holds the weight dense, or moves more bytes than it needs to. Where the weight has an order, x is
-        written and read once more."""
+        """What libtpu says of the program. Raises ValueError where it holds the weight dense, or moves more bytes than it needs to. Where x is
+        reordered or rounded before, by XLA, two copies of it in float32 are allowed, and the bytes that this moves are not looked at."""
         prepare()
         from qcore_tpu.kernels.pallas import product
 
@@ -50,18 +52,15 @@ class ProductProgram:
             chip=chip(target.architecture),
         )
         dense = 2 * outputs * self.columns
-        turned = 2 * self.rows * self.columns * itemsize(self.dtype) if "order" in parts else 0
+        rounding = self.form.rounding
+        remade = "order" in parts or self.form.tuples > 0 or (rounding is not None and rounding.before)
+        copies = 2 * max(self.rows, _LANES) * self.columns * 4 if remade else 0
         temporary, moved, needed = (found[name] for name in ("temporary bytes", "bytes moved", "bytes needed"))
-        if temporary > _DENSE * dense + turned:
+        if temporary > _DENSE * dense + copies:
             raise ValueError(f"it has {temporary:,} temporary bytes; the weight is {dense:,} where it is dense")
-        if self.rows <= _FEW and moved > _MOVED * (needed + turned):
+        if self.rows <= _FEW and not remade and moved > _MOVED * needed:
             raise ValueError(f"it moves {moved:,} bytes; weight, x and result are {needed:,}")
         return found
-
-
-def itemsize(kind: str) -> int:
-    """Bytes of one number."""
-    return {"8": 1, "6": 2, "2": 4}[kind[-1]]
 
 
 def programs_of(
@@ -91,7 +90,9 @@ def _parts(
         yield "tail", (1, outputs), "float32"
     if form.table:
         yield "table", (1, 1 << form.bits), "float32"
-    if form.rounding is not None and not form.rounding.dynamic:
+    if form.rounding is not None and (not form.rounding.dynamic or form.rounding.scale == "e4m3fn"):
         yield "input_scale", (1, 1), "float32"
+    if form.tuples:
+        yield "grid", ((1 << form.tuples) // 128, 128), "int32"
     if ordered:
         yield "order", (columns,), "int32"

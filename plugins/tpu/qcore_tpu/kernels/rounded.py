@@ -48,9 +48,9 @@ def rounding_of(scheme: TensorScheme | None) -> Rounding:
     """Of an input's scheme that a row takes."""
     assert scheme is not None and isinstance(scheme.element, Int | Float)
     element = "int8" if isinstance(scheme.element, Int) else scheme.element.format
-    grid = scheme.granularity
+    grid, scale = scheme.granularity, scheme.scales[0].type
     assert isinstance(grid, PerToken | Group) or not scheme.dynamic, "one scale for all rows is stored"
-    return Rounding(element, scheme.dynamic, grid.size if isinstance(grid, Group) else 0)
+    return Rounding(element, scheme.dynamic, grid.size if isinstance(grid, Group) else 0, scale, scheme.outliers)
 
 
 def _with_input(made: Layer, layer: LayerTensors) -> Layer:

@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from qcore_tpu.kernels.numbers import divided, rounded_e4m3
+from qcore_tpu.kernels.numbers import divided, rounded_to
 
 _MOST = {"int8": 127.0, "e4m3fn": 448.0}
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -26,7 +26,7 @@ def encode(states: jax.Array, parts: Mapping[str, jax.Array], element: str) -> j
     if element == "int8":
         codes = jnp.clip(jnp.round(scaled) + parts.get("zero", 0.0), -128, 127).astype(jnp.int8)
     else:
-        codes = rounded_e4m3(scaled).astype(jnp.float8_e4m3fn)
+        codes = rounded_to(scaled, element).astype(jnp.float8_e4m3fn)
     rows = jax.lax.bitcast_convert_type(codes, jnp.uint8)
     if "scale" in parts:
         return rows
