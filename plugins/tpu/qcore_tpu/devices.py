@@ -100,4 +100,5 @@ def _device(place: int, generation: str, way: str) -> Device:
         features=_FEATURES.get(generation, frozenset()) | {way},
         fast_dtype="bfloat16",
         facts={"route": way},
+        ready="" if way == "torch_xla" else "qcore_tpu.runtime:start",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qcore.decoder import Decoder
 from qcore.hookspecs import hookimpl
 from qcore.kernel import Accepts, Kernel, Op
 from qcore.platform import Device, Platform, Target
@@ -64,6 +65,18 @@ def qcore_kernels() -> Sequence[Kernel]:
         tpu("kv_cache", "xla", "kv_cache", Accepts(("fp8", "int8"), ("tensor", "channel"), (None, "stored")), 0.5, "kv_cache:KvCache",
             "keys and values in 8 bits, rounded as they are written; attention gets all of them dequantized"),
     ]  # fmt: skip
+
+
+@hookimpl
+def qcore_decoders() -> Sequence[Decoder]:
+    return [
+        Decoder(
+            "tpu_decoder",
+            "jax",
+            "qcore_tpu.decoder:CompiledDecoder",
+            "transformers' own code, compiled by XLA for a few numbers of tokens",
+        )
+    ]
 
 
 @hookimpl

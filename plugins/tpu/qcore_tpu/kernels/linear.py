@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -57,11 +60,25 @@ class PlanesLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         from qcore_tpu.kernels.pallas import product
 
+        form = replace(self.form, rounding=None) if _WHOLE.get() else self.form
         flat = x.reshape(-1, x.shape[-1])
         if not len(flat):
             return x.new_empty(*x.shape[:-1], self.get_buffer("codes").shape[1])
-        out = call(product, flat, dict(self.named_buffers()), form=self.form, chip=current())
+        out = call(product, flat, dict(self.named_buffers()), form=form, chip=current())
         return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+_WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
+
+
+@contextmanager
+def whole_inputs() -> Iterator[None]:
+    """Inside of it, layers leave inputs whole that they round otherwise."""
+    before = _WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(before)
 
 
 class IntegerLinear(PlanesLinear):
