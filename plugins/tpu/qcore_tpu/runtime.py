@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
+
 
 @cache
 def start() -> None:
@@ -14,7 +16,9 @@ def start() -> None:
     with _absent_overloads():
         import torchax
 
-        torchax.enable_globally()
+        environment = torchax.default_env()
+    _numbers_go_anywhere(environment)
+    torchax.enable_globally()
 
 
 @contextmanager
@@ -38,3 +42,18 @@ def _absent_overloads() -> Iterator[None]:
         yield
     finally:
         OpOverloadPacket.__getattr__ = found  # type: ignore[method-assign]
+
+
+def _numbers_go_anywhere(environment: Any) -> None:
+    """torch lets tensors of one number on the CPU meet those of any device, and makes such ones of plain numbers. torchax 0.0.13 makes them on its own device, where
+    they meet no tensor of the CPU."""
+    environment.config.allow_mixed_math_with_scalar_tensor = True
+    dispatch = environment.dispatch
+
+    def dispatched(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        own = (kwargs or {}).get("device") or "cpu"
+        if func is torch.ops.aten.scalar_tensor.default and torch.device(own).type == "cpu":
+            return func(*args, **(kwargs or {}))
+        return dispatch(func, types, args, kwargs)
+
+    environment.dispatch = dispatched

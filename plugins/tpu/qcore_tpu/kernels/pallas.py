@@ -7,7 +7,6 @@ outputs, and rounded once. Of the weight every byte is read once for each block 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -158,7 +157,7 @@ def _kernel(*refs: Any, names: tuple[str, ...], form: Form, dot: Callable[..., j
         ref["out"][...] = sums.astype(ref["out"].dtype)
 
     pl.when(block == 0)(begin)
-    columns = _columns(block, form.block)
+    columns = _columns(ref["x"], block, form.block)
     if form.rounding is None:
         x = ref["x"][:, columns]
         ref["sums"][...] += dot(x, _weight(ref, form).astype(x.dtype))
@@ -172,9 +171,9 @@ def _kernel(*refs: Any, names: tuple[str, ...], form: Form, dot: Callable[..., j
     pl.when(block == last)(finish)
 
 
-def _columns(block: Any, size: int) -> Any:
-    """A block of x's."""
-    return pl.ds(pl.multiple_of(block * size, math.gcd(size, 128)), size)
+def _columns(x: Any, block: Any, size: int) -> Any:
+    """A block of x's columns; where there is one alone it may be of any size."""
+    return slice(None) if x.shape[1] == size else pl.ds(pl.multiple_of(block * size, 128), size)
 
 
 def _weight(ref: Mapping[str, Any], form: Form) -> jax.Array:
@@ -218,18 +217,18 @@ def _numbers(ref: Mapping[str, Any], form: Form) -> jax.Array:
 
 def _round(ref: Mapping[str, Any], rounding: Rounding, size: int, block: Any) -> None:
     """Rounds x's columns of this block, while the first outputs are made."""
-    first = pl.program_id(1) == 0
+    first, columns = pl.program_id(1) == 0, _columns(ref["x"], block, size)
 
     def look() -> None:
         def larger(place: jax.Array, found: jax.Array) -> jax.Array:
-            part = ref["x"][:, _columns(place, size)].astype(jnp.float32)
+            part = ref["x"][:, _columns(ref["x"], place, size)].astype(jnp.float32)
             return jnp.maximum(found, jnp.max(jnp.abs(part), 1, keepdims=True))
 
         none = jnp.zeros(ref["input_scales"].shape, jnp.float32)
         ref["input_scales"][...] = _scale(jax.lax.fori_loop(0, pl.num_programs(2), larger, none), rounding)
 
     def take() -> None:
-        values = ref["x"][:, _columns(block, size)].astype(jnp.float32)
+        values = ref["x"][:, columns].astype(jnp.float32)
         if rounding.group:
             parts = [values[:, start : start + rounding.group] for start in range(0, size, rounding.group)]
             scales = [_scale(jnp.max(jnp.abs(part), 1, keepdims=True), rounding) for part in parts]
@@ -238,7 +237,7 @@ def _round(ref: Mapping[str, Any], rounding: Rounding, size: int, block: Any) ->
             ref["input_scales"][block] = jnp.concatenate(scales, 1)
         else:
             taken = _codes(divided(values, _row_scales(ref)), rounding)
-        ref["rounded"][:, _columns(block, size)] = taken.astype(ref["rounded"].dtype)
+        ref["rounded"][:, columns] = taken.astype(ref["rounded"].dtype)
 
     if rounding.dynamic and not rounding.group:
         pl.when(first & (block == 0))(look)
@@ -268,7 +267,7 @@ def _dot_by_group(
     ref: Mapping[str, Any], form: Form, codes: jax.Array, block: Any, dot: Callable[..., jax.Array]
 ) -> jax.Array:
     """Sums of each group scaled, float32."""
-    x, scales = ref["rounded"][:, _columns(block, form.block)], _by_group(ref, "scales", "coarse")
+    x, scales = ref["rounded"][:, _columns(ref["x"], block, form.block)], _by_group(ref, "scales", "coarse")
     inputs = ref["input_scales"][block] if form.rounding is not None and form.rounding.group else None
     total = jnp.zeros(ref["sums"].shape, jnp.float32)
     for group in range(form.block // form.group):

@@ -35,25 +35,23 @@ class ProductProgram:
     dtype: str
     parts: tuple[tuple[str, tuple[int, ...], str], ...]
 
-    def compile(self, target: Target) -> Mapping[str, int]:
-        """What libtpu says of the program. Raises ValueError where it holds the weight dense, or moves more bytes than it needs to. Where x is
-        reordered or rounded before, by XLA, two copies of it in float32 are allowed, and the bytes that this moves are not looked at."""
+    def footprint(self, target: Target) -> dict[str, int]:
+        """What libtpu says of the program."""
         prepare()
         from qcore_tpu.kernels.pallas import product
 
         parts = {name: (shape, kind) for name, shape, kind in self.parts}
-        outputs = parts["codes"][0][1]
-        found = compiled(
-            product,
-            target,
-            ((self.rows, self.columns), self.dtype),
-            parts,
-            form=self.form,
-            chip=chip(target.architecture),
-        )
-        dense = 2 * outputs * self.columns
-        rounding = self.form.rounding
-        remade = "order" in parts or self.form.tuples > 0 or (rounding is not None and rounding.before)
+        x = ((self.rows, self.columns), self.dtype)
+        return compiled(product, target, x, parts, form=self.form, chip=chip(target.architecture))
+
+    def compile(self, target: Target) -> Mapping[str, int]:
+        """The same. Raises ValueError where it holds the weight dense, or moves more bytes than it needs to. Where x is reordered or rounded before, by XLA, two copies
+        of it in float32 are allowed, and the bytes that this moves are not looked at."""
+        found = self.footprint(target)
+        outputs = next(shape for name, shape, _ in self.parts if name == "codes")[1]
+        dense, rounding = 2 * outputs * self.columns, self.form.rounding
+        ordered = any(name == "order" for name, _, _ in self.parts)
+        remade = ordered or self.form.tuples > 0 or (rounding is not None and rounding.before)
         copies = 2 * max(self.rows, _LANES) * self.columns * 4 if remade else 0
         temporary, moved, needed = (found[name] for name in ("temporary bytes", "bytes moved", "bytes needed"))
         if temporary > _DENSE * dense + copies:
