@@ -82,15 +82,16 @@ class CompiledDecoder:
         kind = t2j_dtype(self.model.dtype)
         return [jnp.zeros((1, heads, tokens, size), kind) for _ in range(2 * config.num_hidden_layers)]
 
-    def step(self, states: list[Any], start: int, tokens: list[int]) -> tuple[torch.Tensor, list[Any]]:
-        """Logits float32 [tokens, vocabulary] on the CPU of what follows each of the tokens, which begin at `start` of a text, and the keys and values then."""
+    def step(self, states: list[Any], start: int, tokens: list[int], keep: int) -> tuple[torch.Tensor, list[Any]]:
+        """Logits float32 [at most keep, vocabulary] on the CPU of what follows the last of the tokens, which begin at `start` of a text, and the keys and values then."""
         import jax.numpy as jnp
         import numpy as np
 
         filled = tokens + [0] * (bucket(len(tokens)) - len(tokens))
         given = (jnp.asarray([filled], jnp.int32), jnp.asarray(start, jnp.int32))
         logits, states = self._step(self.weights, states, *given, whole=self._whole)
-        return torch.from_numpy(np.array(logits[0, : len(tokens)], np.float32)), states
+        last = logits[0, max(0, len(tokens) - keep) : len(tokens)]
+        return torch.from_numpy(np.array(last, np.float32)), states
 
     def compile(self, target: Target, count: int, room: int = _ROOM) -> dict[str, int]:
         """What libtpu says of the step of so many tokens (qcore_tpu.ahead)."""
@@ -138,9 +139,9 @@ class CompiledSteps:
         found = []
         for text, tokens in enumerate(texts):
             states = self._enough(self._states[text], self.lengths[text] + bucket(len(tokens)))
-            logits, self._states[text] = self.decoder.step(states, self.lengths[text], tokens)
+            logits, self._states[text] = self.decoder.step(states, self.lengths[text], tokens, keep)
             self.lengths[text] += len(tokens)
-            found.append(logits[-keep:])
+            found.append(logits)
         return found
 
     def forget(self, count: int) -> None:

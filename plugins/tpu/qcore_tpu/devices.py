@@ -5,11 +5,8 @@ Sources: the PCI ids of jax's hardware detection (jax/_src/hardware_utils.py); n
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from qcore.host import Host, visible
 from qcore.platform import Device
-from qcore_tpu.ahead import prepare
 from qcore_tpu.chips import CHIPS, STAND_IN
 
 ARCHITECTURES = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "v7x")
@@ -28,9 +25,12 @@ _FIX = "pip install 'qcore-tpu[jax]', or 'qcore-tpu[xla]' with torch 2.9 and wit
 
 
 def devices(host: Host | None = None) -> list[Device]:
-    """The chips that this environment can run on; a host that has torch-xla and no TPU has none."""
+    """The chips that this environment can run on; a host that has torch-xla and no TPU has none. Where jax is told to run on the CPU (JAX_PLATFORMS=cpu), what stands
+    in for one."""
     looked_at = host or Host()
     found = chips(looked_at)
+    if looked_at.environment.get("JAX_PLATFORMS") == "cpu":
+        return stand_ins(looked_at)
     if not found or unusable(looked_at):
         return []
     listed = looked_at.environment.get("TPU_VISIBLE_CHIPS", looked_at.environment.get("TPU_VISIBLE_DEVICES"))
@@ -70,22 +70,23 @@ def unusable(host: Host) -> tuple[str, str] | None:
     return None
 
 
-def stand_ins() -> list[Device]:
+def stand_ins(host: Host | None = None) -> list[Device]:
     """A CPU on which Pallas's programs are interpreted, where jax is installed."""
-    if not all(find_spec(name) for name in ("jax", "torchax")):
+    looked_at = host or Host()
+    if route(looked_at) != "torchax":
         return []
-    prepare()
     features = _FEATURES[STAND_IN] | {"torchax"}
     return [
         Device(
-            "tpu:stand-in",
-            "tpu",
-            "Pallas's programs interpreted on a CPU",
-            "cpu",
-            STAND_IN,
-            features,
+            id="tpu:stand-in",
+            platform="tpu",
+            name="Pallas's programs interpreted on a CPU",
+            torch_device="cpu",
+            architecture=STAND_IN,
+            features=features,
             fast_dtype="bfloat16",
             simulated=True,
+            ready="qcore_tpu.ahead:prepare",
         )
     ]
 

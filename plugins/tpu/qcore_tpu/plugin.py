@@ -12,7 +12,7 @@ from qcore.platform import Device, Platform, Target
 from qcore_tpu.chips import CHIPS
 from qcore_tpu.devices import ARCHITECTURES, devices, report, stand_ins
 
-QCORE_API = (1, 2)
+QCORE_API = (1, 4)
 
 _SIZES = (16, 32, 64, 96, 128, 160, 192, 256, 512, 1024)
 _GROUPS = tuple(f"g{size}" for size in _SIZES)

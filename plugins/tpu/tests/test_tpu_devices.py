@@ -9,7 +9,7 @@ import pytest
 
 from qcore.host import Host
 from qcore_tpu import plugin
-from qcore_tpu.devices import ARCHITECTURES, devices, report
+from qcore_tpu.devices import ARCHITECTURES, devices, report, stand_ins
 
 XLA = frozenset({"torch_xla", "torch"})
 JAX = frozenset({"torchax", "jax", "libtpu", "torch"})
@@ -68,6 +68,14 @@ def test_either_route_serves_and_torchax_which_runs_our_kernels_comes_first(tmp_
 )
 def test_variables(tmp_path: Path, variables: dict[str, str], count: int) -> None:
     assert len(devices(Host(machine(tmp_path, *["006f"] * 4), variables, modules=XLA))) == count
+
+
+def test_a_cpu_stands_in_where_jax_is_told_to_run_on_it(tmp_path: Path) -> None:
+    root = machine(tmp_path, "0063")
+    (found,) = devices(Host(root, {"JAX_PLATFORMS": "cpu"}, modules=JAX))
+    assert found.simulated and (found.torch_device, found.architecture) == ("cpu", "v5e")
+    assert not devices(Host(root, {"JAX_PLATFORMS": "cpu"}, modules=XLA))
+    assert not stand_ins(Host(root, {}, modules=frozenset({"torch"})))
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
