@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _COARSE = 256
 """Weights under a float, where scales are whole numbers."""
+_SHORT = 512
+"""Columns of a block, at most, where codes are looked up under scales of two levels."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class BlockLinear(PlanesLinear):
     def form_of(cls, scheme: Scheme, columns: int) -> Form:
         found = _TYPES[kind_of(scheme)]
         block = block_of(columns, found.bits, math.lcm(found.group, _COARSE) if found.whole else found.group)
+        if found.values and found.whole:  # which take the most of vector memory
+            block = max(size for size in range(_COARSE, _SHORT + 1, _COARSE) if block % size == 0)
         form = Form(
             found.bits,
             block,

@@ -21,7 +21,7 @@ from qcore_tpu.plugin import qcore_kernels, qcore_platforms
 
 (PLATFORM,) = qcore_platforms()
 LINEARS = [kernel for kernel in qcore_kernels() if kernel.op == "linear"]
-LARGEST = "W4A16-g128-asym W8A8-int8-dyn W8A8-fp8-dyn W4A16-nf4-g64 W4A16-gguf:q4_k W8A16-fp8-channel W8A8-fp8-block128"
+LARGEST = "W4A16-g128-asym W8A8-int8-dyn W8A8-fp8-dyn W4A16-nf4-g64 W4A16-gguf:q4_k W3A16-gguf:iq3_s W8A16-fp8-channel W8A8-fp8-block128"
 CASES = [(kernel, scheme) for kernel in LINEARS for scheme in claimed(kernel, map(Scheme.parse, LARGEST.split()))]
 
 
