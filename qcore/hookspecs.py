@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qcore.method import Method
     from qcore.platform import Device, Platform
 
-API_VERSION = (1, 3)
+API_VERSION = (1, 4)
 """Version of this contract."""
 
 hookspec = pluggy.HookspecMarker("qcore")

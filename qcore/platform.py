@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -10,16 +11,16 @@ from qcore.refusal import Refusal, Refused
 
 @dataclass(frozen=True)
 class Target:
-    """An architecture that kernels are compiled for where it is not. backend, name: what Triton calls it. warp: threads of one. shared: bytes
-    of shared memory that a block may have. matrix: Triton has the use of its matrix units. fp8: the 8-bit float
+    """An architecture that kernels are compiled for where it is not. backend, name: what its compiler (of GPUs, Triton) calls it. Of GPUs alone: warp: threads of
+    one. shared: bytes of shared memory that a block may have. matrix: Triton has the use of its matrix units. fp8: the 8-bit float
     with four bits of exponent that these multiply, `e4m3fn` or `e4m3fnuz`; empty: none. reserved: bytes of shared memory that the driver takes of
     every block besides, which the vendor's own tools count."""
 
     architecture: str
     backend: str
     name: int | str
-    warp: int
-    shared: int
+    warp: int = 0
+    shared: int = 0
     matrix: bool = True
     fp8: str = ""
     reserved: int = 0
@@ -51,7 +52,7 @@ class Device:
     has none. features: instruction sets and capabilities, in the words that the plugin's kernels use in
     `Kernel.features`. memory: free bytes for weights, if known. fast_dtype: the floating dtype in which it runs models
     fastest without losing range. facts: what else a person wants to know of it. simulated: a stand-in for the hardware,
-    never taken unless it is named.
+    never taken unless it is named. ready: `module:function`, which is called before anything is put on the device, where torch does not know it of itself.
     """
 
     id: str
@@ -64,6 +65,13 @@ class Device:
     fast_dtype: str = "float32"
     facts: Mapping[str, str] = field(default_factory=dict)
     simulated: bool = False
+    ready: str = ""
+
+    def prepare(self) -> None:
+        """Makes torch know the device."""
+        if self.ready:
+            module, _, name = self.ready.partition(":")
+            getattr(importlib.import_module(module), name)()
 
 
 @dataclass(frozen=True)

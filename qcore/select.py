@@ -121,7 +121,7 @@ def _refuse(kernel: Kernel, request: LayerRequest, platform: str, device: Device
     if request.exact and kernel.quantizes_input and request.scheme.input is None:
         return no("inexact", "usage", "it would round activations to 8 bits", "activations must stay exact",
                   "Allow it with --activations int8.")  # fmt: skip
-    if missing := _missing_requirement(kernel.requires):
+    if missing := missing_requirement(kernel.requires):
         return no("missing-requirement", "missing-dep", "a package that it needs is absent or too old", missing,
                   f"pip install '{missing.partition(', ')[0]}'")  # fmt: skip
     if request.kernel is not None and kernel.name != request.kernel:
@@ -159,7 +159,7 @@ _LIFTABLE = ("not-chosen", "inexact", "missing-requirement", "dtype-unsupported"
 """Reasons, from the easiest to lift to the hardest."""
 
 
-def _missing_requirement(requires: Iterable[tuple[str, str]]) -> str:
+def missing_requirement(requires: Iterable[tuple[str, str]]) -> str:
     """The first unmet requirement as `name>=version, found ...`, or an empty string."""
     for names, least in requires:
         found = [version for name in names.split("|") if (version := _version(name))]

@@ -31,7 +31,8 @@ def verify_command(
     compile_only: Annotated[
         bool,
         typer.Option(
-            "--compile-only", help="No device: run kernels' sources on the CPU, and compile them for every GPU."
+            "--compile-only",
+            help="No device: run kernels' sources on the CPU, and compile them for every architecture.",
         ),
     ] = False,
     isa: Annotated[
@@ -81,7 +82,7 @@ def verify_command(
         _record(plugins, findings, "compiled" if compile_only else None)
     if json:
         document: dict[str, Any] = {"findings": [_document(finding) for finding in findings]}
-        print_json(document | ({"builds": [vars(build) for build in builds]} if compile_only else {}))
+        print_json(document | ({"builds": [build.to_dict() for build in builds]} if compile_only else {}))
     else:
         _print_builds(builds)
         _print(findings)
@@ -90,15 +91,24 @@ def verify_command(
 
 
 def _compilable(plugins: Registry, question: Question) -> Iterator[tuple[Plugin, Kernel, list[Platform]]]:
-    """Kernels, said as they come."""
+    """Kernels, said as they come; those without a package that they need are left out. Raises Refused (missing-package) where none are left for that."""
+    from qcore.select import missing_requirement
     from qcore.testing.compiled import compilable
 
-    if find_spec("triton") is None:
-        raise Refused(Refusal("missing-package", "missing-dep", "triton", "kernels are compiled by it, and it is not installed",
-                              fix="pip install triton"))  # fmt: skip
+    missing: dict[str, None] = {}
+    taken = False
     for plugin, kernel, platforms in compilable(plugins, question):
+        if absent := missing_requirement(kernel.requires):
+            missing[absent] = None
+            note(f"{kernel.name}: left out, for it needs {absent}")
+            continue
+        taken = True
         note(f"{kernel.name}: {', '.join(platform.title for platform in platforms)}")
         yield plugin, kernel, platforms
+    if missing and not taken:
+        names = ", ".join(missing)
+        raise Refused(Refusal("missing-package", "missing-dep", "--compile-only", "kernels are compiled by packages that are not installed", names,
+                              f"pip install {' '.join(name.partition('>')[0] for name in missing)}"))  # fmt: skip
 
 
 def _show_isa(plugins: Registry, question: Question, json: bool) -> None:
@@ -109,7 +119,7 @@ def _show_isa(plugins: Registry, question: Question, json: bool) -> None:
     if not every:
         raise Refused(_nothing(question, "--isa"))
     if json:
-        print_json({"builds": [vars(build) for build in every]})
+        print_json({"builds": [build.to_dict() for build in every]})
     else:
         _print_builds(every)
     faults = [f"{build.architecture}, {build.program}: {build.fault}" for build in every if build.fault]
@@ -211,18 +221,27 @@ def _document(finding: Finding) -> dict[str, Any]:
 
 def _print_builds(builds: list[Build]) -> None:
     places = dict.fromkeys((build.kernel, build.architecture) for build in builds)
-    rows = []
+    gpus, others = [], []
     for kernel, architecture in places:
         own = [build for build in builds if (build.kernel, build.architecture) == (kernel, architecture)]
         made = [build for build in own if not build.fault]
+        head = (kernel, architecture, f"{len(made)} of {len(own)}")
+        if made and made[0].numbers:
+            most = {name: max(build.numbers[name] for build in made) for name in made[0].numbers}
+            others.append((*head, ", ".join(f"{number:,} {name}" for name, number in most.items())))
+            continue
         matrix = sorted({build.matrix or "none" for build in made})
-        most = [max((getattr(build, name) for build in made), default=0) for name in ("registers", "spilled", "shared")]
-        rows.append((kernel, architecture, f"{len(made)} of {len(own)}", " ".join(matrix), *most))
-    if rows:
+        sizes = [
+            max((getattr(build, name) for build in made), default=0) for name in ("registers", "spilled", "shared")
+        ]
+        gpus.append((*head, " ".join(matrix), *sizes))
+    if gpus:
         print_table(
             ("kernel", "architecture", "programs", "matrix instructions", "registers", "bytes spilled", "bytes shared"),
-            rows,
+            gpus,
         )
+    if others:
+        print_table(("kernel", "architecture", "programs", "at most"), others)
 
 
 def _print(findings: list[Finding]) -> None:

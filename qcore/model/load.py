@@ -71,6 +71,7 @@ def load_model(
     if quantize is not None:
         checkpoint = checkpoint.quantized(quantize)
     target = device if isinstance(device, Device) else find_device(device)
+    target.prepare()
     exact = exact_activations(activations)
     wanted = _torch_dtype(checkpoint.own_dtype if dtype is None else dtype)
     _check_memory(checkpoint, target)

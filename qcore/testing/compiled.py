@@ -1,4 +1,4 @@
-"""verify --compile-only: what can be proved of kernels where there is no GPU. Their sources run on the CPU against the definition (those in Triton
+"""verify --compile-only: what can be proved of kernels where there is no device. Their sources run on the CPU against the definition (those in Triton
 in its interpreter), and the vendor's compilers make their code for every architecture of a platform.
 
 Both need a process of their own, for Triton is either an interpreter or a compiler: `python -m qcore.testing.compiled interpret|compile|table`, with
@@ -11,10 +11,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, cast
 
@@ -47,17 +48,29 @@ class Build:
     spilled: int = 0
     shared: int = 0
     fault: str = ""
+    numbers: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; `numbers` where there are any, in place of a GPU's."""
+        found = vars(self).copy()
+        if numbers := found.pop("numbers"):
+            found = {name: value for name, value in found.items() if name not in _OF_GPUS}
+            found["numbers"] = dict(numbers)
+        return found
+
+
+_OF_GPUS = ("matrix", "registers", "spilled", "shared")
 
 
 def compilable(plugins: Registry, question: Question) -> Iterator[tuple[Plugin, Kernel, list[Platform]]]:
-    """Every kernel whose programs can be compiled, with those of a plugin's platforms that it is compiled for."""
+    """Every kernel whose programs can be compiled for a scheme that is asked for, with those of a plugin's platforms that it is compiled for."""
     for plugin in plugins.plugins:
         if question.plugin not in (None, plugin.name):
             continue
         platforms = [p for p in plugin.platforms if p.targets and question.platform in (None, p.id)]
         for kernel, _ in plugins.kernels:
             own = [platform for platform in platforms if platform.id in kernel.platforms]
-            if kernel.compiles and question.kernel in (None, kernel.name) and own:
+            if kernel.compiles and question.kernel in (None, kernel.name) and own and _schemes(kernel, question):
                 yield plugin, kernel, own
 
 
@@ -94,8 +107,12 @@ def builds_of(kernels: Sequence[tuple[Kernel, Sequence[Platform]]], question: Qu
 
 
 def _task(kernel: Kernel, platforms: Sequence[Platform], question: Question) -> dict[str, Any]:
-    schemes = [str(scheme) for scheme in claimed(kernel, question.schemes() if question.row else row_schemes())]
-    return {"kernel": kernel.name, "schemes": schemes, "platforms": [platform.id for platform in platforms]}
+    schemes, names = _schemes(kernel, question), [platform.id for platform in platforms]
+    return {"kernel": kernel.name, "schemes": [str(scheme) for scheme in schemes], "platforms": names}
+
+
+def _schemes(kernel: Kernel, question: Question) -> list[Scheme]:
+    return claimed(kernel, question.schemes() if question.row else row_schemes())
 
 
 def _start(what: str) -> subprocess.Popen[str]:
@@ -119,6 +136,13 @@ def _summary(builds: Sequence[Build]) -> str:
     for architecture in dict.fromkeys(build.architecture for build in builds):
         own = [build for build in builds if build.architecture == architecture and not build.fault]
         if not own:
+            continue
+        if own[0].numbers:
+            most_of = {name: max(build.numbers[name] for build in own) for name in own[0].numbers}
+            parts.append(
+                f"{architecture}: {len(own)} programs, at most "
+                + ", ".join(f"{most:,} {name}" for name, most in most_of.items())
+            )
             continue
         matrix = " ".join(dict.fromkeys(".".join(build.matrix.split(".")[:3]) or "no matrix unit" for build in own))
         most = [max(getattr(build, name) for build in own) for name in ("registers", "spilled", "shared")]
@@ -203,6 +227,8 @@ def _build(place: int) -> Build:
             most += target.reserved
     except Exception as fault:  # whatever a compiler does not take is a finding
         return replace(build, fault=f"{type(fault).__name__}: {fault}"[-500:])
+    if isinstance(made, Mapping):  # of no GPU; its plugin looked at it
+        return replace(build, numbers=made)
     build = replace(build, **asdict(made))
     if made.registers < _LEAST_REGISTERS:
         return replace(build, fault=f"a program of {made.registers} registers, which does nothing")
@@ -212,7 +238,7 @@ def _build(place: int) -> Build:
 
 
 def main(what: str) -> None:
-    if what == "interpret":
+    if what == "interpret" and find_spec("triton") is not None:
         import qcore.testing.interpreter  # noqa: F401
     from qcore.discovery import registry
 

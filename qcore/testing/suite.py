@@ -110,6 +110,7 @@ def test_kernel_against_the_definition(vendor: Capabilities, device: Device, ker
     """One kernel and scheme: every check, in every data type and size."""
     if refusal := unable(kernel, scheme, device):
         pytest.skip(f"{device.name}: {refusal.reason}: {refusal.fact}")
+    device.prepare()
     for dtype in kernel.dtypes:
         for size in SIZES:
             bench = Bench(kernel, scheme, dtype, size, device)

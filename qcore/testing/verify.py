@@ -77,6 +77,7 @@ def unable(kernel: Kernel, scheme: Scheme, device: Device) -> Refusal | None:
 
 def examine(plugin: str, device: Device, kernel: Kernel, scheme: Scheme) -> Finding:
     """Runs every check in every data type and size. plugin: the name of the one that owns the platform."""
+    device.prepare()
     nearest, cases, failures = (0.0, 1.0), 0, []
     for dtype in kernel.dtypes:
         bound = error_bound(kernel, scheme, dtype)

@@ -1,13 +1,13 @@
 """This host's TPUs: the PCI bus and the driver's nodes say what is there, torch-xla or torchax whether it can be used.
 
-Sources: the PCI ids of jax's hardware detection (jax/_src/hardware_utils.py) and the TPU documentation's table of number
-formats; nodes are /dev/accel* up to v4 and in most images, /dev/vfio/* from v5e on.
+Sources: the PCI ids of jax's hardware detection (jax/_src/hardware_utils.py); nodes are /dev/accel* up to v4 and in most images, /dev/vfio/* from v5e on.
 """
 
 from __future__ import annotations
 
 from qcore.host import Host, visible
 from qcore.platform import Device
+from qcore_tpu.chips import CHIPS, STAND_IN
 
 ARCHITECTURES = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "v7x")
 
@@ -15,24 +15,22 @@ _VENDOR = "1ae0"
 _GENERATIONS = {"0027": "v2", "005e": "v4", "0063": "v5e", "0062": "v5p", "006f": "v6e", "0076": "v7x"}
 """PCI device ids. v2 and v3 share one; the older is taken."""
 
-_FEATURES = {
-    "v5e": frozenset({"int8"}),
-    "v5p": frozenset({"int8"}),
-    "v6e": frozenset({"int8"}),
-    "v7x": frozenset({"int8", "fp8"}),
-}
+_FEATURES = {row.architecture: frozenset(name for name in ("int8", "fp8") if getattr(row, name)) for row in CHIPS}
 """Number formats of the matrix unit besides bfloat16."""
 
 _NODES = ("/dev/accel*", "/dev/vfio/[0-9]*")
-ROUTES: dict[str, tuple[str, ...]] = {"torch_xla": ("torch_xla",), "torchax": ("torchax", "jax", "libtpu")}
-"""Ways for torch to reach a TPU, the first that is installed being taken, and the modules that each needs."""
-_FIX = "pip install 'qcore-tpu[xla]' (torch 2.9) or 'qcore-tpu[jax]' (newer torch)"
+ROUTES: dict[str, tuple[str, ...]] = {"torchax": ("torchax", "jax", "libtpu"), "torch_xla": ("torch_xla",)}
+"""Ways for torch to reach a TPU, the first that is installed being taken, and the modules that each needs. This plugin's kernels take the first."""
+_FIX = "pip install 'qcore-tpu[jax]', or 'qcore-tpu[xla]' with torch 2.9 and without this plugin's kernels"
 
 
 def devices(host: Host | None = None) -> list[Device]:
-    """The chips that this environment can run on; a host that has torch-xla and no TPU has none."""
+    """The chips that this environment can run on; a host that has torch-xla and no TPU has none. Where jax is told to run on the CPU (JAX_PLATFORMS=cpu), what stands
+    in for one."""
     looked_at = host or Host()
     found = chips(looked_at)
+    if looked_at.environment.get("JAX_PLATFORMS") == "cpu":
+        return stand_ins(looked_at)
     if not found or unusable(looked_at):
         return []
     listed = looked_at.environment.get("TPU_VISIBLE_CHIPS", looked_at.environment.get("TPU_VISIBLE_DEVICES"))
@@ -72,6 +70,27 @@ def unusable(host: Host) -> tuple[str, str] | None:
     return None
 
 
+def stand_ins(host: Host | None = None) -> list[Device]:
+    """A CPU on which Pallas's programs are interpreted, where jax is installed."""
+    looked_at = host or Host()
+    if route(looked_at) != "torchax":
+        return []
+    features = _FEATURES[STAND_IN] | {"torchax"}
+    return [
+        Device(
+            id="tpu:stand-in",
+            platform="tpu",
+            name="Pallas's programs interpreted on a CPU",
+            torch_device="cpu",
+            architecture=STAND_IN,
+            features=features,
+            fast_dtype="bfloat16",
+            simulated=True,
+            ready="qcore_tpu.ahead:prepare",
+        )
+    ]
+
+
 def _device(place: int, generation: str, way: str) -> Device:
     return Device(
         id=f"tpu:{place}",
@@ -79,7 +98,8 @@ def _device(place: int, generation: str, way: str) -> Device:
         name=f"TPU {generation}",
         torch_device=f"xla:{place}" if way == "torch_xla" else "jax",
         architecture=generation,
-        features=_FEATURES.get(generation, frozenset()),
+        features=_FEATURES.get(generation, frozenset()) | {way},
         fast_dtype="bfloat16",
         facts={"route": way},
+        ready="" if way == "torch_xla" else "qcore_tpu.runtime:start",
     )

@@ -9,7 +9,7 @@ import pytest
 
 from qcore.host import Host
 from qcore_tpu import plugin
-from qcore_tpu.devices import ARCHITECTURES, devices, report
+from qcore_tpu.devices import ARCHITECTURES, devices, report, stand_ins
 
 XLA = frozenset({"torch_xla", "torch"})
 JAX = frozenset({"torchax", "jax", "libtpu", "torch"})
@@ -36,7 +36,7 @@ def machine(folder: Path, *ids: str, node: str = "dev/accel{}") -> Path:
         ("0063", "dev/vfio/{}", "v5e", {"int8"}),
         ("0062", "dev/vfio/{}", "v5p", {"int8"}),
         ("006f", "dev/vfio/{}", "v6e", {"int8"}),
-        ("0076", "dev/vfio/{}", "v7x", {"int8", "fp8"}),
+        ("0076", "dev/vfio/{}", "v7x", {"fp8"}),
     ],
 )
 def test_recorded_chips(tmp_path: Path, device: str, node: str, generation: str, features: set[str]) -> None:
@@ -44,13 +44,14 @@ def test_recorded_chips(tmp_path: Path, device: str, node: str, generation: str,
     assert [row.id for row in found] == [f"tpu:{i}" for i in range(4)]
     first = found[0]
     assert (first.platform, first.torch_device, first.architecture) == ("tpu", "xla:0", generation)
-    assert first.features == features and first.fast_dtype == "bfloat16" and generation in ARCHITECTURES
+    assert first.features == features | {"torch_xla"} and first.fast_dtype == "bfloat16" and generation in ARCHITECTURES
 
 
-def test_either_route_serves_and_torch_xla_comes_first(tmp_path: Path) -> None:
+def test_either_route_serves_and_torchax_which_runs_our_kernels_comes_first(tmp_path: Path) -> None:
     root = machine(tmp_path, "0063")
-    assert devices(Host(root, {}, modules=XLA | JAX))[0].facts["route"] == "torch_xla"
-    assert devices(Host(root, {}, modules=JAX))[0].facts["route"] == "torchax"
+    assert devices(Host(root, {}, modules=XLA))[0].features == {"int8", "torch_xla"}
+    assert devices(Host(root, {}, modules=XLA | JAX))[0].facts["route"] == "torchax"
+    assert devices(Host(root, {}, modules=JAX))[0].features == {"int8", "torchax"}
     for absent in ("torchax", "jax", "libtpu"):
         assert devices(Host(root, {}, modules=JAX - {absent})) == []
 
@@ -67,6 +68,14 @@ def test_either_route_serves_and_torch_xla_comes_first(tmp_path: Path) -> None:
 )
 def test_variables(tmp_path: Path, variables: dict[str, str], count: int) -> None:
     assert len(devices(Host(machine(tmp_path, *["006f"] * 4), variables, modules=XLA))) == count
+
+
+def test_a_cpu_stands_in_where_jax_is_told_to_run_on_it(tmp_path: Path) -> None:
+    root = machine(tmp_path, "0063")
+    (found,) = devices(Host(root, {"JAX_PLATFORMS": "cpu"}, modules=JAX))
+    assert found.simulated and (found.torch_device, found.architecture) == ("cpu", "v5e")
+    assert not devices(Host(root, {"JAX_PLATFORMS": "cpu"}, modules=XLA))
+    assert not stand_ins(Host(root, {}, modules=frozenset({"torch"})))
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

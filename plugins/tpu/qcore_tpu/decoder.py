@@ -1,0 +1,192 @@
+"""A transformers model's steps as few compiled programs: keys and values have their room from the beginning, and tokens come in buckets, so that reading on compiles
+nothing. The model is on torch's device `jax` (qcore_tpu.runtime)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qcore.refusal import Refusal, Refused
+from qcore_tpu.ahead import footprint, placed
+from qcore_tpu.chips import made_for
+from qcore_tpu.kernels.linear import whole_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qcore.platform import Target
+
+_FEWEST = 16
+"""Tokens that a prompt is filled up to at least; a single one is taken as it is."""
+_ROOM = 256
+"""Tokens that there is room for at first; it is doubled as it runs out, and then programs are compiled again."""
+
+
+class CompiledDecoder:
+    """weights: the model's, as jax's arrays. programs: how many have been compiled."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        import jax
+        from torchax.interop import jax_view
+
+        self.model = model
+        self.config: Any = model.config.get_text_config(decoder=True)
+        self.weights: Mapping[str, Any] = jax_view({**dict(model.named_parameters()), **dict(model.named_buffers())})
+        self._whole = False
+        self._step = jax.jit(self._traced, static_argnames=("whole",))
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel) -> CompiledDecoder:
+        """Raises Refused (unknown-variant) where the model keeps something else than all keys and values, or keeps them rounded."""
+        from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer
+
+        from qcore.model.kv_cache import kv_cache_of
+
+        if rounded := kv_cache_of(model):
+            raise _unknown(f"a kv cache in {rounded}")
+        for layer in StaticCache(config=model.config, max_cache_len=_ROOM).layers:
+            if type(layer) is not StaticLayer:
+                raise _unknown(f"a cache with a {type(layer).__name__}")
+        return cls(model)
+
+    @property
+    def programs(self) -> int:
+        count: int = self._step._cache_size()
+        return count
+
+    def begin(self, texts: int = 1) -> CompiledSteps:
+        return CompiledSteps(self, texts)
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        self._whole = True
+        try:
+            with whole_inputs():
+                yield
+        finally:
+            self._whole = False
+
+    def room(self, tokens: int) -> list[Any]:
+        """Of each layer keys and values [1, heads, tokens, head_dim] of nothing."""
+        import jax.numpy as jnp
+        from torchax.ops.mappings import t2j_dtype
+
+        config = self.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kind = t2j_dtype(self.model.dtype)
+        return [jnp.zeros((1, heads, tokens, size), kind) for _ in range(2 * config.num_hidden_layers)]
+
+    def step(self, states: list[Any], start: int, tokens: list[int], keep: int) -> tuple[torch.Tensor, list[Any]]:
+        """Logits float32 [at most keep, vocabulary] on the CPU of what follows the last of the tokens, which begin at `start` of a text, and the keys and values then."""
+        import jax.numpy as jnp
+        import numpy as np
+
+        filled = tokens + [0] * (bucket(len(tokens)) - len(tokens))
+        given = (jnp.asarray([filled], jnp.int32), jnp.asarray(start, jnp.int32))
+        logits, states = self._step(self.weights, states, *given, whole=self._whole)
+        last = logits[0, max(0, len(tokens) - keep) : len(tokens)]
+        return torch.from_numpy(np.array(last, np.float32)), states
+
+    def compile(self, target: Target, count: int, room: int = _ROOM) -> dict[str, int]:
+        """What libtpu says of the step of so many tokens (qcore_tpu.ahead)."""
+        place = placed(str(target.name))
+        import jax
+        import jax.numpy as jnp
+
+        def shaped(array: Any) -> Any:
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+        given = (dict(self.weights), self.room(room), jnp.zeros((1, count), jnp.int32), jnp.asarray(0, jnp.int32))
+        with made_for(target.architecture):
+            step = jax.jit(partial(self._traced, whole=False), out_shardings=place, donate_argnums=1)
+            return footprint(step.lower(*jax.tree.map(shaped, given)).compile())
+
+    def _traced(self, weights: Any, states: list[Any], tokens: Any, start: Any, whole: bool) -> tuple[Any, list[Any]]:
+        """Logits [1, tokens, vocabulary], and keys and values with those of the tokens. whole: within `exact`."""
+        import jax.numpy as jnp
+        from torchax.interop import jax_view, torch_view
+        from transformers import StaticCache
+
+        room = states[0].shape[2]
+        place = start + jnp.arange(tokens.shape[1])
+        seen = jnp.arange(room)[None, :] <= place[:, None]
+        mask = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min).astype(states[0].dtype)[None, None]
+        cache: Any = StaticCache(config=self.model.config, max_cache_len=room)
+        for layer, keys, values in zip(cache.layers, torch_view(states[::2]), torch_view(states[1::2]), strict=True):
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
+            layer.dtype, layer.device, layer.cumulative_length = keys.dtype, keys.device, torch_view(start)
+        given = {"input_ids": tokens, "position_ids": place[None], "attention_mask": mask}
+        out: Any = torch.func.functional_call(
+            self.model, torch_view(weights), (), {**torch_view(given), "past_key_values": cache, "use_cache": True}
+        )
+        return jax_view(out.logits), jax_view([part for layer in cache.layers for part in (layer.keys, layer.values)])
+
+
+class CompiledSteps:
+    """Texts under way, each with keys and values of its own, of which `lengths` are there."""
+
+    def __init__(self, decoder: CompiledDecoder, texts: int = 1) -> None:
+        self.decoder, self.lengths = decoder, [0] * texts
+        self._states = [decoder.room(_ROOM) for _ in range(texts)]
+
+    def take(self, texts: list[list[int]], keep: int = 1) -> list[torch.Tensor]:
+        found = []
+        for text, tokens in enumerate(texts):
+            states = self._enough(self._states[text], self.lengths[text] + bucket(len(tokens)))
+            logits, self._states[text] = self.decoder.step(states, self.lengths[text], tokens, keep)
+            self.lengths[text] += len(tokens)
+            found.append(logits)
+        return found
+
+    def forget(self, count: int) -> None:
+        self.lengths = [length - count for length in self.lengths]
+
+    def to_cache(self, length: int = 0) -> Any:
+        import jax.numpy as jnp
+        from torchax.interop import torch_view
+        from transformers import DynamicCache
+
+        longest = max(length, *self.lengths)
+        cache = DynamicCache(config=self.decoder.model.config)
+        for number in range(self.decoder.config.num_hidden_layers if longest else 0):
+            sides = []
+            for side in (0, 1):
+                own = [
+                    states[2 * number + side][:, :, :some]
+                    for states, some in zip(self._states, self.lengths, strict=True)
+                ]
+                sides.append(
+                    jnp.concatenate(
+                        [jnp.pad(one, ((0, 0), (0, 0), (longest - one.shape[2], 0), (0, 0))) for one in own]
+                    )
+                )
+            cache.update(*torch_view(sides), number)
+        return cache
+
+    def _enough(self, states: list[Any], tokens: int) -> list[Any]:
+        """Keys and values with room for so many tokens."""
+        import jax.numpy as jnp
+
+        room = states[0].shape[2]
+        if tokens <= room:
+            return states
+        more = (1 << (tokens - 1).bit_length()) - room
+        return [jnp.pad(part, ((0, 0), (0, 0), (0, more), (0, 0))) for part in states]
+
+
+def bucket(count: int) -> int:
+    """Tokens that so many are filled up to: one, or a power of two."""
+    return count if count <= 1 else max(_FEWEST, 1 << (count - 1).bit_length())
+
+
+def _unknown(what: str) -> Refused:
+    return Refused(
+        Refusal("unknown-variant", "notimpl", "tpu_decoder", "it does not know a part of this model", f"found {what}",
+                "The model's layers are run one operator after the other, more slowly.")
+    )  # fmt: skip
