@@ -21,9 +21,9 @@ test: .venv/developed
 test-gaudi: .venv-gaudi/installed
 	OMP_NUM_THREADS=1 QCORE_GOLDEN=$(GOLDEN) .venv-gaudi/bin/pytest -n auto plugins/gaudi/tests/*.py
 
-# With jax, libtpu and torchax, as plugins/tpu has them, in an environment of its own. No TPU is needed.
+# With jax, libtpu and torchax, as plugins/tpu has them, in an environment of its own; GOLDEN as above. No TPU is needed.
 test-tpu: .venv-tpu/installed
-	.venv-tpu/bin/pytest --qcore-fast -o python_files='lane_*.py' plugins/tpu/tests/lane
+	QCORE_GOLDEN=$(GOLDEN) .venv-tpu/bin/pytest --qcore-fast -o python_files='lane_*.py' plugins/tpu/tests/lane
 
 # With torch-xla and the torch that it takes, which brings CUDA's libraries along (7 GB), in an environment of its own; GOLDEN as above. No Neuron device is needed.
 test-neuron: .venv-neuron/installed

@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qcore.discovery import registry
 from qcore.testing.watch import watch
 from qcore_neuron.operators import ATEN
 from qcore_neuron.sdk import sdk
@@ -59,9 +60,7 @@ def load() -> None:
     """From now on this plugin's kernels run on the CPU as on the chip. Raises RuntimeError where AWS's software is, which has one."""
     if sdk() is not None:
         raise RuntimeError("torch-neuronx is installed: nothing stands in for its devices")
-    from qcore_neuron.plugin import qcore_kernels
-
-    watch((kernel.load() for kernel in qcore_kernels()), chip)
+    watch((kernel.load() for kernel, plugin in registry().kernels if plugin == "neuron"), chip)
 
 
 def chip(given: tuple[object, ...]) -> AbstractContextManager[Any]:

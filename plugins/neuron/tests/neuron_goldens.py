@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 import qcore
+from golden_checkpoints import divergence
 from qcore.model.load import kernel_counts
 from qcore.platform import Device
 
-FOLDERS = [Path(__file__).parents[3] / "tests/golden", *map(Path, filter(None, [os.environ.get("QCORE_GOLDEN")]))]
 CPU = Device("cpu", "neuron", "torch on a CPU", "cpu", "trn2", simulated=True)
 BOUNDS = {"bitsandbytes-int8": 1e-4, "quark-fp8": 1e-4, "quark-int8": 1e-4, "llmcompressor-nvfp4a16": 1e-4, "llmcompressor-mxfp4a16": 1e-4,
           "torchao-int8da": 1e-4, "modelopt-fp8-kvfp8": 1e-2, "modelopt": 2e-3}  # fmt: skip
@@ -20,11 +19,6 @@ BOUNDS = {"bitsandbytes-int8": 1e-4, "quark-fp8": 1e-4, "quark-int8": 1e-4, "llm
 forward in bfloat16, and a key that lies between two fp8 numbers goes to the one or the other with its noise."""
 _LAST_BITS = 2e-5
 """From the reference: where inputs are rounded, a last bit decides which way."""
-
-
-def goldens() -> list[Path]:
-    """Checkpoints with the results of the tool that made them."""
-    return sorted(path for folder in FOLDERS if folder.is_dir() for path in folder.iterdir() if (path / "expected.safetensors").is_file())  # fmt: skip
 
 
 def logits_agree(path: Path, device: Device) -> None:
@@ -46,9 +40,3 @@ def logits_agree(path: Path, device: Device) -> None:
     )
     bound = next((bound for start, bound in BOUNDS.items() if path.name.startswith(start)), 1e-5)
     assert divergence(got, tool) < bound
-
-
-def divergence(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest of all tokens."""
-    logs = got.log_softmax(-1), wanted.log_softmax(-1)
-    return float(torch.nn.functional.kl_div(*logs, log_target=True, reduction="none").sum(-1).max())

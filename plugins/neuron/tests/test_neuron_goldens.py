@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from neuron_goldens import goldens, logits_agree
+from neuron_goldens import logits_agree
 
+from golden_checkpoints import goldens
 from qcore_neuron.devices import stand_ins
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from neuron_goldens import goldens, logits_agree
+from neuron_goldens import logits_agree
 
+from golden_checkpoints import goldens
 from qcore.accuracy import error_bound, worst_error
 from qcore.discovery import registry
 from qcore.kernel import Kernel
