@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from qcore.scheme import Scheme
@@ -37,12 +38,9 @@ class Accepts:
 
     def refuse(self, scheme: Scheme) -> tuple[str, str] | None:
         """None, or what was found and what is taken."""
-        weight = scheme.weight
-        words = str(weight).split("-")
-        levels = words[1] if weight.scales else "none"
-        given = str(scheme.input) if scheme.input else "none"
+        weight, (element, levels, given) = scheme.weight, _words(scheme)
         for what, found, taken in (
-            ("weights", words[0], self.elements),
+            ("weights", element, self.elements),
             ("scales", levels, self.scales),
             ("inputs", given, self.inputs),
         ):
@@ -53,6 +51,13 @@ class Accepts:
         if weight.ordered and not self.ordered:
             return "act-order groups", "groups in column order"
         return None
+
+
+@lru_cache(maxsize=1024)
+def _words(scheme: Scheme) -> tuple[str, str, str]:
+    """Element, scales and input of a scheme, as Accepts has them."""
+    words = str(scheme.weight).split("-")
+    return words[0], words[1] if scheme.weight.scales else "none", str(scheme.input) if scheme.input else "none"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import re
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from qcore.kernel import Kernel
 
 _SHARED = ("qcore.kernels", "qcore.blocks", "qcore.bits", "qcore.tensor")
 """Parts of the core that decide what a kernel computes."""
+
+_AT_MARGIN = re.compile(r"^(?=[^\s#)\]}])", re.MULTILINE)
+"""Where a statement may begin, or a line of a text that goes on."""
 
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 """Fields of a syntax node that hold statements; an import is never inside an expression."""
@@ -90,10 +94,10 @@ def _read(module: str) -> bytes | None:
 def _imports(module: str) -> tuple[str, ...]:
     """What the module imports at run time, submodules by their own names."""
     found: list[str] = []
-    waiting: list[ast.AST] = [ast.parse(_read(module) or b"")]
+    waiting: list[ast.AST] = [*_with_imports((_read(module) or b"").decode())]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and _of_types(node.test):
             continue
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
@@ -102,3 +106,25 @@ def _imports(module: str) -> tuple[str, ...]:
         for part in _BLOCKS:
             waiting += getattr(node, part, ())
     return tuple(found)
+
+
+def _with_imports(source: str) -> list[ast.Module]:
+    """Of a module, what begins at the left margin and has imports in it, for most of a module has none and parsing takes long; all of it where it cannot be cut there."""
+    parts: list[str] = []
+    inside = False
+    for part in _AT_MARGIN.split(source):
+        if inside:  # a text that goes on
+            parts[-1] += part
+        else:
+            parts.append(part)
+        inside ^= part.count('"""') % 2 == 1
+    try:
+        return [ast.parse(part) for part in parts if "import" in part]
+    except SyntaxError:
+        return [ast.parse(source)]
+
+
+def _of_types(test: ast.expr) -> bool:
+    """Whether a condition asks for TYPE_CHECKING."""
+    names = (getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(test))
+    return "TYPE_CHECKING" in names

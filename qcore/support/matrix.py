@@ -160,12 +160,13 @@ class _Computation:
         self.plugins, self.platforms = plugins, plugins.platforms
         self.titles = {column.id: column.title for column in COLUMNS}
         self.titles |= {name: platform.title for name, platform in self.platforms.items()}
-        self.kernels = plugins.kernels
+        by_cost = sorted(plugins.kernels, key=lambda pair: pair[0].cost)
+        self.kernels = {name: [pair for pair in by_cost if name in pair[0].platforms] for name in self.titles}
         self.readable = {name for method in plugins.methods for name in method.readable}
         records, self.broken = current_records(plugins)
         self.records = {record.place: record for record in records}
         self.digests = _digests(plugins)
-        self.taken: dict[tuple[Scheme, str], bool] = {}
+        self.taken: dict[tuple[str, str], bool] = {}
 
     def run(self) -> Matrix:
         first = [self._cell(row, platform) for row in ROWS for platform in self.titles]
@@ -177,28 +178,26 @@ class _Computation:
         return Cell(row, platform, BASELINE.get((row.id, platform), False), schemes, refusal)
 
     def _scheme(self, row: Row, platform: str, scheme: Scheme) -> SchemeSupport:
-        best = SchemeSupport(scheme, None, None, "none", None)
-        for kernel, plugin in sorted(self.kernels, key=lambda pair: pair[0].cost):
-            if kernel.op != row.op or platform not in kernel.platforms or row.family not in ("", kernel.family):
+        best, name = SchemeSupport(scheme, None, None, "none", None), str(scheme)
+        for kernel, plugin in self.kernels[platform]:
+            if best.evidence == LADDER[0]:
+                break
+            if kernel.op != row.op or row.family not in ("", kernel.family):
                 continue
-            if not self._takes(kernel, scheme):
+            if (taken := self.taken.get((name, kernel.name))) is None:
+                taken = self.taken[name, kernel.name] = kernel.accepts.refuse(scheme) is None
+            if not taken:
                 continue
-            support = self._proved(row, platform, scheme, kernel, plugin)
+            support = self._proved(row, platform, scheme, name, kernel, plugin)
             if LADDER.index(support.evidence) < LADDER.index(best.evidence):
                 best = support
         return best
 
-    def _takes(self, kernel: Kernel, scheme: Scheme) -> bool:
-        place = (scheme, kernel.name)
-        if place not in self.taken:
-            self.taken[place] = kernel.accepts.refuse(scheme) is None
-        return self.taken[place]
-
-    def _proved(self, row: Row, platform: str, scheme: Scheme, kernel: Kernel, plugin: str) -> SchemeSupport:
+    def _proved(self, row: Row, platform: str, scheme: Scheme, name: str, kernel: Kernel, plugin: str) -> SchemeSupport:
         stale = False
         for grade in GRADES:
             record = self.records.get((row.id, platform, kernel.name, grade))
-            if record and str(scheme) in record.schemes:
+            if record and name in record.schemes:
                 if record.source == self.digests[kernel.name]:
                     return SchemeSupport(scheme, kernel, plugin, grade, record)
                 stale = True
