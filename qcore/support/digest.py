@@ -117,7 +117,7 @@ def _with_imports(source: str) -> list[ast.Module]:
             parts[-1] += part
         else:
             parts.append(part)
-        inside ^= part.count('"""') % 2 == 1
+        inside ^= (part.count('"""') + part.count("'''")) % 2 == 1
     try:
         return [ast.parse(part) for part in parts if "import" in part]
     except SyntaxError:
