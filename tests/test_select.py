@@ -123,8 +123,9 @@ def test_int8_activations_are_taken_only_when_allowed() -> None:
     assert select(request(exact=False), "hopper", ALL, HOST).kernel is ROUGH
 
 
-def test_without_a_device_its_features_are_taken_on_trust() -> None:
-    assert select(request(), "hopper", ALL).kernel is NEEDY
+def test_without_a_device_its_features_and_packages_are_taken_on_trust() -> None:
+    assert select(request(), "hopper", ALL).kernel is ABSENT
+    assert select(request(), "hopper", [(NEEDY, "sim"), (FAST, "sim")]).kernel is NEEDY
 
 
 def test_no_kernel_names_the_nearest() -> None:
