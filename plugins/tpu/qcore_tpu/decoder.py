@@ -14,6 +14,7 @@ from qcore.refusal import Refusal, Refused
 from qcore_tpu.ahead import footprint, placed
 from qcore_tpu.chips import made_for
 from qcore_tpu.kernels.linear import whole_inputs
+from qcore_tpu.sharding import current_mesh, heads_placement, mesh_of, over, placements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,15 +28,18 @@ _ROOM = 256
 
 
 class CompiledDecoder:
-    """weights: the model's, as jax's arrays. programs: how many have been compiled."""
+    """weights: the model's, as jax's arrays. mesh: of the chips that have them, each a part (qcore_tpu.sharding); None: one has all. programs: how many have been
+    compiled."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, mesh: Any = None) -> None:
         import jax
         from torchax.interop import jax_view
 
-        self.model = model
+        self.model, self.mesh = model, mesh
         self.config: Any = model.config.get_text_config(decoder=True)
         self.weights: Mapping[str, Any] = jax_view({**dict(model.named_parameters()), **dict(model.named_buffers())})
+        if mesh is not None:
+            self.weights = jax.device_put(self.weights, placements(self.weights, mesh))
         self._whole = False
         self._step = jax.jit(self._traced, static_argnames=("whole",))
 
@@ -52,7 +56,7 @@ class CompiledDecoder:
         for layer in StaticCache(config=model.config, max_cache_len=_ROOM).layers:
             if type(layer) is not StaticLayer:
                 raise _unknown(f"a cache with a {type(layer).__name__}")
-        return cls(model)
+        return cls(model, current_mesh())
 
     @property
     def programs(self) -> int:
@@ -80,7 +84,8 @@ class CompiledDecoder:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kind = t2j_dtype(self.model.dtype)
-        return [jnp.zeros((1, heads, tokens, size), kind) for _ in range(2 * config.num_hidden_layers)]
+        place = None if self.mesh is None else heads_placement(heads, self.mesh)
+        return [jnp.zeros((1, heads, tokens, size), kind, device=place) for _ in range(2 * config.num_hidden_layers)]
 
     def step(self, states: list[Any], start: int, tokens: list[int], keep: int) -> tuple[torch.Tensor, list[Any]]:
         """Logits float32 [at most keep, vocabulary] on the CPU of what follows the last of the tokens, which begin at `start` of a text, and the keys and values then."""
@@ -89,23 +94,37 @@ class CompiledDecoder:
 
         filled = tokens + [0] * (bucket(len(tokens)) - len(tokens))
         given = (jnp.asarray([filled], jnp.int32), jnp.asarray(start, jnp.int32))
-        logits, states = self._step(self.weights, states, *given, whole=self._whole)
+        with over(self.mesh):
+            logits, states = self._step(self.weights, states, *given, whole=self._whole)
         last = logits[0, max(0, len(tokens) - keep) : len(tokens)]
         return torch.from_numpy(np.array(last, np.float32)), states
 
-    def compile(self, target: Target, count: int, room: int = _ROOM) -> dict[str, int]:
-        """What libtpu says of the step of so many tokens (qcore_tpu.ahead)."""
-        place = placed(str(target.name))
+    def compile(self, target: Target, count: int, room: int = _ROOM, topology: str = "") -> dict[str, int]:
+        """What libtpu says of the step of so many tokens (qcore_tpu.ahead): on one chip or, by their parts, on each of all chips of a topology."""
         import jax
         import jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec
 
-        def shaped(array: Any) -> Any:
+        def shaped(array: Any, place: Any) -> Any:
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
 
-        given = (dict(self.weights), self.room(room), jnp.zeros((1, count), jnp.int32), jnp.asarray(0, jnp.int32))
-        with made_for(target.architecture):
-            step = jax.jit(partial(self._traced, whole=False), out_shardings=place, donate_argnums=1)
-            return footprint(step.lower(*jax.tree.map(shaped, given)).compile())
+        weights, states = dict(self.weights), self.room(room)
+        rest = (jnp.zeros((1, count), jnp.int32), jnp.asarray(0, jnp.int32))
+        mesh = mesh_of(topology) if topology else None
+        if mesh is None:
+            everywhere: Any = placed(str(target.name))
+            own, heads = dict.fromkeys(weights, everywhere), everywhere
+        else:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            own, heads = placements(weights, mesh), heads_placement(states[0].shape[1], mesh)
+        given = (
+            {name: shaped(array, own[name]) for name, array in weights.items()},
+            [shaped(array, heads) for array in states],
+            *(shaped(array, everywhere) for array in rest),
+        )
+        with made_for(target.architecture), over(mesh):
+            step = jax.jit(partial(self._traced, whole=False), out_shardings=(everywhere, heads), donate_argnums=1)
+            return footprint(step.lower(*given).compile())
 
     def _traced(self, weights: Any, states: list[Any], tokens: Any, start: Any, whole: bool) -> tuple[Any, list[Any]]:
         """Logits [1, tokens, vocabulary], and keys and values with those of the tokens. whole: within `exact`."""

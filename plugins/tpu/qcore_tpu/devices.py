@@ -5,6 +5,8 @@ Sources: the PCI ids of jax's hardware detection (jax/_src/hardware_utils.py); n
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qcore.host import Host, visible
 from qcore.platform import Device
 from qcore_tpu.chips import CHIPS, STAND_IN
@@ -25,7 +27,7 @@ _FIX = "pip install 'qcore-tpu[jax]', or 'qcore-tpu[xla]' with torch 2.9 and wit
 
 
 def devices(host: Host | None = None) -> list[Device]:
-    """The chips that this environment can run on; a host that has torch-xla and no TPU has none. Where jax is told to run on the CPU (JAX_PLATFORMS=cpu), what stands
+    """The chips that this environment can run on, and all of them as one; a host that has torch-xla and no TPU has none. Where jax is told to run on the CPU (JAX_PLATFORMS=cpu), what stands
     in for one."""
     looked_at = host or Host()
     found = chips(looked_at)
@@ -34,7 +36,9 @@ def devices(host: Host | None = None) -> list[Device]:
     if not found or unusable(looked_at):
         return []
     listed = looked_at.environment.get("TPU_VISIBLE_CHIPS", looked_at.environment.get("TPU_VISIBLE_DEVICES"))
-    return [_device(place, found[chip], route(looked_at)) for place, chip in enumerate(visible(len(found), listed))]
+    own, way = [found[chip] for chip in visible(len(found), listed)], route(looked_at)
+    each = [_device(f"tpu:{place}", generation, way, f"xla:{place}") for place, generation in enumerate(own)]
+    return each if len(own) < 2 or way != "torchax" else [*each, _all(own)]
 
 
 def report(host: Host | None = None) -> dict[str, str]:
@@ -91,15 +95,21 @@ def stand_ins(host: Host | None = None) -> list[Device]:
     ]
 
 
-def _device(place: int, generation: str, way: str) -> Device:
+def _device(name: str, generation: str, way: str, place: str) -> Device:
     return Device(
-        id=f"tpu:{place}",
+        id=name,
         platform="tpu",
         name=f"TPU {generation}",
-        torch_device=f"xla:{place}" if way == "torch_xla" else "jax",
+        torch_device=place if way == "torch_xla" else "jax",
         architecture=generation,
         features=_FEATURES.get(generation, frozenset()) | {way},
         fast_dtype="bfloat16",
         facts={"route": way},
-        ready="" if way == "torch_xla" else "qcore_tpu.runtime:start",
+        ready="" if way == "torch_xla" else "qcore_tpu.sharding:on_one",
     )
+
+
+def _all(generations: list[str]) -> Device:
+    """A model spread over all chips."""
+    one = _device("tpu:all", generations[0], "torchax", "")
+    return replace(one, name=f"{len(generations)} x {one.name}", ready="qcore_tpu.sharding:on_all")

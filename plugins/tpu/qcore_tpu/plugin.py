@@ -18,6 +18,7 @@ _SIZES = (16, 32, 64, 96, 128, 160, 192, 256, 512, 1024)
 _GROUPS = tuple(f"g{size}" for size in _SIZES)
 _FLAT = tuple(f"flat{size}" for size in _SIZES)
 _NESTED = tuple(f"flat{size}:dynamic8+flat{256 * size}" for size in _SIZES)
+_BLOCKS = ("gguf:q*", "gguf:tq*", "gguf:iq4_*", "gguf:iq3_*", "gguf:iq2_s", "gguf:*fp4")
 _LONG_GROUPS = ("g128", "g256", "g512", "g1024")
 """Whole vectors of a TPU, whose sums are scaled."""
 
@@ -29,7 +30,7 @@ _LINEARS: tuple[tuple[str, Accepts, float, str, str], ...] = (
      0.3, "linear:FloatLinear", "small floats, MX and NVFP4, whose bits are moved in vector memory as they are multiplied"),
     ("codebooks", Accepts(("nf4", "fp4"), (*_GROUPS, *_FLAT, *_NESTED)),
      0.35, "linear:CodebookLinear", "4-bit codebooks, chosen from in vector memory as they are multiplied"),
-    ("blocks", Accepts(("gguf:q*", "gguf:tq*", "gguf:iq4_*", "gguf:iq3_*", "gguf:iq2_s", "gguf:*fp4")),
+    ("blocks", Accepts(_BLOCKS),
      0.35, "blocks:BlockLinear", "ggml's blocks taken apart, unpacked and scaled in vector memory as they are multiplied"),
     ("grids", Accepts(("gguf:iq1_?", "gguf:iq2_xxs", "gguf:iq2_xs")),
      0.4, "grids:GridLinear", "ggml's smallest blocks; tuples of weights are looked up in vector memory as they are multiplied"),
@@ -47,6 +48,9 @@ _LINEARS: tuple[tuple[str, Accepts, float, str, str], ...] = (
 )  # fmt: skip
 
 
+_EMBEDDINGS = Accepts(("int?", "uint?", *_BLOCKS), ("none", *_GROUPS, "channel", "tensor"), (None, "stored", "float"))
+
+
 @hookimpl
 def qcore_platforms() -> Sequence[Platform]:
     targets = tuple(Target(chip.architecture, "tpu", chip.topology) for chip in CHIPS)
@@ -62,6 +66,8 @@ def qcore_kernels() -> Sequence[Kernel]:
 
     return [
         *(tpu(name, "pallas", "linear", accepts, cost, implementation, note) for name, accepts, cost, implementation, note in _LINEARS),
+        tpu("embedding", "xla", "embedding", _EMBEDDINGS, 0.5, "embedding:PlanesEmbedding",
+            "packed rows are gathered, and those alone unpacked"),
         tpu("kv_cache", "xla", "kv_cache", Accepts(("fp8", "int8"), ("tensor", "channel"), (None, "stored")), 0.5, "kv_cache:KvCache",
             "keys and values in 8 bits, rounded as they are written; attention gets all of them dequantized"),
     ]  # fmt: skip

@@ -56,6 +56,16 @@ def test_either_route_serves_and_torchax_which_runs_our_kernels_comes_first(tmp_
         assert devices(Host(root, {}, modules=JAX - {absent})) == []
 
 
+def test_several_chips_are_one_device_too(tmp_path: Path) -> None:
+    """Over torchax, whose models can be spread over them."""
+    root = machine(tmp_path, *["006f"] * 4)
+    found = devices(Host(root, {}, modules=JAX))
+    assert [row.id for row in found] == [*(f"tpu:{place}" for place in range(4)), "tpu:all"]
+    assert found[-1].name == "4 x TPU v6e" and found[-1].ready != found[0].ready
+    (only,) = devices(Host(root, {"TPU_VISIBLE_CHIPS": "2"}, modules=JAX))
+    assert only.id == "tpu:0"
+
+
 @pytest.mark.parametrize(
     ("variables", "count"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -14,11 +14,12 @@ from qcore.bits import unpack
 from qcore.elements import Float, Int
 from qcore.kernels.order import columns_by_group
 from qcore.kernels.scales import by_group, finest_scales, group_size
-from qcore_tpu.bridge import call
+from qcore_tpu.bridge import call, is_array
 from qcore_tpu.chips import current
 from qcore_tpu.kernels.form import Form, block_of
 from qcore_tpu.kernels.planes import packed
 from qcore_tpu.kernels.program import COLUMNS, ProductProgram, programs_of
+from qcore_tpu.sharding import current_mesh, spread
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,8 +65,15 @@ class PlanesLinear(torch.nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         if not len(flat):
             return x.new_empty(*x.shape[:-1], self.get_buffer("codes").shape[1])
-        out = call(product, flat, dict(self.named_buffers()), form=form, chip=current())
+        out = call(product, flat, dict(self.named_buffers()), form=form, chip=current(), mesh=current_mesh())
         return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """torch moves modules by it. What comes to chips is spread over them at once."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if current_mesh() is not None and is_array(self.get_buffer("codes")):
+            spread(self)
+        return self
 
 
 _WHOLE: ContextVar[bool] = ContextVar("whole", default=False)

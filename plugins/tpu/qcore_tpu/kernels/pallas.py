@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
 from qcore_tpu.chips import Chip
 from qcore_tpu.kernels.form import Form, Rounding
 from qcore_tpu.kernels.inputs import stands_for
 from qcore_tpu.kernels.numbers import codes_of, divided, numbers_of, rounded_to, tuples_of
+from qcore_tpu.sharding import specs_of
 
 _OUTPUTS = 512
 """Outputs of a block, at most."""
@@ -33,8 +35,8 @@ _MEMORY = 64 << 20
 _EPS = float(jnp.finfo(jnp.float32).eps)
 
 
-@partial(jax.jit, static_argnames=("form", "chip"))
-def product(x: jax.Array, parts: Mapping[str, jax.Array], form: Form, chip: Chip) -> jax.Array:
+@partial(jax.jit, static_argnames=("form", "chip", "mesh"))
+def product(x: jax.Array, parts: Mapping[str, jax.Array], form: Form, chip: Chip, mesh: Any = None) -> jax.Array:
     """x [M, K] in bfloat16 or float32 -> [M, N] in x's type, summed in float32.
 
     parts: `codes` [bytes, N] as form has them. `scales`, `zeros` [blocks, groups of a block, N] where there are groups, `coarse` and `coarse_zeros` [blocks, coarse
@@ -42,7 +44,7 @@ def product(x: jax.Array, parts: Mapping[str, jax.Array], form: Form, chip: Chip
     int32 [K], the columns of x in the weight's order. Where the chip's matrix unit does not multiply what inputs are rounded to, they are multiplied in bfloat16, which has
     all of these numbers.
 
-    Pallas compiles it for TPUs; elsewhere it is interpreted.
+    mesh: of several chips, each of which has some of the outputs (qcore_tpu.sharding). Pallas compiles it for TPUs; elsewhere it is interpreted.
     """
     given = dict(parts)
     if form.rounding is not None and form.rounding.before:
@@ -55,11 +57,24 @@ def product(x: jax.Array, parts: Mapping[str, jax.Array], form: Form, chip: Chip
         x = tuples.transpose(0, 1, 4, 3, 2).reshape(x.shape)
     columns = given["codes"].shape[0] * 8 // form.bits
     x = jnp.pad(x, ((0, 0), (0, columns - x.shape[1]))) if columns > x.shape[1] else x
-    return jax.lax.platform_dependent(
-        x, given,
+    multiply = partial(_on_chip, form=form, chip=chip)
+    if mesh is None:
+        return multiply(x, given)
+    specs = specs_of(given, mesh)
+    apart = jax.shard_map(
+        multiply, mesh=mesh, in_specs=(PartitionSpec(), specs), out_specs=specs["codes"], check_vma=False
+    )
+    found: jax.Array = apart(x, given)
+    return found
+
+
+def _on_chip(x: jax.Array, parts: dict[str, jax.Array], *, form: Form, chip: Chip) -> jax.Array:
+    found: jax.Array = jax.lax.platform_dependent(
+        x, parts,
         tpu=partial(_call, form=form, chip=chip, interpret=False),
         default=partial(_call, form=form, chip=chip, interpret=True),
     )  # fmt: skip
+    return found
 
 
 def unit_of(form: Form, chip: Chip) -> Any:
@@ -160,7 +175,7 @@ def _kernel(*refs: Any, names: tuple[str, ...], form: Form, dot: Callable[..., j
     columns = _columns(ref["x"], block, form.block)
     if form.rounding is None:
         x = ref["x"][:, columns]
-        ref["sums"][...] += dot(x, _weight(ref, form).astype(x.dtype))
+        ref["sums"][...] += dot(x, weight_of(ref, form).astype(x.dtype))
     else:
         _round(ref, form.rounding, form.block, block)
         codes = _numbers(ref, form)
@@ -176,8 +191,8 @@ def _columns(x: Any, block: Any, size: int) -> Any:
     return slice(None) if x.shape[1] == size else pl.ds(pl.multiple_of(block * size, 128), size)
 
 
-def _weight(ref: Mapping[str, Any], form: Form) -> jax.Array:
-    """float32 [columns of a block, N]."""
+def weight_of(ref: Mapping[str, Any], form: Form) -> jax.Array:
+    """float32 [columns of a block, N], of a block's parts, references or arrays."""
     if form.tuples:  # of different groups one beside the other
         values, scales = tuples_of(ref["codes"][...], ref["grid"], form), _by_group(ref, "scales", "coarse")
         return (values.reshape(-1, *scales.shape) * scales).reshape(values.shape)
