@@ -94,6 +94,16 @@ def test_products_in_little_memory(name: str, scheme: str) -> None:
 BLOCKS = [str(scheme) for scheme in claimed(KERNELS["marlin_blocks"], catalogue())]
 
 
+@pytest.mark.parametrize("name", ["marlin_blocks", "marlin_fp16_blocks"])
+@pytest.mark.parametrize("scheme", BLOCKS)
+def test_products_of_blocks(name: str, scheme: str) -> None:
+    """Odd numbers of rows of x, and of chunks where a block is no longer than one."""
+    layer = random_layer(Scheme.parse(scheme), 48, 768 if scheme.endswith("iq4_xs") else 832)
+    for dtype in KERNELS[name].dtypes:
+        for rows in (1, 7, 17):
+            _compare(name, scheme, layer, dtype, rows)
+
+
 @pytest.mark.parametrize(("platform", "name"), [("hopper", "marlin_blocks"), ("turing", "marlin_fp16_blocks")])
 @pytest.mark.parametrize("scheme", BLOCKS)
 def test_blocks_are_chosen_where_their_shape_is_whole(platform: str, name: str, scheme: str) -> None:
