@@ -1,4 +1,5 @@
-"""From torch to jax and back: tensors of torchax are jax's arrays already; those of a CPU, which stands in for a TPU, share their memory by DLPack."""
+"""From torch to jax and back: tensors of torchax are jax's arrays already; in torch-xla's graphs jax's functions become nodes (qcore_tpu.lazy); tensors of a CPU, which stands in
+for a TPU, share their memory by DLPack."""
 
 from __future__ import annotations
 
@@ -26,6 +27,10 @@ def call(
 
         found: torch.Tensor = call_jax(partial(function, **static), x, dict(parts))
         return found
+    if x.device.type == "xla":
+        from qcore_tpu import lazy
+
+        return lazy.call(function, x, parts, **static)
     import jax.numpy as jnp
 
     rows = len(x)

@@ -37,6 +37,7 @@ STAND_IN = "v5e"
 """What a CPU plays."""
 
 _target: ContextVar[str] = ContextVar("target", default="")
+_host: list[Chip] = []
 
 
 def chip(architecture: str) -> Chip:
@@ -48,11 +49,19 @@ def current() -> Chip:
     """That which programs are made for here: a target, if one is set; else this host's; where there is none, what a CPU plays."""
     if architecture := _target.get():
         return chip(architecture)
+    if _host:
+        return _host[0]
     import jax
 
-    if jax.default_backend() != "tpu":
-        return chip(STAND_IN)
-    kind = jax.devices()[0].device_kind
+    return _of_kind(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else chip(STAND_IN)
+
+
+def found(kind: str) -> None:
+    """This host's chips are of this kind, and torch-xla has them, so that jax cannot be asked."""
+    _host[:] = [_of_kind(kind)]
+
+
+def _of_kind(kind: str) -> Chip:
     return next((row for row in CHIPS if row.kind == kind), CHIPS[0])  # of one that is not known the least is asked
 
 

@@ -45,17 +45,8 @@ class CompiledDecoder:
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> CompiledDecoder:
-        """Raises Refused (unknown-variant) where the model keeps something else than all keys and values, or keeps them rounded."""
-        from transformers import StaticCache
-        from transformers.cache_utils import StaticLayer
-
-        from qcore.model.kv_cache import kv_cache_of
-
-        if rounded := kv_cache_of(model):
-            raise _unknown(f"a kv cache in {rounded}")
-        for layer in StaticCache(config=model.config, max_cache_len=_ROOM).layers:
-            if type(layer) is not StaticLayer:
-                raise _unknown(f"a cache with a {type(layer).__name__}")
+        """Raises Refused (unknown-variant) as `keeps_all` does."""
+        keeps_all(model)
         return cls(model, current_mesh())
 
     @property
@@ -197,6 +188,20 @@ class CompiledSteps:
             return states
         more = (1 << (tokens - 1).bit_length()) - room
         return [jnp.pad(part, ((0, 0), (0, 0), (0, more), (0, 0))) for part in states]
+
+
+def keeps_all(model: PreTrainedModel) -> None:
+    """Raises Refused (unknown-variant) where the model keeps something else than all keys and values, or keeps them rounded."""
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    from qcore.model.kv_cache import kv_cache_of
+
+    if rounded := kv_cache_of(model):
+        raise _unknown(f"a kv cache in {rounded}")
+    for layer in StaticCache(config=model.config, max_cache_len=_ROOM).layers:
+        if type(layer) is not StaticLayer:
+            raise _unknown(f"a cache with a {type(layer).__name__}")
 
 
 def bucket(count: int) -> int:

@@ -22,23 +22,31 @@ _FEATURES = {row.architecture: frozenset(name for name in ("int8", "fp8") if get
 
 _NODES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 ROUTES: dict[str, tuple[str, ...]] = {"torchax": ("torchax", "jax", "libtpu"), "torch_xla": ("torch_xla",)}
-"""Ways for torch to reach a TPU, the first that is installed being taken, and the modules that each needs. This plugin's kernels take the first."""
-_FIX = "pip install 'qcore-tpu[jax]', or 'qcore-tpu[xla]' with torch 2.9 and without this plugin's kernels"
+"""Ways for torch to reach a TPU, the first that is installed being taken, and the modules that each needs. This plugin's kernels run on both; through torch-xla they need jax
+besides, which lowers them."""
+_ON_CPU = {"torchax": ("JAX_PLATFORMS", "cpu"), "torch_xla": ("PJRT_DEVICE", "CPU")}
+"""The variable, and its value, that has each of them run on the host's CPU."""
+_FIX = "pip install 'qcore-tpu[jax]', or 'qcore-tpu[xla]' with torch 2.9"
+_FIX_KERNELS = "pip install 'qcore-tpu[xla]', which brings the version of jax that torch-xla takes"
 
 
 def devices(host: Host | None = None) -> list[Device]:
-    """The chips that this environment can run on, and all of them as one; a host that has torch-xla and no TPU has none. Where jax is told to run on the CPU (JAX_PLATFORMS=cpu), what stands
-    in for one."""
+    """The chips that this environment can run on, and all of them as one; a host that has torch-xla and no TPU has none. Where the way to them is told to run on the CPU
+    (JAX_PLATFORMS=cpu, PJRT_DEVICE=CPU), what stands in for one."""
     looked_at = host or Host()
     found = chips(looked_at)
-    if looked_at.environment.get("JAX_PLATFORMS") == "cpu":
+    variable, value = _ON_CPU.get(route(looked_at), ("", ""))
+    if variable and looked_at.environment.get(variable) == value:
         return stand_ins(looked_at)
     if not found or unusable(looked_at):
         return []
     listed = looked_at.environment.get("TPU_VISIBLE_CHIPS", looked_at.environment.get("TPU_VISIBLE_DEVICES"))
     own, way = [found[chip] for chip in visible(len(found), listed)], route(looked_at)
-    each = [_device(f"tpu:{place}", generation, way, f"xla:{place}") for place, generation in enumerate(own)]
-    return each if len(own) < 2 or way != "torchax" else [*each, _all(own)]
+    each = [
+        _device(f"tpu:{place}", generation, _features(looked_at, generation), f"xla:{place}")
+        for place, generation in enumerate(own)
+    ]
+    return each if len(own) < 2 or way != "torchax" else [*each, _all(each)]
 
 
 def report(host: Host | None = None) -> dict[str, str]:
@@ -50,6 +58,8 @@ def report(host: Host | None = None) -> dict[str, str]:
     said = {"chips": f"{len(found)} x TPU {found[0]}", "route": route(looked_at) or "none"}
     if problem := unusable(looked_at):
         said["missing"], said["fix"] = problem
+    elif said["route"] == "torch_xla" and not looked_at.has_module("jax"):
+        said["missing"], said["fix"] = "jax, which this plugin's kernels need; the core's portable ones run", _FIX_KERNELS
     return said
 
 
@@ -59,8 +69,11 @@ def chips(host: Host) -> list[str]:
 
 
 def route(host: Host) -> str:
-    """How torch reaches the TPU here; empty where nothing for it is installed."""
-    return next((name for name, modules in ROUTES.items() if all(map(host.has_module, modules))), "")
+    """How torch reaches the TPU here; empty where nothing for it is installed. torch-xla's package has a torchax inside of it that is no way by itself, so that beside
+    torch-xla the package of that name must be there."""
+    inside = host.has_module("torch_xla") and not host.package("torchax")
+    ways = (name for name, modules in ROUTES.items() if all(map(host.has_module, modules)))
+    return next((name for name in ways if not (inside and name == "torchax")), "")
 
 
 def unusable(host: Host) -> tuple[str, str] | None:
@@ -75,41 +88,50 @@ def unusable(host: Host) -> tuple[str, str] | None:
 
 
 def stand_ins(host: Host | None = None) -> list[Device]:
-    """A CPU on which Pallas's programs are interpreted, where jax is installed."""
+    """A CPU on which Pallas's programs are interpreted, where jax is installed: by jax itself, or in torch-xla's graphs."""
     looked_at = host or Host()
-    if route(looked_at) != "torchax":
+    way = route(looked_at)
+    if not way or not looked_at.has_module("jax"):
         return []
-    features = _FEATURES[STAND_IN] | {"torchax"}
+    lazy = way == "torch_xla"
     return [
         Device(
             id="tpu:stand-in",
             platform="tpu",
             name="Pallas's programs interpreted on a CPU",
-            torch_device="cpu",
+            torch_device="xla" if lazy else "cpu",
             architecture=STAND_IN,
-            features=features,
+            features=_features(looked_at, STAND_IN),
             fast_dtype="bfloat16",
             simulated=True,
-            ready="qcore_tpu.ahead:prepare",
+            ready="qcore_tpu.lazy:start_on_cpu" if lazy else "qcore_tpu.ahead:prepare",
         )
     ]
 
 
-def _device(name: str, generation: str, way: str, place: str) -> Device:
+def _features(host: Host, generation: str) -> frozenset[str]:
+    """What the chip's matrix unit multiplies, and the way to it."""
+    way = route(host)
+    ways = {way, "jax"} if way == "torch_xla" and host.has_module("jax") else {way}
+    return _FEATURES.get(generation, frozenset()) | ways
+
+
+def _device(name: str, generation: str, features: frozenset[str], place: str) -> Device:
+    lazy = "torch_xla" in features
     return Device(
         id=name,
         platform="tpu",
         name=f"TPU {generation}",
-        torch_device=place if way == "torch_xla" else "jax",
+        torch_device=place if lazy else "jax",
         architecture=generation,
-        features=_FEATURES.get(generation, frozenset()) | {way},
+        features=features,
         fast_dtype="bfloat16",
-        facts={"route": way},
-        ready="" if way == "torch_xla" else "qcore_tpu.sharding:on_one",
+        facts={"route": "torch_xla" if lazy else "torchax"},
+        ready="qcore_tpu.lazy:start" if lazy else "qcore_tpu.sharding:on_one",
     )
 
 
-def _all(generations: list[str]) -> Device:
+def _all(chips: list[Device]) -> Device:
     """A model spread over all chips."""
-    one = _device("tpu:all", generations[0], "torchax", "")
-    return replace(one, name=f"{len(generations)} x {one.name}", ready="qcore_tpu.sharding:on_all")
+    one = chips[0]
+    return replace(one, id="tpu:all", name=f"{len(chips)} x {one.name}", ready="qcore_tpu.sharding:on_all")

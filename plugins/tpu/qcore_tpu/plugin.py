@@ -61,7 +61,7 @@ def qcore_platforms() -> Sequence[Platform]:
 def qcore_kernels() -> Sequence[Kernel]:
     def tpu(name: str, family: str, op: Op, accepts: Accepts, cost: float, implementation: str, note: str) -> Kernel:
         return Kernel(f"tpu_{name}", family, op, ("tpu",), accepts, ("bfloat16", "float32"), cost, f"qcore_tpu.kernels.{implementation}", note,
-                      features=(frozenset({"torchax"}),), requires=(("torch", "2.8"), ("jax", "0.10"), ("torchax", "0.0.13")), ragged=name != "codebooks",
+                      features=(frozenset({"torchax"}), frozenset({"torch_xla", "jax"})), requires=(("torch", "2.8"), ("jax", "0.7.1"), ("torchax|torch-xla", "0.0.13")), ragged=name != "codebooks",
                       architectures=tuple(chip.architecture for chip in CHIPS), compiles=True)  # fmt: skip
 
     return [
@@ -81,7 +81,13 @@ def qcore_decoders() -> Sequence[Decoder]:
             "jax",
             "qcore_tpu.decoder:CompiledDecoder",
             "transformers' own code, compiled by XLA for a few numbers of tokens",
-        )
+        ),
+        Decoder(
+            "tpu_lazy_decoder",
+            "xla",
+            "qcore_tpu.lazy_decoder:LazyDecoder",
+            "the same through torch-xla, which compiles a graph of the same shape once",
+        ),
     ]
 
 

@@ -1,0 +1,99 @@
+"""jax's functions in torch-xla's graphs: each is lowered by jax, once for each shape, and becomes a node of the graph of torch's operators, which XLA compiles whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+
+from qcore_tpu import chips
+
+_Typed = tuple[tuple[int, ...], str]
+
+_platform: ContextVar[str] = ContextVar("platform", default="")
+
+
+@cache
+def start() -> None:
+    """Makes torch know the device `xla`, in this process. jax runs nothing there: it is kept from taking the chips, which torch-xla has. Raises ImportError where torch-xla is
+    not installed."""
+    import torch_xla
+    from torch_xla.core.xla_model import xla_device_hw, xla_device_kind
+
+    device = torch_xla.device()
+    if xla_device_hw(device) == "TPU":
+        chips.found(xla_device_kind(device))
+    try:
+        import jax
+    except ImportError:  # then the core's portable kernels run
+        return
+    jax.config.update("jax_platforms", "cpu")
+
+
+def start_on_cpu() -> None:
+    """The same, on the host's CPU."""
+    import os
+
+    os.environ.setdefault("PJRT_DEVICE", "CPU")
+    start()
+
+
+def call(
+    function: Callable[..., Any], x: torch.Tensor, parts: Mapping[str, torch.Tensor], **static: Any
+) -> torch.Tensor:
+    """function(x, parts, **static), a function of jax's, of tensors on `xla`. static: what can be hashed."""
+    from torch_xla.core.xla_model import xla_device_hw
+
+    platform = _platform.get() or ("tpu" if xla_device_hw(x.device) == "TPU" else "cpu")
+    typed = tuple((name, _typed(part)) for name, part in parts.items())
+    node = _node(function, _typed(x), typed, tuple(static.items()), platform)
+    made: torch.Tensor = node([x, *parts.values()])[0]
+    return made
+
+
+@contextmanager
+def lowered_for(platform: str) -> Iterator[None]:
+    """Functions that are called meanwhile are lowered for jax's `tpu` or `cpu`, whatever the host has. What is made for TPUs so can be compiled, and not be run."""
+    before = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(before)
+
+
+@cache
+def _node(
+    function: Callable[..., Any],
+    x: _Typed,
+    parts: tuple[tuple[str, _Typed], ...],
+    static: tuple[tuple[str, Any], ...],
+    platform: str,
+) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    """Takes x and the parts. It is exported, for torch-xla 2.9 comes with an older compiler (libtpu 0.0.21) than jax 0.7.1 lowers Pallas for otherwise."""
+    import jax
+    from jax import export
+    from torch_xla.core.xla_builder import computation_from_module_proto, xla_computation_as_func
+
+    names = [name for name, _ in parts]
+
+    def flat(x: jax.Array, *given: jax.Array) -> jax.Array:
+        found: jax.Array = function(x, dict(zip(names, given, strict=True)), **dict(static))
+        return found
+
+    given = [jax.ShapeDtypeStruct(*typed) for typed in (x, *(typed for _, typed in parts))]
+    exported = export.export(jax.jit(flat), platforms=[platform])(*given)
+    lowered = jax.jit(exported.call, keep_unused=True).trace(*given).lower(lowering_platforms=(platform,))
+    hlo: Any = lowered.compiler_ir("hlo")
+    name = f"qcore::{getattr(function, '__name__', 'function')}"
+    made: Callable[[list[torch.Tensor]], list[torch.Tensor]] = xla_computation_as_func(
+        computation_from_module_proto(name, hlo.as_serialized_hlo_module_proto()), name
+    )
+    return made
+
+
+def _typed(tensor: torch.Tensor) -> _Typed:
+    return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,126 @@
+"""A transformers model's steps in graphs of torch-xla's that are of few shapes: keys and values have their room from the beginning, tokens come in buckets, and what
+differs from step to step is data, so that reading on compiles nothing. The model is on torch's device `xla` (qcore_tpu.lazy)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qcore.model.decode import last_only
+from qcore.model.trial import by_layers
+from qcore.refusal import Refusal, Refused
+from qcore_tpu.decoder import CompiledSteps, bucket, keeps_all
+from qcore_tpu.kernels.linear import PlanesLinear, whole_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LazyDecoder:
+    """A qcore.decoder.TokenDecoder."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.config = model, model.config.get_text_config(decoder=True)
+        self._last_only = bool(last_only(model))
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel) -> LazyDecoder:
+        """Raises Refused (unknown-variant) where the model keeps something else than all keys and values, or keeps them rounded; and where it has
+        nothing to do with TPUs (other chips are torch's `xla` too)."""
+        from torch_xla.core.xla_model import xla_device_hw
+
+        own = any(isinstance(module, PlanesLinear) for module in model.modules())
+        if not own and xla_device_hw(model.device) != "TPU":
+            raise Refused(Refusal("unknown-variant", "notimpl", "tpu_lazy_decoder", "the model is on no TPU", f"found {xla_device_hw(model.device)}",
+                                  "The model's layers are run one operator after the other."))  # fmt: skip
+        keeps_all(model)
+        return cls(model)
+
+    def begin(self, texts: int = 1) -> LazySteps:
+        return LazySteps(self, texts)
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        with whole_inputs():
+            yield
+
+    def room(self, tokens: int) -> list[torch.Tensor]:
+        """Of each layer keys and values [1, heads, tokens, head_dim] of nothing."""
+        config = self.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kind: dict[str, Any] = {"dtype": self.model.dtype, "device": self.model.device}
+        return [torch.zeros(1, heads, tokens, size, **kind) for _ in range(2 * config.num_hidden_layers)]
+
+    def step(
+        self, states: list[torch.Tensor], start: int, tokens: list[int], keep: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits float32 [at most keep, vocabulary] on the CPU of what follows the last of the tokens, which begin at `start` of a text, and the keys and values then."""
+        import torch_xla
+
+        torch_xla.sync()  # whatever waits is none of the step's graph
+        logits, states = self.traced(states, start, tokens, keep)
+        torch_xla.sync()
+        kept = min(keep, len(tokens))
+        first = 0 if self._last_only else len(tokens) - kept
+        return logits.cpu()[first : first + kept].float(), states
+
+    def traced(
+        self, states: list[torch.Tensor], start: int, tokens: list[int], keep: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The step's graph: logits [rows, vocabulary], those that are kept and what fills them up, or all where the model can give no others; and keys and values."""
+        from transformers import StaticCache
+
+        device, count, room = self.model.device, bucket(len(tokens)), states[0].shape[2]
+        filled = torch.tensor([tokens + [0] * (count - len(tokens))], dtype=torch.int32).to(device)
+        place = torch.arange(start, start + count, dtype=torch.int32).to(device)
+        seen = torch.arange(room, dtype=torch.int32, device=device)[None] <= place[:, None]
+        mask = torch.where(seen, 0.0, torch.finfo(states[0].dtype).min).to(states[0].dtype)[None, None]
+        cache: Any = StaticCache(config=self.model.config, max_cache_len=room)
+        for layer, keys, values in zip(cache.layers, states[::2], states[1::2], strict=True):
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
+            layer.dtype, layer.device, layer.cumulative_length = keys.dtype, device, place[0].clone()
+        given: dict[str, Any] = {"input_ids": filled, "position_ids": place[None], "attention_mask": mask}
+        if self._last_only:
+            kept = range(max(0, len(tokens) - keep), len(tokens))
+            rows = [*kept, *[0] * (min(bucket(len(kept)), count) - len(kept))]
+            given["logits_to_keep"] = torch.tensor(rows, dtype=torch.int32).to(device)
+        with by_layers(), torch.no_grad():
+            out: Any = self.model(**given, past_key_values=cache, use_cache=True)
+        return out.logits[0], [part for layer in cache.layers for part in (layer.keys, layer.values)]
+
+
+class LazySteps(CompiledSteps):
+    """Texts under way."""
+
+    decoder: LazyDecoder  # type: ignore[assignment]
+
+    def __init__(self, decoder: LazyDecoder, texts: int = 1) -> None:
+        super().__init__(decoder, texts)  # type: ignore[arg-type]
+
+    def to_cache(self, length: int = 0) -> Any:
+        from transformers import DynamicCache
+
+        longest = max(length, *self.lengths)
+        cache = DynamicCache(config=self.decoder.model.config)
+        for number in range(self.decoder.config.num_hidden_layers if longest else 0):
+            sides = (
+                [
+                    torch.nn.functional.pad(states[2 * number + side][:, :, :some], (0, 0, longest - some, 0))
+                    for states, some in zip(self._states, self.lengths, strict=True)
+                ]
+                for side in (0, 1)
+            )
+            keys, values = map(torch.cat, sides)
+            cache.update(keys, values, number)
+        return cache
+
+    def _enough(self, states: list[torch.Tensor], tokens: int) -> list[torch.Tensor]:
+        room = states[0].shape[2]
+        if tokens <= room:
+            return states
+        more = (1 << (tokens - 1).bit_length()) - room
+        return [torch.nn.functional.pad(part, (0, 0, 0, more)) for part in states]
