@@ -41,7 +41,7 @@ class CompiledDecoder:
         if mesh is not None:
             self.weights = jax.device_put(self.weights, placements(self.weights, mesh))
         self._whole = False
-        self._step = jax.jit(self._traced, static_argnames=("whole",))
+        self._step = jax.jit(self._traced, static_argnames=("whole",), donate_argnames=("states",))
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> CompiledDecoder:
@@ -88,7 +88,8 @@ class CompiledDecoder:
         return [jnp.zeros((1, heads, tokens, size), kind, device=place) for _ in range(2 * config.num_hidden_layers)]
 
     def step(self, states: list[Any], start: int, tokens: list[int], keep: int) -> tuple[torch.Tensor, list[Any]]:
-        """Logits float32 [at most keep, vocabulary] on the CPU of what follows the last of the tokens, which begin at `start` of a text, and the keys and values then."""
+        """Logits float32 [at most keep, vocabulary] on the CPU of what follows the last of the tokens, which begin at `start` of a text, and the keys and values then, which are
+        written to in place: those that were given are gone."""
         import jax.numpy as jnp
         import numpy as np
 
@@ -101,6 +102,10 @@ class CompiledDecoder:
 
     def compile(self, target: Target, count: int, room: int = _ROOM, topology: str = "") -> dict[str, int]:
         """What libtpu says of the step of so many tokens (qcore_tpu.ahead): on one chip or, by their parts, on each of all chips of a topology."""
+        return footprint(self.program(target, count, room, topology))
+
+    def program(self, target: Target, count: int, room: int = _ROOM, topology: str = "") -> Any:
+        """That step as libtpu makes it, one of jax's compiled programs."""
         import jax
         import jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec
@@ -124,7 +129,7 @@ class CompiledDecoder:
         )
         with made_for(target.architecture), over(mesh):
             step = jax.jit(partial(self._traced, whole=False), out_shardings=(everywhere, heads), donate_argnums=1)
-            return footprint(step.lower(*given).compile())
+            return step.lower(*given).compile()
 
     def _traced(self, weights: Any, states: list[Any], tokens: Any, start: Any, whole: bool) -> tuple[Any, list[Any]]:
         """Logits [1, tokens, vocabulary], and keys and values with those of the tokens. whole: within `exact`."""

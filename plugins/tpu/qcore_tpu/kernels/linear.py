@@ -16,10 +16,10 @@ from qcore.kernels.order import columns_by_group
 from qcore.kernels.scales import by_group, finest_scales, group_size
 from qcore_tpu.bridge import call, is_array
 from qcore_tpu.chips import current
-from qcore_tpu.kernels.form import Form, block_of
+from qcore_tpu.kernels.form import LANES, Form, block_of
 from qcore_tpu.kernels.planes import packed
 from qcore_tpu.kernels.program import COLUMNS, ProductProgram, programs_of
-from qcore_tpu.sharding import current_mesh, spread
+from qcore_tpu.sharding import BY_OUTPUT, current_mesh, spread
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,7 +33,8 @@ ROWS = 256
 
 
 class PlanesLinear(torch.nn.Module):
-    """The parts of qcore_tpu.kernels.pallas.product, as buffers of their names."""
+    """The parts of qcore_tpu.kernels.pallas.product, as buffers of their names. outputs: of the weight, which are filled up to whole vectors with zeros: rows of other lengths XLA
+    keeps turned, and would turn them at every call. On several chips, each of which gets its part, they are left as they are."""
 
     PARTS: ClassVar[tuple[str, ...]] = (
         "codes", "scales", "zeros", "coarse", "coarse_zeros", "tail", "table", "input_scale", "grid", "order"
@@ -41,9 +42,13 @@ class PlanesLinear(torch.nn.Module):
 
     def __init__(self, form: Form, codes: torch.Tensor, **others: torch.Tensor | None) -> None:
         super().__init__()
-        self.form = form
+        self.form, self.outputs = form, codes.shape[1]
+        more = -self.outputs % LANES if current_mesh() is None else 0
         for name in self.PARTS:
-            self.register_buffer(name, codes if name == "codes" else others.get(name))
+            part = codes if name == "codes" else others.get(name)
+            if part is not None and more and name in BY_OUTPUT:
+                part = torch.nn.functional.pad(part, (0, more))
+            self.register_buffer(name, part)
 
     @classmethod
     def form_of(cls, scheme: Scheme, columns: int) -> Form:
@@ -64,9 +69,9 @@ class PlanesLinear(torch.nn.Module):
         form = replace(self.form, rounding=None) if _WHOLE.get() else self.form
         flat = x.reshape(-1, x.shape[-1])
         if not len(flat):
-            return x.new_empty(*x.shape[:-1], self.get_buffer("codes").shape[1])
+            return x.new_empty(*x.shape[:-1], self.outputs)
         out = call(product, flat, dict(self.named_buffers()), form=form, chip=current(), mesh=current_mesh())
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        return out[:, : self.outputs].reshape(*x.shape[:-1], self.outputs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """torch moves modules by it. What comes to chips is spread over them at once."""
