@@ -72,7 +72,7 @@ def specs_of(parts: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
     """How a product's parts lie on the mesh: jax's specification of each."""
     from jax.sharding import PartitionSpec
 
-    if parts["codes"].shape[1] % mesh.size:
+    if parts["codes"].shape[-1] % mesh.size:
         return {name: PartitionSpec() for name in parts}
     return {
         name: PartitionSpec(*[None] * (part.ndim - 1), AXIS) if name in BY_OUTPUT else PartitionSpec()
