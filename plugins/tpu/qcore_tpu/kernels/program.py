@@ -18,6 +18,8 @@ OUTPUTS = COLUMNS = 4096
 """Of a layer of ordinary size."""
 EXPERTS = 8
 """Layers of that size that are held as one, of which each may have rows."""
+_FEWEST = 16
+"""Rows of an expert's block, at least (qcore_tpu.kernels.experts)."""
 _FEW = 16
 """Rows up to which reading the weight takes the time."""
 _DENSE = 1 / 64
@@ -51,18 +53,20 @@ class ProductProgram:
 
     def compile(self, target: Target) -> Mapping[str, int]:
         """The same. Raises ValueError where it holds the weight dense, or moves more bytes than it needs to. Where x is reordered or rounded before, by XLA, two copies
-        of it in float32 are allowed; of that, and where rows come to experts, the traffic is looked at, for XLA's own count has what stays within the core."""
+        of it in float32 are allowed; rows that come to experts' blocks and back are written and read once more. There the traffic is looked at, for XLA's own count has what
+        stays within the core."""
         found = self.footprint(target)
         *experts, _, outputs = next(shape for name, shape, _ in self.parts if name == "codes")
         dense, rounding = 2 * outputs * self.columns * math.prod(experts), self.form.rounding
         ordered = any(name == "order" for name, _, _ in self.parts)
         remade = ordered or self.form.tuples > 0 or (rounding is not None and rounding.before)
         copies = 2 * max(self.rows, _LANES) * self.columns * 4 if remade else 0
+        spread = 2 * _FEWEST * min(self.rows, *experts) * (self.columns + outputs) * 2 if experts else 0
         temporary, needed = found["temporary bytes"], found["bytes needed"]
         moved = found["traffic" if remade or experts else "bytes moved"]
         if temporary > _DENSE * dense + copies:
             raise ValueError(f"it has {temporary:,} temporary bytes; the weight is {dense:,} where it is dense")
-        if self.rows <= _FEW and moved > _MOVED * needed:
+        if self.rows <= _FEW and moved > _MOVED * needed + copies + spread:
             raise ValueError(f"it moves {moved:,} bytes; weight, x and result are {needed:,}")
         return found
 
