@@ -107,7 +107,7 @@ def _used(name: str, whole: _Array, inside: _Program, programs: Mapping[str, _Pr
         if name not in one.operands:
             continue
         place = one.operands.index(name)
-        if one.op == "bitcast":
+        if one.op == "bitcast" and not one.root:  # as a result it goes on whole
             yield from _used(one.name, whole, inside, programs)
         elif one.op in _PARTS and place == 0:
             yield one.shape[0].bytes

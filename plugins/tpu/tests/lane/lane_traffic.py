@@ -68,6 +68,18 @@ def test_rows_that_are_no_whole_vectors_are_laid_out_anew() -> None:
         assert 1536 * outputs <= traffic(found)
 
 
+def test_keys_and_values_are_read_in_attention() -> None:
+    """Which XLA puts into operations within others."""
+    keys, query = ((3, 64, 65536), jnp.bfloat16), ((3, 3, 64), jnp.bfloat16)
+
+    def attention(query: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        scores = jax.nn.softmax(query @ keys, axis=-1)
+        return scores @ values.swapaxes(1, 2)
+
+    held = 2 * 3 * 64 * 65536 * 2
+    assert held <= traffic(text(attention, query, keys, keys)) <= 1.2 * held
+
+
 def test_loops_are_not_counted() -> None:
     loop = text(lambda x: jax.lax.while_loop(lambda y: y[0, 0] < 9, lambda y: y + y.mean(), x), LARGE)
     with pytest.raises(ValueError, match="whose bytes are not known"):
