@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
+from jax.sharding import Mesh
 from lane_models import JAX, REFERENCE, STAND_IN
 
 import qcore
@@ -22,11 +26,12 @@ from qcore.scheme import Scheme
 from qcore.testing.cases import claimed
 from qcore_tpu.ahead import compiled
 from qcore_tpu.chips import chip
-from qcore_tpu.decoder import CompiledSteps
+from qcore_tpu.decoder import CompiledDecoder, CompiledSteps
 from qcore_tpu.kernels.experts import blocks_of, rows_of_block
 from qcore_tpu.kernels.linear import PlanesLinear
 from qcore_tpu.kernels.program import EXPERTS, ProductProgram
 from qcore_tpu.plugin import qcore_kernels, qcore_platforms
+from qcore_tpu.sharding import AXIS
 from test_experts import FORMATS, quantized
 
 (PLATFORM,) = qcore_platforms()
@@ -110,3 +115,14 @@ def test_the_decoder_takes_a_mixture_and_compiles_nothing_more(tmp_path: Path) -
     assert text == expected and steps.steps.decoder.programs == warm
     for target in PLATFORM.targets:
         assert steps.steps.decoder.compile(target, 1)["bytes of code"] > 0
+
+
+def test_a_mixture_over_several_chips(tmp_path: Path) -> None:
+    """Each has its part of every expert's outputs."""
+    model: Any = qcore.load_model(written(tmp_path, "mixtral", "gptq"), device=JAX, dtype=torch.float32)
+    parted = CompiledDecoder(model, Mesh(np.array(jax.devices()[:4]), (AXIS,)))
+    codes = [part for name, part in parted.weights.items() if name.endswith(".packed.codes") and part.ndim == 3]
+    assert codes and all(part.addressable_shards[0].data.nbytes * 4 == part.nbytes for part in codes)
+    tokens = [TOKENS[0].tolist()]
+    got, wanted = (decoder.begin().take(tokens, keep=9)[0] for decoder in (parted, CompiledDecoder(model)))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
