@@ -59,7 +59,10 @@ def report(host: Host | None = None) -> dict[str, str]:
     if problem := unusable(looked_at):
         said["missing"], said["fix"] = problem
     elif said["route"] == "torch_xla" and not looked_at.has_module("jax"):
-        said["missing"], said["fix"] = "jax, which this plugin's kernels need; the core's portable ones run", _FIX_KERNELS
+        said["missing"], said["fix"] = (
+            "jax, which this plugin's kernels need; the core's portable ones run",
+            _FIX_KERNELS,
+        )
     return said
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qcore.model.decode import last_only
+from qcore.model.kv_cache import kv_cache_of
 from qcore.model.trial import by_layers
 from qcore.refusal import Refusal, Refused
-from qcore_tpu.decoder import CompiledSteps, bucket, keeps_all
+from qcore_tpu.decoder import CompiledSteps, bucket, keeps_all, unknown
 from qcore_tpu.kernels.linear import PlanesLinear, whole_inputs
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class LazyDecoder:
             raise Refused(Refusal("unknown-variant", "notimpl", "tpu_lazy_decoder", "the model is on no TPU", f"found {xla_device_hw(model.device)}",
                                   "The model's layers are run one operator after the other."))  # fmt: skip
         keeps_all(model)
+        if rounded := kv_cache_of(model):
+            raise unknown(f"a kv cache in {rounded}")
         return cls(model)
 
     def begin(self, texts: int = 1) -> LazySteps:
