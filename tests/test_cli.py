@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,13 @@ def test_verify_stands_in_for_one_plugin_that_can() -> None:
         done = qcore("verify", *given)
         assert done.returncode == 3 or done.returncode == 2, done.stderr
         assert said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(find_spec("jax") is not None, reason="what is said where jax is missing")
+@pytest.mark.parametrize("way", ["--simulate", "--compile-only"])
+def test_verify_says_what_brings_a_plugins_packages(way: str) -> None:
+    done = qcore("verify", "--plugin", "tpu", way)
+    assert done.returncode == 3 and 'pip install "qcore-tpu[jax]"' in done.stderr
 
 
 def test_explain_says_what_to_install_for_a_platform_without_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,11 +97,11 @@ def _compilable(plugins: Registry, question: Question) -> Iterator[tuple[Plugin,
     from qcore.select import missing_requirement
     from qcore.testing.compiled import compilable
 
-    missing: dict[str, None] = {}
+    missing: dict[str, str] = {}
     taken = False
     for plugin, kernel, platforms in compilable(plugins, question):
         if absent := missing_requirement(kernel.requires):
-            missing[absent] = None
+            missing[absent] = _brings(plugin, absent)
             note(f"{kernel.name}: left out, for it needs {absent}")
             continue
         taken = True
@@ -108,7 +110,21 @@ def _compilable(plugins: Registry, question: Question) -> Iterator[tuple[Plugin,
     if missing and not taken:
         names = ", ".join(missing)
         raise Refused(Refusal("missing-package", "missing-dep", "--compile-only", "kernels are compiled by packages that are not installed", names,
-                              f"pip install {' '.join(name.partition('>')[0] for name in missing)}"))  # fmt: skip
+                              f"pip install {' '.join(dict.fromkeys(missing.values()))}"))  # fmt: skip
+
+
+def _brings(plugin: Plugin, missing: str) -> str:
+    """What pip is to install for a package, `name>=version, found ..`: the plugin's extra that brings it, if one does."""
+    name = missing.partition(">")[0]
+    try:
+        required = importlib.metadata.requires(plugin.distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        required = []
+    for line in required:
+        found = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)", line)
+        if found and found[1] == name:
+            return f'"{plugin.distribution}[{found[2]}]"'
+    return name
 
 
 def _show_isa(plugins: Registry, question: Question, json: bool) -> None:
@@ -157,6 +173,12 @@ def _stand_ins(plugins: Registry, plugin: str | None) -> list[Device]:
         raise Refused(Refusal("plugin-broken", "missing-dep", f"plugin {plugin}", fault.reason, fault.fact,
                               "Leave --simulate out where the hardware is there.")) from fault  # fmt: skip
     if not devices:
+        from qcore.select import missing_requirement
+
+        asked = next(known for known in plugins.plugins if known.name == plugin)
+        for absent in filter(None, (missing_requirement(kernel.requires) for kernel in asked.kernels)):
+            raise Refused(Refusal("missing-package", "missing-dep", "--simulate", "what stands in for the hardware needs packages that are not installed",
+                                  absent, f"pip install {_brings(asked, absent)}"))  # fmt: skip
         raise Refused(Refusal("no-device", "notimpl", f"plugin {plugin}", "it has nothing to stand in for its hardware",
                               fix="Run it on a machine with such a device, without --simulate."))  # fmt: skip
     return devices

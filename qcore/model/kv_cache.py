@@ -23,10 +23,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 try:
-    from transformers.cache_utils import DynamicSlidingWindowLayer
+    from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 except ImportError:  # before transformers 4.56, whose models run with caches of their own alone
 
     class DynamicSlidingWindowLayer(DynamicLayer):  # type: ignore[no-redef,misc]
+        """Nothing is one."""
+
+    class StaticLayer(DynamicLayer):  # type: ignore[no-redef,misc]
         """Nothing is one."""
 
 
@@ -71,6 +74,10 @@ class RoundedLayer(_Rounded, DynamicLayer):  # type: ignore[misc]
 
 class RoundedSlidingLayer(_Rounded, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """Attention to a window: bytes that leave it are freed."""
+
+
+class RoundedStaticLayer(_Rounded, StaticLayer):  # type: ignore[misc]
+    """Full attention, with room from the beginning; for plugins' decoders."""
 
 
 _LAYERS: dict[type, type] = {

@@ -35,27 +35,23 @@ def placed(topology: str) -> Any:
     return SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
 
 
-def compiled(
-    function: Callable[..., Any], target: Target, x: Typed, parts: Mapping[str, Typed], **static: Any
-) -> dict[str, int]:
-    """What libtpu says of function(x, parts): the bytes that it moves between the chip's memory and the core, by its own count and, of Pallas's programs, by what their grid
-    reads and writes; those of its arguments and its result; operations; and the memory that it and its code need besides. Raises whatever the compiler does not take."""
+def compiled(function: Callable[..., Any], target: Target, x: Typed, parts: Mapping[str, Typed], **static: Any) -> Any:
+    """function(x, parts) as libtpu makes it, one of jax's compiled programs. Raises whatever the compiler does not take."""
     place = placed(str(target.name))
     import jax
 
     def shaped(typed: Typed) -> Any:
         return jax.ShapeDtypeStruct(*typed, sharding=place)
 
-    program = (
-        jax.jit(partial(function, **static), out_shardings=place)
-        .lower(shaped(x), {name: shaped(part) for name, part in parts.items()})
-        .compile()
+    lowered = jax.jit(partial(function, **static), out_shardings=place).lower(
+        shaped(x), {name: shaped(part) for name, part in parts.items()}
     )
-    return footprint(program)
+    return lowered.compile()
 
 
 def footprint(program: Any) -> dict[str, int]:
-    """Of one of jax's compiled programs; keys as `compiled` has them."""
+    """What libtpu says of a compiled program: the bytes that it moves between the chip's memory and the core, by its own count and, of Pallas's programs, by what their grid reads
+    and writes; those of its arguments and its result; operations; and the memory that it and its code need besides."""
     memory, cost = program.memory_analysis(), program.cost_analysis()
     return {
         "bytes moved": int(cost["bytes accessed"]),

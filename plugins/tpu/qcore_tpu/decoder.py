@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcore.model.kv_cache import QuantizedKvCache, RoundedStaticLayer, kv_roundings_of
 from qcore.refusal import Refusal, Refused
 from qcore_tpu.ahead import footprint, placed
 from qcore_tpu.chips import made_for
+from qcore_tpu.kernels.kv_cache import KvCache
 from qcore_tpu.kernels.linear import whole_inputs
 from qcore_tpu.sharding import current_mesh, heads_placement, mesh_of, over, placements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qcore.kernels.kv_cache import KvRounding
     from qcore.platform import Target
 
 _FEWEST = 16
@@ -40,19 +43,21 @@ class CompiledDecoder:
         self.weights: Mapping[str, Any] = jax_view({**dict(model.named_parameters()), **dict(model.named_buffers())})
         if mesh is not None:
             self.weights = jax.device_put(self.weights, placements(self.weights, mesh))
+        self.roundings = kv_roundings_of(model)
+        for rounding in self._roundings():
+            rounding.to(model.device)
         self._whole = False
-        self._step = jax.jit(self._traced, static_argnames=("whole",))
+        self._step = jax.jit(self._traced, static_argnames=("whole",), donate_argnames=("states",))
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> CompiledDecoder:
-        """Raises Refused (unknown-variant) where the model keeps something else than all keys and values, or keeps them rounded."""
+        """Raises Refused (unknown-variant) where the model keeps something else than all keys and values, or another kernel rounds them."""
         from transformers import StaticCache
         from transformers.cache_utils import StaticLayer
 
-        from qcore.model.kv_cache import kv_cache_of
-
-        if rounded := kv_cache_of(model):
-            raise _unknown(f"a kv cache in {rounded}")
+        found = kv_roundings_of(model)
+        if found is not None and not isinstance(found.default[0], KvCache):
+            raise _unknown(f"a kv cache in {found.scheme}, which another kernel rounds")
         for layer in StaticCache(config=model.config, max_cache_len=_ROOM).layers:
             if type(layer) is not StaticLayer:
                 raise _unknown(f"a cache with a {type(layer).__name__}")
@@ -76,19 +81,32 @@ class CompiledDecoder:
             self._whole = False
 
     def room(self, tokens: int) -> list[Any]:
-        """Of each layer keys and values [1, heads, tokens, head_dim] of nothing."""
+        """Of each layer keys and values [1, heads, tokens, head_dim] of nothing; rounded ones as rows of bytes, which have their scales where those are of run time."""
         import jax.numpy as jnp
         from torchax.ops.mappings import t2j_dtype
 
         config = self.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kind = t2j_dtype(self.model.dtype)
         place = None if self.mesh is None else heads_placement(heads, self.mesh)
-        return [jnp.zeros((1, heads, tokens, size), kind, device=place) for _ in range(2 * config.num_hidden_layers)]
+        if self.roundings is None:
+            rows = [(size, t2j_dtype(self.model.dtype))] * (2 * config.num_hidden_layers)
+        else:
+            rows = [(size + 4 * (rounding.scale is None), jnp.uint8) for rounding in self._roundings()]
+        return [jnp.zeros((1, heads, tokens, width), kind, device=place) for width, kind in rows]
+
+    def _roundings(self) -> list[KvRounding]:
+        """Of the first layer's keys, of its values, and so on; none where they are not rounded."""
+        found = self.roundings
+        if found is None:
+            return []
+        return [
+            side for number in range(self.config.num_hidden_layers) for side in found.layers.get(number, found.default)
+        ]
 
     def step(self, states: list[Any], start: int, tokens: list[int], keep: int) -> tuple[torch.Tensor, list[Any]]:
-        """Logits float32 [at most keep, vocabulary] on the CPU of what follows the last of the tokens, which begin at `start` of a text, and the keys and values then."""
+        """Logits float32 [at most keep, vocabulary] on the CPU of what follows the last of the tokens, which begin at `start` of a text, and the keys and values then, which are
+        written to in place: those that were given are gone."""
         import jax.numpy as jnp
         import numpy as np
 
@@ -101,6 +119,10 @@ class CompiledDecoder:
 
     def compile(self, target: Target, count: int, room: int = _ROOM, topology: str = "") -> dict[str, int]:
         """What libtpu says of the step of so many tokens (qcore_tpu.ahead): on one chip or, by their parts, on each of all chips of a topology."""
+        return footprint(self.program(target, count, room, topology))
+
+    def program(self, target: Target, count: int, room: int = _ROOM, topology: str = "") -> Any:
+        """That step as libtpu makes it, one of jax's compiled programs."""
         import jax
         import jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec
@@ -124,19 +146,24 @@ class CompiledDecoder:
         )
         with made_for(target.architecture), over(mesh):
             step = jax.jit(partial(self._traced, whole=False), out_shardings=(everywhere, heads), donate_argnums=1)
-            return footprint(step.lower(*given).compile())
+            return step.lower(*given).compile()
 
     def _traced(self, weights: Any, states: list[Any], tokens: Any, start: Any, whole: bool) -> tuple[Any, list[Any]]:
         """Logits [1, tokens, vocabulary], and keys and values with those of the tokens. whole: within `exact`."""
         import jax.numpy as jnp
         from torchax.interop import jax_view, torch_view
+        from torchax.ops.mappings import t2j_dtype
         from transformers import StaticCache
 
         room = states[0].shape[2]
         place = start + jnp.arange(tokens.shape[1])
         seen = jnp.arange(room)[None, :] <= place[:, None]
-        mask = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min).astype(states[0].dtype)[None, None]
+        mask = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min).astype(t2j_dtype(self.model.dtype))[None, None]
         cache: Any = StaticCache(config=self.model.config, max_cache_len=room)
+        if sides := self._roundings():
+            cache.layers = [RoundedStaticLayer(max_cache_len=room) for _ in cache.layers]
+            for layer, *rounding in zip(cache.layers, sides[::2], sides[1::2], strict=True):
+                layer.rounding = rounding
         for layer, keys, values in zip(cache.layers, torch_view(states[::2]), torch_view(states[1::2]), strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
             layer.dtype, layer.device, layer.cumulative_length = keys.dtype, keys.device, torch_view(start)
@@ -172,7 +199,8 @@ class CompiledSteps:
         from transformers import DynamicCache
 
         longest = max(length, *self.lengths)
-        cache = DynamicCache(config=self.decoder.model.config)
+        roundings, config = self.decoder.roundings, self.decoder.model.config
+        cache = DynamicCache(config=config) if roundings is None else QuantizedKvCache(config, roundings)
         for number in range(self.decoder.config.num_hidden_layers if longest else 0):
             sides = []
             for side in (0, 1):
@@ -185,7 +213,11 @@ class CompiledSteps:
                         [jnp.pad(one, ((0, 0), (0, 0), (longest - one.shape[2], 0), (0, 0))) for one in own]
                     )
                 )
-            cache.update(*torch_view(sides), number)
+            given = torch_view(sides)
+            if roundings is None:
+                cache.update(*given, number)
+            else:
+                cache.layers[number].restore(*given)
         return cache
 
     def _enough(self, states: list[Any], tokens: int) -> list[Any]:

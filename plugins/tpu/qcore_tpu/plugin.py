@@ -62,7 +62,7 @@ def qcore_kernels() -> Sequence[Kernel]:
     def tpu(name: str, family: str, op: Op, accepts: Accepts, cost: float, implementation: str, note: str) -> Kernel:
         return Kernel(f"tpu_{name}", family, op, ("tpu",), accepts, ("bfloat16", "float32"), cost, f"qcore_tpu.kernels.{implementation}", note,
                       features=(frozenset({"torchax"}),), requires=(("torch", "2.8"), ("jax", "0.10"), ("torchax", "0.0.13")), ragged=name != "codebooks",
-                      architectures=tuple(chip.architecture for chip in CHIPS), compiles=True)  # fmt: skip
+                      architectures=tuple(chip.architecture for chip in CHIPS), compiles=True, experts=op == "linear")  # fmt: skip
 
     return [
         *(tpu(name, "pallas", "linear", accepts, cost, implementation, note) for name, accepts, cost, implementation, note in _LINEARS),

@@ -18,6 +18,7 @@ def start() -> None:
 
         environment = torchax.default_env()
     _numbers_go_anywhere(environment)
+    _tensors_are_copied()
     torchax.enable_globally()
 
 
@@ -51,9 +52,21 @@ def _numbers_go_anywhere(environment: Any) -> None:
     dispatch = environment.dispatch
 
     def dispatched(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func is torch.ops.aten.promote_types.default:  # of types alone
+            return func(*args)
         own = (kwargs or {}).get("device") or "cpu"
         if func is torch.ops.aten.scalar_tensor.default and torch.device(own).type == "cpu":
             return func(*args, **(kwargs or {}))
         return dispatch(func, types, args, kwargs)
 
     environment.dispatch = dispatched
+
+
+def _tensors_are_copied() -> None:
+    """copy.deepcopy of torchax 0.0.13's tensors fails. jax's arrays are never written to: a tensor of its own with the same one is a copy."""
+    from torchax.tensor import Tensor
+
+    def copied(tensor: Any, memo: dict[int, Any]) -> Any:
+        return memo.setdefault(id(tensor), Tensor(tensor._elem, tensor._env, tensor.requires_grad))
+
+    Tensor.__deepcopy__ = copied

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 AXIS = "chips"
 """The one axis of a mesh."""
 
-_BY_OUTPUT = frozenset({"codes", "scales", "zeros", "coarse", "coarse_zeros", "tail"})
+BY_OUTPUT = frozenset({"codes", "scales", "zeros", "coarse", "coarse_zeros", "tail"})
 """Parts of a product (qcore_tpu.kernels.pallas) whose last dimension is the weight's outputs."""
 
 _mesh: ContextVar[Any] = ContextVar("mesh", default=None)
@@ -72,10 +72,10 @@ def specs_of(parts: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
     """How a product's parts lie on the mesh: jax's specification of each."""
     from jax.sharding import PartitionSpec
 
-    if parts["codes"].shape[1] % mesh.size:
+    if parts["codes"].shape[-1] % mesh.size:
         return {name: PartitionSpec() for name in parts}
     return {
-        name: PartitionSpec(*[None] * (part.ndim - 1), AXIS) if name in _BY_OUTPUT else PartitionSpec()
+        name: PartitionSpec(*[None] * (part.ndim - 1), AXIS) if name in BY_OUTPUT else PartitionSpec()
         for name, part in parts.items()
     }
 

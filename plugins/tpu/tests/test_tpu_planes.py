@@ -13,7 +13,7 @@ from qcore.tensor import QuantizedTensor, float_table
 from qcore.testing.cases import claimed, row_schemes
 from qcore.testing.checks import smallest_shape
 from qcore.testing.layers import random_layer
-from qcore_tpu.kernels.form import Form, block_of, widths
+from qcore_tpu.kernels.form import LANES, Form, block_of, widths
 from qcore_tpu.kernels.linear import PlanesLinear
 from qcore_tpu.kernels.planes import packed
 from qcore_tpu.plugin import qcore_kernels
@@ -52,12 +52,14 @@ def test_parts_are_the_weight(kernel: Kernel, scheme: Scheme, times: int) -> Non
     layer = random_layer(scheme, rows * 37, columns * times)
     made = kernel.load().from_layer(layer, torch.bfloat16)
     assert isinstance(made, PlanesLinear)
-    assert torch.allclose(_weight(made, layer.weight), layer.weight.dequantize(), rtol=1e-6, atol=1e-9)
+    found = _weight(made, layer.weight)
+    assert len(found) % LANES == 0 and made.outputs == rows * 37
+    assert torch.allclose(found[: made.outputs], layer.weight.dequantize(), rtol=1e-6, atol=1e-9)
     assert (made.form.rounding is not None) == (scheme.input is not None)
 
 
 def _weight(made: PlanesLinear, weight: QuantizedTensor) -> torch.Tensor:
-    """float32 [N, K]"""
+    """float32 [N, K], with the rows that fill up."""
     form, parts = made.form, dict(made.named_buffers())
     if form.tuples:
         return _tuples(parts, form)

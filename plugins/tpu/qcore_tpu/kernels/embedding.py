@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcore.elements import Block
-from qcore_tpu.ahead import Typed, compiled, prepare
+from qcore_tpu.ahead import Typed, compiled, footprint, prepare
 from qcore_tpu.bridge import call
 from qcore_tpu.kernels.blocks import BlockLinear
 from qcore_tpu.kernels.form import Form
@@ -109,7 +109,7 @@ class RowsProgram:
         parts: dict[str, Typed] = {"words": ((OUTPUTS * words,), "int32")}
         parts |= {"table": ((1, 1 << self.form.bits), "float32")} if self.form.table else {}
         given = {"form": self.form, "layout": self.layout, "columns": COLUMNS, "dtype": self.dtype}
-        found = compiled(look_up, target, ((_TOKENS, 1), "int32"), parts, **given)
+        found = footprint(compiled(look_up, target, ((_TOKENS, 1), "int32"), parts, **given))
         most = _COPIES * _TOKENS * COLUMNS * 4
         if found["temporary bytes"] > most:
             raise ValueError(f"it has {found['temporary bytes']:,} temporary bytes, expected at most {most:,}")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 _ROWS = 32
 """Rows of bytes that a TPU's vector registers hold together: planes are whole multiples."""
-_LANES = 128
-"""What the length of x is cut at multiples of."""
+LANES = 128
+"""Numbers of a TPU's vector: what the length of x is cut at multiples of."""
 _LONGEST = 1024
 """Columns of a block, at most, unless a group is longer."""
 
@@ -74,6 +74,6 @@ def block_of(columns: int, bits: int, group: int) -> int:
     unit = math.lcm(_ROWS * 8 // min(widths(bits)), group or 1)
     if columns <= max(_LONGEST, unit):
         return -(-columns // unit) * unit
-    unit = math.lcm(unit, _LANES)
+    unit = math.lcm(unit, LANES)
     units = -(-columns // unit)
     return unit * max((most for most in range(1, max(_LONGEST // unit, 1) + 1) if units % most == 0), default=1)

@@ -10,7 +10,7 @@ import torch
 
 from qcore.elements import Float, Int
 from qcore.kernels.kv_cache import KvRounding
-from qcore_tpu.ahead import Typed, compiled, prepare
+from qcore_tpu.ahead import Typed, compiled, footprint, prepare
 from qcore_tpu.bridge import call
 
 if TYPE_CHECKING:
@@ -74,10 +74,11 @@ class StatesProgram:
 
         parts: dict[str, Typed] = {name: (shape, kind) for name, shape, kind in self.parts}
         if self.way == "encode":
-            found = compiled(states.encode, target, (_STATES, self.dtype), parts, element=self.element)
+            made = compiled(states.encode, target, (_STATES, self.dtype), parts, element=self.element)
         else:
             shape = (*_STATES[:-1], _STATES[-1] + (0 if parts else 4))
-            found = compiled(states.decode, target, (shape, "uint8"), parts, element=self.element, dtype=self.dtype)
+            made = compiled(states.decode, target, (shape, "uint8"), parts, element=self.element, dtype=self.dtype)
+        found = footprint(made)
         most = found["bytes needed"] // (64 if parts else 1)  # rows and their scales are put together in memory
         if found["temporary bytes"] > most:
             raise ValueError(f"it has {found['temporary bytes']:,} temporary bytes, expected at most {most:,}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -14,12 +14,13 @@ from qcore.bits import unpack
 from qcore.elements import Float, Int
 from qcore.kernels.order import columns_by_group
 from qcore.kernels.scales import by_group, finest_scales, group_size
-from qcore_tpu.bridge import call, is_array
+from qcore.kernels.stacking import StackableLinear
+from qcore_tpu.bridge import bucket, call, is_array
 from qcore_tpu.chips import current
-from qcore_tpu.kernels.form import Form, block_of
+from qcore_tpu.kernels.form import LANES, Form, block_of
 from qcore_tpu.kernels.planes import packed
 from qcore_tpu.kernels.program import COLUMNS, ProductProgram, programs_of
-from qcore_tpu.sharding import current_mesh, spread
+from qcore_tpu.sharding import BY_OUTPUT, current_mesh, spread
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,22 +33,34 @@ ROWS = 256
 """Rows of a weight repacked at a time."""
 
 
-class PlanesLinear(torch.nn.Module):
-    """The parts of qcore_tpu.kernels.pallas.product, as buffers of their names."""
+class PlanesLinear(StackableLinear):
+    """The parts of qcore_tpu.kernels.pallas.product, as buffers of their names. outputs: of the weight, which are filled up to whole vectors with zeros: rows of other lengths XLA
+    keeps turned, and would turn them at every call. On several chips, each of which gets its part, they are left as they are."""
 
     PARTS: ClassVar[tuple[str, ...]] = (
         "codes", "scales", "zeros", "coarse", "coarse_zeros", "tail", "table", "input_scale", "grid", "order"
     )  # fmt: skip
 
+    COMMON: ClassVar[tuple[str, ...]] = ("table", "grid")
+
     def __init__(self, form: Form, codes: torch.Tensor, **others: torch.Tensor | None) -> None:
         super().__init__()
-        self.form = form
+        self.form, self.outputs = form, codes.shape[1]
+        more = -self.outputs % LANES if current_mesh() is None else 0
         for name in self.PARTS:
-            self.register_buffer(name, codes if name == "codes" else others.get(name))
+            part = codes if name == "codes" else others.get(name)
+            if part is not None and more and name in BY_OUTPUT:
+                part = torch.nn.functional.pad(part, (0, more))
+            self.register_buffer(name, part)
 
     @classmethod
     def form_of(cls, scheme: Scheme, columns: int) -> Form:
         """How a weight of so many columns lies in memory."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
+        """The layer's weight, repacked."""
         raise NotImplementedError
 
     @classmethod
@@ -58,15 +71,28 @@ class PlanesLinear(torch.nn.Module):
         return programs_of(cls.form_of(scheme, COLUMNS), str(scheme), dtype, "bfloat16" if narrow else "float32",
                            tail=narrow and len(weight.scales) > 1, ordered=weight.ordered)  # fmt: skip
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @classmethod
+    def stackable(cls, layers: Sequence[Self]) -> bool:
+        """Not where other rows of a call decide which columns of one are rounded (LLM.int8)."""
+        rounding = layers[0].form.rounding
+        return (rounding is None or rounding.outliers is None) and super().stackable(layers)
+
+    def forward(self, x: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
         from qcore_tpu.kernels.pallas import product
 
         form = replace(self.form, rounding=None) if _WHOLE.get() else self.form
         flat = x.reshape(-1, x.shape[-1])
         if not len(flat):
-            return x.new_empty(*x.shape[:-1], self.get_buffer("codes").shape[1])
-        out = call(product, flat, dict(self.named_buffers()), form=form, chip=current(), mesh=current_mesh())
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+            return x.new_empty(*x.shape[:-1], self.outputs)
+        parts = dict(self.named_buffers())
+        if experts is not None:
+            more = 0 if is_array(flat) else bucket(len(flat)) - len(flat)
+            parts["experts"] = torch.cat([experts, experts[-1:].expand(more)]) if more else experts
+            flat = torch.nn.functional.pad(flat, (0, 0, 0, more))
+        out = call(product, flat, parts, fill=experts is None, form=form, chip=current(), mesh=current_mesh())[
+            : x.shape[:-1].numel(), : self.outputs
+        ]
+        return out.reshape(*x.shape[:-1], self.outputs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """torch moves modules by it. What comes to chips is spread over them at once."""

@@ -3,6 +3,8 @@ dense. Inputs are rounded to 8 bits there too, where they are.
 
 The grid runs over rows of x, rows of the weight (outputs) and blocks of its columns, the last fastest. x's rows are there whole: they are read once for all
 outputs, and rounded once. Of the weight every byte is read once for each block of x's rows, of which there is one up to 512 rows of ordinary layers.
+
+Of a mixture's experts, held as one, each block of x's rows is one expert's (qcore_tpu.kernels.experts), whose weight alone is read for it.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from qcore_tpu.chips import Chip
+from qcore_tpu.kernels.experts import blocks_of
+from qcore_tpu.kernels.experts import rows_of_block as rows_of_expert
 from qcore_tpu.kernels.form import Form, Rounding
 from qcore_tpu.kernels.inputs import stands_for
 from qcore_tpu.kernels.numbers import codes_of, divided, numbers_of, rounded_to, tuples_of
-from qcore_tpu.sharding import specs_of
+from qcore_tpu.sharding import BY_OUTPUT, specs_of
 
 _OUTPUTS = 512
 """Outputs of a block, at most."""
@@ -44,27 +48,42 @@ def product(x: jax.Array, parts: Mapping[str, jax.Array], form: Form, chip: Chip
     int32 [K], the columns of x in the weight's order. Where the chip's matrix unit does not multiply what inputs are rounded to, they are multiplied in bfloat16, which has
     all of these numbers.
 
+    Of experts, parts but for `table` and `grid` are stacked, [experts, ..], and `experts` int32 [M] says whose each row is, in ascending order.
+
     mesh: of several chips, each of which has some of the outputs (qcore_tpu.sharding). Pallas compiles it for TPUs; elsewhere it is interpreted.
     """
     given = dict(parts)
+    experts = given.pop("experts", None)
     if form.rounding is not None and form.rounding.before:
-        x = stands_for(x, form.rounding, given.pop("input_scale", None))
+        whole = given.pop("input_scale", None)
+        x = stands_for(x, form.rounding, whole if whole is None or experts is None else whole[experts, 0])
         form = replace(form, rounding=None)
     if "order" in given:
-        x = x[:, given.pop("order")]
+        order = given.pop("order")
+        x = x[:, order] if experts is None else jnp.take_along_axis(x, order[experts], 1)
     if form.tuples:  # the first columns of all tuples, then the second ones; of different groups one beside the other
         tuples = x.reshape(len(x), -1, form.block // form.group, form.group // 8, 8)
         x = tuples.transpose(0, 1, 4, 3, 2).reshape(x.shape)
-    columns = given["codes"].shape[0] * 8 // form.bits
+    columns = given["codes"].shape[-2] * 8 // form.bits
     x = jnp.pad(x, ((0, 0), (0, columns - x.shape[1]))) if columns > x.shape[1] else x
+    if experts is None:
+        return _over(x, given, form, chip, mesh)
+    count, (rows, itemsize) = len(given["codes"]), (len(x), x.dtype.itemsize)
+    size = rows_of_expert(rows, count, rows_of_block(_ROWS, columns, itemsize, form, chip))
+    blocks = blocks_of(experts, count, size)
+    given |= {"owner": blocks.owner, "used": blocks.used}
+    return _over(x[blocks.source], given, form, chip, mesh)[blocks.place]
+
+
+def _over(x: jax.Array, parts: dict[str, jax.Array], form: Form, chip: Chip, mesh: Any) -> jax.Array:
+    """On one chip, or each chip's outputs on it."""
     multiply = partial(_on_chip, form=form, chip=chip)
     if mesh is None:
-        return multiply(x, given)
-    specs = specs_of(given, mesh)
-    apart = jax.shard_map(
-        multiply, mesh=mesh, in_specs=(PartitionSpec(), specs), out_specs=specs["codes"], check_vma=False
-    )
-    found: jax.Array = apart(x, given)
+        return multiply(x, parts)
+    specs, nowhere = specs_of(parts, mesh), PartitionSpec()
+    out = PartitionSpec(None, *specs["codes"][-1:])
+    apart = jax.shard_map(multiply, mesh=mesh, in_specs=(nowhere, specs), out_specs=out, check_vma=False)
+    found: jax.Array = apart(x, parts)
     return found
 
 
@@ -108,23 +127,36 @@ def outputs_of_block(outputs: int) -> int:
 
 
 def _call(x: jax.Array, parts: dict[str, jax.Array], *, form: Form, chip: Chip, interpret: bool) -> jax.Array:
-    (rows, columns), outputs = x.shape, parts["codes"].shape[1]
-    bm, bn, bk = rows_of_block(rows, columns, x.dtype.itemsize, form, chip), outputs_of_block(outputs), form.block
+    (rows, columns), outputs, bk = x.shape, parts["codes"].shape[-1], form.block
+    blocks, stacked = parts.get("owner"), "owner" in parts
+    bm = rows_of_block(rows, columns, x.dtype.itemsize, form, chip) if blocks is None else rows // len(blocks)
+    bn = outputs_of_block(outputs)
     if form.tuples:
         bn = -(-bn // 128) * 128  # looked up by whole vectors
     grid = (pl.cdiv(rows, bm), pl.cdiv(outputs, bn), columns // bk)
+
+    def held(*shape: int | None, place: Callable[[Any, Any], tuple[Any, ...]]) -> Any:
+        """Part of an array, by outputs and columns; of experts that of the block's own. Blocks beyond those that are used stay at the last part, for which nothing is read."""
+        if not stacked:
+            return pl.BlockSpec(shape, lambda i, j, k: place(j, k))
+
+        def of_expert(i: Any, j: Any, k: Any, owner: Any, used: Any) -> tuple[Any, ...]:
+            is_used = i < used[0]
+            at = place(jnp.where(is_used, j, grid[1] - 1), jnp.where(is_used, k, grid[2] - 1))
+            return owner[i], *at
+
+        return pl.BlockSpec((None, *shape), of_expert)
+
+    groups = [name for name in ("scales", "zeros", "coarse", "coarse_zeros") if name in parts]
     specs: dict[str, Any] = {
-        "codes": pl.BlockSpec((form.byte_rows(bk), bn), lambda i, j, k: (k, j)),
-        **{
-            name: pl.BlockSpec((None, parts[name].shape[1], bn), lambda i, j, k: (k, 0, j))
-            for name in ("scales", "zeros", "coarse", "coarse_zeros")
-            if name in parts
-        },
-        "tail": pl.BlockSpec((1, bn), lambda i, j, k: (0, j)),
+        "codes": held(form.byte_rows(bk), bn, place=lambda j, k: (k, j)),
+        **{name: held(None, parts[name].shape[-2], bn, place=lambda j, k: (k, 0, j)) for name in groups},
+        "tail": held(1, bn, place=lambda j, k: (0, j)),
         "table": pl.BlockSpec(memory_space=pltpu.SMEM),
         "input_scale": pl.BlockSpec(memory_space=pltpu.SMEM),
-        "grid": pl.BlockSpec(parts["grid"].shape if "grid" in parts else None, lambda i, j, k: (0, 0)),
+        "grid": pl.BlockSpec(parts["grid"].shape if "grid" in parts else None, lambda i, *_: (0, 0)),
     }
+    first = [name for name in ("owner", "used") if name in parts]
     names = [name for name in specs if name in parts]
     scratch = {"sums": pltpu.VMEM((bm, bn), jnp.float32)}
     if form.rounding is not None:
@@ -135,30 +167,54 @@ def _call(x: jax.Array, parts: dict[str, jax.Array], *, form: Form, chip: Chip, 
         if form.rounding.dynamic:
             shape = (columns // bk, bm, bk // form.rounding.group) if form.rounding.group else (bm, 1)
             scratch["input_scales"] = pltpu.VMEM(shape, jnp.float32)
-    kernel = partial(_kernel, names=("x", *names, "out", *scratch), form=form, dot=partial(_dot, wide=interpret))
-    fetched = sum(_bytes(parts[name]) for name in names if name not in ("table", "input_scale"))
-    moved = _bytes(x) + grid[0] * fetched + rows * outputs * x.dtype.itemsize
+    kernel = partial(
+        _kernel, names=(*first, "x", *names, "out", *scratch), form=form, dot=partial(_dot, wide=interpret)
+    )
+    each = sum(_bytes(parts[name]) for name in names if name not in ("table", "input_scale"))
+    fetched = grid[0] * (each // len(parts["codes"]) if stacked else each)
+    moved = _bytes(x) + fetched + rows * outputs * x.dtype.itemsize
+    given = [parts[name] for name in names]
+    if (
+        stacked and not interpret
+    ):  # of which XLA would else fetch all into vector memory beforehand, those too that are not chosen
+        given = [
+            pltpu.with_memory_space_constraint(part, pltpu.HBM) if name in BY_OUTPUT else part
+            for name, part in zip(names, given, strict=True)
+        ]
     found: jax.Array = pl.pallas_call(
         kernel,
-        grid=grid,
-        in_specs=[pl.BlockSpec((bm, columns), lambda i, j, k: (i, 0)), *(specs[name] for name in names)],
-        out_specs=pl.BlockSpec((bm, bn), lambda i, j, k: (i, j)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(first),
+            grid=grid,
+            in_specs=[pl.BlockSpec((bm, columns), lambda i, *_: (i, 0)), *(specs[name] for name in names)],
+            out_specs=pl.BlockSpec((bm, bn), lambda i, j, *_: (i, j)),
+            scratch_shapes=list(scratch.values()),
+        ),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), x.dtype),
-        scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel" if form.rounding is None else "arbitrary", "arbitrary"),
             vmem_limit_bytes=memory_of(chip),
         ),
         cost_estimate=pl.CostEstimate(flops=2 * rows * columns * outputs, bytes_accessed=moved, transcendentals=0),
         interpret=interpret,
-    )(x, *(parts[name] for name in names))
+    )(*(parts[name] for name in first), x, *given)
     return found
 
 
 def _kernel(*refs: Any, names: tuple[str, ...], form: Form, dot: Callable[..., jax.Array]) -> None:
     """One step of the grid."""
     ref = dict(zip(names, refs, strict=True))
-    block, last = pl.program_id(2), pl.num_programs(2) - 1
+    rows, outputs, block = (pl.program_id(axis) for axis in range(3))
+    if "owner" not in ref:
+        _step(ref, form, dot, outputs, block)
+        return
+    if "input_scale" in ref:
+        ref["own_scale"] = ref["input_scale"][ref["owner"][rows], 0, 0]
+    pl.when(rows < ref["used"][0])(lambda: _step(ref, form, dot, outputs, block))
+
+
+def _step(ref: dict[str, Any], form: Form, dot: Callable[..., jax.Array], outputs: Any, block: Any) -> None:
+    """outputs, block: those of the grid."""
 
     def begin() -> None:
         ref["sums"][...] = jnp.zeros_like(ref["sums"])
@@ -177,13 +233,13 @@ def _kernel(*refs: Any, names: tuple[str, ...], form: Form, dot: Callable[..., j
         x = ref["x"][:, columns]
         ref["sums"][...] += dot(x, weight_of(ref, form).astype(x.dtype))
     else:
-        _round(ref, form.rounding, form.block, block)
+        _round(ref, form.rounding, form.block, outputs == 0, block)
         codes = _numbers(ref, form)
         if form.group:
             ref["sums"][...] += _dot_by_group(ref, form, codes, block, dot)
         else:
             ref["sums"][...] += dot(ref["rounded"][:, columns], codes)
-    pl.when(block == last)(finish)
+    pl.when(block == pl.num_programs(2) - 1)(finish)
 
 
 def _columns(x: Any, block: Any, size: int) -> Any:
@@ -230,9 +286,9 @@ def _numbers(ref: Mapping[str, Any], form: Form) -> jax.Array:
     return (codes - form.center).astype(unit) if unit == jnp.int8 else numbers_of(codes, form, None).astype(unit)
 
 
-def _round(ref: Mapping[str, Any], rounding: Rounding, size: int, block: Any) -> None:
+def _round(ref: Mapping[str, Any], rounding: Rounding, size: int, first: Any, block: Any) -> None:
     """Rounds x's columns of this block, while the first outputs are made."""
-    first, columns = pl.program_id(1) == 0, _columns(ref["x"], block, size)
+    columns = _columns(ref["x"], block, size)
 
     def look() -> None:
         def larger(place: jax.Array, found: jax.Array) -> jax.Array:
@@ -261,8 +317,10 @@ def _round(ref: Mapping[str, Any], rounding: Rounding, size: int, block: Any) ->
 
 def _row_scales(ref: Mapping[str, Any]) -> jax.Array:
     """float32 [M, 1], or one number where it is stored."""
-    found: jax.Array = ref["input_scales"][...] if "input_scales" in ref else ref["input_scale"][0, 0]
-    return found
+    if "input_scales" in ref:
+        found: jax.Array = ref["input_scales"][...]
+        return found
+    return ref["own_scale"] if "own_scale" in ref else ref["input_scale"][0, 0]
 
 
 def _scale(magnitude: jax.Array, rounding: Rounding) -> jax.Array:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qcore.platform import Target
-from qcore_tpu.ahead import compiled, prepare
+from qcore_tpu.ahead import compiled, footprint, prepare
 from qcore_tpu.chips import chip
 from qcore_tpu.kernels.form import Form
+from qcore_tpu.traffic import traffic
 
 ROWS = (1, 16, 512)
 """Of x: a token, some at a time, and a prompt."""
 OUTPUTS = COLUMNS = 4096
 """Of a layer of ordinary size."""
+EXPERTS = 8
+"""Layers of that size that are held as one, of which each may have rows."""
+_FEWEST = 16
+"""Rows of an expert's block, at least (qcore_tpu.kernels.experts)."""
 _FEW = 16
 """Rows up to which reading the weight takes the time."""
 _DENSE = 1 / 64
@@ -26,7 +32,7 @@ _MOVED = 1.15
 
 @dataclass(frozen=True)
 class ProductProgram:
-    """qcore_tpu.kernels.pallas.product for so many rows. dtype: of x. parts: as it takes them."""
+    """qcore_tpu.kernels.pallas.product for so many rows. dtype: of x. parts: as it takes them; those of experts are stacked."""
 
     name: str
     form: Form
@@ -36,27 +42,31 @@ class ProductProgram:
     parts: tuple[tuple[str, tuple[int, ...], str], ...]
 
     def footprint(self, target: Target) -> dict[str, int]:
-        """What libtpu says of the program."""
+        """What libtpu says of the program, and by its text its `traffic` (qcore_tpu.traffic), to which each of Pallas's arrays adds once."""
         prepare()
         from qcore_tpu.kernels.pallas import product
 
         parts = {name: (shape, kind) for name, shape, kind in self.parts}
         x = ((self.rows, self.columns), self.dtype)
-        return compiled(product, target, x, parts, form=self.form, chip=chip(target.architecture))
+        program = compiled(product, target, x, parts, form=self.form, chip=chip(target.architecture))
+        return {**footprint(program), "traffic": traffic(program.as_text())}
 
     def compile(self, target: Target) -> Mapping[str, int]:
         """The same. Raises ValueError where it holds the weight dense, or moves more bytes than it needs to. Where x is reordered or rounded before, by XLA, two copies
-        of it in float32 are allowed, and the bytes that this moves are not looked at."""
+        of it in float32 are allowed; rows that come to experts' blocks and back are written and read once more. There the traffic is looked at, for XLA's own count has what
+        stays within the core."""
         found = self.footprint(target)
-        outputs = next(shape for name, shape, _ in self.parts if name == "codes")[1]
-        dense, rounding = 2 * outputs * self.columns, self.form.rounding
+        *experts, _, outputs = next(shape for name, shape, _ in self.parts if name == "codes")
+        dense, rounding = 2 * outputs * self.columns * math.prod(experts), self.form.rounding
         ordered = any(name == "order" for name, _, _ in self.parts)
         remade = ordered or self.form.tuples > 0 or (rounding is not None and rounding.before)
         copies = 2 * max(self.rows, _LANES) * self.columns * 4 if remade else 0
-        temporary, moved, needed = (found[name] for name in ("temporary bytes", "bytes moved", "bytes needed"))
+        spread = 2 * _FEWEST * min(self.rows, *experts) * (self.columns + outputs) * 2 if experts else 0
+        temporary, needed = found["temporary bytes"], found["bytes needed"]
+        moved = found["traffic" if remade or experts else "bytes moved"]
         if temporary > _DENSE * dense + copies:
             raise ValueError(f"it has {temporary:,} temporary bytes; the weight is {dense:,} where it is dense")
-        if self.rows <= _FEW and not remade and moved > _MOVED * needed:
+        if self.rows <= _FEW and moved > _MOVED * needed + copies + spread:
             raise ValueError(f"it moves {moved:,} bytes; weight, x and result are {needed:,}")
         return found
 
@@ -64,12 +74,16 @@ class ProductProgram:
 def programs_of(
     form: Form, name: str, dtype: str, narrow: str = "float32", *, tail: bool = False, ordered: bool = False
 ) -> list[ProductProgram]:
-    """All that are tried for a scheme. form: of a weight of COLUMNS columns. narrow: the type of scales."""
+    """All that are tried for a scheme, the last for experts, if they can be held as one. form: of a weight of COLUMNS columns. narrow: the type of scales."""
     parts = tuple(_parts(form, OUTPUTS, COLUMNS, narrow, tail, ordered))
-    return [
-        ProductProgram(f"{name} {dtype}, {rows} x {COLUMNS} x {OUTPUTS}", form, rows, COLUMNS, dtype, parts)
-        for rows in ROWS
-    ]
+    size = f"x {COLUMNS} x {OUTPUTS}"
+    found = [ProductProgram(f"{name} {dtype}, {rows} {size}", form, rows, COLUMNS, dtype, parts) for rows in ROWS]
+    if form.rounding is None or form.rounding.outliers is None:
+        stacked = (part if part[0] in ("table", "grid") else (part[0], (EXPERTS, *part[1]), part[2]) for part in parts)
+        each = (*stacked, ("experts", (_FEW,), "int32"))
+        title = f"{name} {dtype}, {_FEW} {size} of {EXPERTS} experts"
+        found.append(ProductProgram(title, form, _FEW, COLUMNS, dtype, each))
+    return found
 
 
 def _parts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,31 +17,28 @@ if TYPE_CHECKING:
     from qcore.scheme import Scheme, TensorScheme
     from qcore.tensor import LayerTensors
 
-Layer = TypeVar("Layer", bound=PlanesLinear)
+
+class RoundedLinear(PlanesLinear):
+    """Before a family of weights: its form with how inputs are rounded, and the scale of static ones."""
+
+    @classmethod
+    def form_of(cls, scheme: Scheme, columns: int) -> Form:
+        return replace(super().form_of(scheme, columns), rounding=rounding_of(scheme.input))
+
+    @classmethod
+    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
+        made = super().from_layer(layer, dtype)
+        if layer.input_scale is not None:
+            made.input_scale = layer.input_scale.to(torch.float32).view(1, 1)
+        return made
 
 
-class RoundedIntegerLinear(IntegerLinear):
+class RoundedIntegerLinear(RoundedLinear, IntegerLinear):
     """Integers of 1 to 8 bits x int8, symmetric both: sums of a group, or of a row, are whole numbers."""
 
-    @classmethod
-    def form_of(cls, scheme: Scheme, columns: int) -> Form:
-        return replace(super().form_of(scheme, columns), rounding=rounding_of(scheme.input))
 
-    @classmethod
-    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
-        return _with_input(super().from_layer(layer, dtype), layer)
-
-
-class RoundedFloatLinear(FloatLinear):
+class RoundedFloatLinear(RoundedLinear, FloatLinear):
     """e4m3 x e4m3, with a scale for each row of both, or for groups of columns of both."""
-
-    @classmethod
-    def form_of(cls, scheme: Scheme, columns: int) -> Form:
-        return replace(super().form_of(scheme, columns), rounding=rounding_of(scheme.input))
-
-    @classmethod
-    def from_layer(cls, layer: LayerTensors, dtype: torch.dtype) -> Self:
-        return _with_input(super().from_layer(layer, dtype), layer)
 
 
 def rounding_of(scheme: TensorScheme | None) -> Rounding:
@@ -51,10 +48,3 @@ def rounding_of(scheme: TensorScheme | None) -> Rounding:
     grid, scale = scheme.granularity, scheme.scales[0].type
     assert isinstance(grid, PerToken | Group) or not scheme.dynamic, "one scale for all rows is stored"
     return Rounding(element, scheme.dynamic, grid.size if isinstance(grid, Group) else 0, scale, scheme.outliers)
-
-
-def _with_input(made: Layer, layer: LayerTensors) -> Layer:
-    """The layer with the scale of its static input."""
-    if layer.input_scale is not None:
-        made.input_scale = layer.input_scale.to(torch.float32).view(1, 1)
-    return made

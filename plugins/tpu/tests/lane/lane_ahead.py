@@ -15,7 +15,7 @@ from qcore.testing.cases import claimed, row_schemes
 from qcore_tpu.chips import chip
 from qcore_tpu.kernels.linear import IntegerLinear, PlanesLinear
 from qcore_tpu.kernels.pallas import product
-from qcore_tpu.kernels.program import COLUMNS, OUTPUTS, ProductProgram
+from qcore_tpu.kernels.program import COLUMNS, OUTPUTS, ROWS, ProductProgram
 from qcore_tpu.kernels.rounded import RoundedFloatLinear, RoundedIntegerLinear
 from qcore_tpu.plugin import qcore_kernels, qcore_platforms
 
@@ -31,7 +31,7 @@ def test_programs_compile_and_hold_nothing_dense(kernel: Kernel, scheme: Scheme,
     made = kernel.load()
     assert issubclass(made, PlanesLinear)
     for dtype in kernel.dtypes if target.architecture == "v4" else kernel.dtypes[:1]:  # v4 has the least memory
-        for program in made.programs(scheme, dtype, target):
+        for program in made.programs(scheme, dtype, target)[: len(ROWS)]:  # experts are lane_experts.py's
             found = program.compile(target)
             assert found["flops"] >= 2 * program.rows * COLUMNS * OUTPUTS
             assert found["temporary bytes"] == 0 and found["bytes of code"] > 0, program.name
@@ -45,7 +45,9 @@ def test_every_scheme_of_the_matrix_that_is_claimed_has_programs() -> None:
         schemes = claimed(kernel, row_schemes())
         made = kernel.load()
         assert schemes and issubclass(made, PlanesLinear)
-        assert all(len(made.programs(scheme, "bfloat16", target)) == 3 for scheme in schemes)
+        for scheme in schemes:
+            stacked = scheme.input is None or scheme.input.outliers is None
+            assert len(made.programs(scheme, "bfloat16", target)) == len(ROWS) + stacked
 
 
 def test_a_dense_weight_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
