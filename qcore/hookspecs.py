@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qcore.method import Method
     from qcore.platform import Device, Platform
 
-API_VERSION = (1, 4)
+API_VERSION = (1, 5)
 """Version of this contract."""
 
 hookspec = pluggy.HookspecMarker("qcore")
@@ -42,7 +42,7 @@ def qcore_platforms() -> Sequence[Platform]:  # type: ignore[empty-body]
 
 @hookspec
 def qcore_kernels() -> Sequence[Kernel]:  # type: ignore[empty-body]
-    """The kernels that this plugin brings, as rows."""
+    """The kernels that this plugin brings, as rows. `Kernel.experts` since 1.3, `Kernel.optional` since 1.5."""
 
 
 @hookspec

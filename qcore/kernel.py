@@ -76,6 +76,8 @@ class Kernel:
     them (qcore.testing.compiled).
     experts: it can hold a mixture's experts as one, so that one launch multiplies all their rows: the implementation is a
     qcore.kernels.stacking.StackableLinear. For experts it costs less than others.
+    optional: its packages are asked for even where its device is not here, so that it is not named there unless they are installed; for kernels that a
+    plugin does without, and that are taken only where they turn out to be quicker.
     sources: files beside Python's that decide what it computes, as patterns in the implementation's package (`native/*`).
     """
 
@@ -97,6 +99,7 @@ class Kernel:
     sources: tuple[str, ...] = ()
     compiles: bool = False
     experts: bool = False
+    optional: bool = False
 
     def runs_on(self, architecture: str) -> bool:
         """Whether it runs on this one of its platforms' architectures."""

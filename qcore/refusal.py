@@ -65,6 +65,7 @@ CODES: dict[str, str] = {
     "wrong-device": "The device lacks an instruction set or capability that the kernel needs.",
     "inexact": "The kernel would quantize activations, which was not allowed.",
     "not-chosen": "Another kernel was asked for by name.",
+    "not-quicker": "The kernel is taken only where it is quicker than others on this device, and it is not.",
     "missing-requirement": "A package that the kernel needs is absent or too old.",
     "no-kernel": "No registered kernel takes this layer on this platform.",
     "no-device": "No such device was found on this host.",

@@ -69,7 +69,7 @@ def select(
 ) -> Selection:
     """The cheapest kernel that takes the layer on the platform; experts one by one cost more than held as one.
 
-    device: the one it will run on, if it is known; without it a kernel that needs device features or packages is taken on trust.
+    device: the one it will run on, if it is known; without it a kernel that needs device features or packages is taken on trust, but for optional ones.
     """
     candidates = [
         Candidate(kernel, plugin, _refuse(kernel, request, platform, device))
@@ -121,7 +121,7 @@ def _refuse(kernel: Kernel, request: LayerRequest, platform: str, device: Device
     if request.exact and kernel.quantizes_input and request.scheme.input is None:
         return no("inexact", "usage", "it would round activations to 8 bits", "activations must stay exact",
                   "Allow it with --activations int8.")  # fmt: skip
-    if device is not None and (missing := missing_requirement(kernel.requires)):
+    if (device is not None or kernel.optional) and (missing := missing_requirement(kernel.requires)):
         return no("missing-requirement", "missing-dep", "a package that it needs is absent or too old", missing,
                   f"pip install '{missing.partition(', ')[0]}'")  # fmt: skip
     if request.kernel is not None and kernel.name != request.kernel:

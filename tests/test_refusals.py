@@ -101,6 +101,14 @@ def no_number() -> object:
     return element_parts(layer.weight)
 
 
+def slower() -> Refusal:
+    """Of the one kernel that has to be the quicker."""
+    from qcore_cuda.kernels.bitblas import slower
+    from qcore_cuda.race import Lap
+
+    return slower(kernel("k", "ampere"), "64 x 64", [Lap(1, 2e-5, 1e-5, 0.0)])
+
+
 STALE = "sha256:" + "0" * 64
 TRIGGERS: dict[str, Callable[[Path], object]] = {
     "remote-code": lambda folder: qcore.load_model(
@@ -120,6 +128,7 @@ TRIGGERS: dict[str, Callable[[Path], object]] = {
     "wrong-device": lambda folder: chosen(features=(frozenset({"wgmma"}),)),
     "inexact": lambda folder: chosen(quantizes_input=True),
     "not-chosen": lambda folder: chosen(replace(REQUEST, kernel="other")),
+    "not-quicker": lambda folder: slower(),
     "missing-requirement": lambda folder: chosen(requires=(("no-such-distribution", "1"),)),
     "no-kernel": lambda folder: select(REQUEST, "hopper", [], HOST).refusal,
     "no-device": lambda folder: find_device("abacus:0"),

@@ -41,6 +41,7 @@ class Packer:
         self.device, self.dtype, self.kernel, self.exact, self.own = device, dtype, kernel, exact, own
         self.kernels = registry().kernels
         self.trusted: set[tuple[str, Scheme]] = set()
+        self.said: set[Refusal] = set()
         self.stacks: dict[tuple[str, Scheme], bool] = {}
         self.selections: dict[LayerRequest, Selection] = {}
         names = sorted({known.name for known, _ in self.kernels if known.op == "linear"})
@@ -121,7 +122,9 @@ class Packer:
             packed = self._packed(chosen, layer, computed)
             if isinstance(packed, torch.nn.Module):
                 return chosen, packed, (rows, columns)
-            log.warning("%s", packed)
+            if packed not in self.said:  # what is so of a shape is so of all layers that have it
+                log.warning("%s", packed)
+                self.said.add(packed)
             kernels = [row for row in kernels if row[0] is not chosen]
 
     def _selected(self, request: LayerRequest, kernels: Sequence[tuple[Kernel, str]]) -> Selection:

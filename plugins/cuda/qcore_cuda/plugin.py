@@ -12,7 +12,7 @@ from qcore.platform import Device, Platform
 from qcore_cuda.columns import PLATFORMS
 from qcore_cuda.devices import examine
 
-QCORE_API = (1, 3)
+QCORE_API = (1, 5)
 
 _AMPERE_UP = ("ampere", "ada", "hopper", "blackwell")
 _BF16 = (frozenset({"bf16"}),)
@@ -62,6 +62,12 @@ def qcore_kernels() -> Sequence[Kernel]:
                     "inputs are rounded by one kernel before",
                features=(frozenset({"fp8", "cuda12.9"}),), requires=(("torch", "2.9"), ("triton", "3.6")), multiples=(128, 128), experts=True),
         *_int8(),
+        Kernel("bitblas_int", "bitblas", "linear", ("volta", "turing", "ampere", "ada"),
+               Accepts(("int2", "int4", "uint2", "uint4"), ("g32", "g64", "g128", "g256", "g512", "g1024", "channel", "tensor"), (None, "stored")),
+               ("float16",), cost=0.29, implementation="qcore_cuda.kernels.bitblas:BitblasLinear",
+               note="the package bitblas's own product, where it is installed: timed beside the kernel that comes next when the first layer of a shape is made, "
+                    "and taken where it is the quicker",
+               features=(frozenset({"fp16_tensor_core"}),), requires=(*_TORCH, ("bitblas", "0.1")), multiples=(128, 128), optional=True),
         *_marlin("marlin", "Marlin", _AMPERE_UP, ("bfloat16", "float16"), _BF16),
         *_marlin("marlin_fp16", "SmallMarlin", ("turing",), ("float16",), ()),
         *triton_kernels("triton", _AMPERE_UP, ("bfloat16", "float16"), features=_BF16, requires=_TRITON),
