@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,18 @@ def written(folder: Path, kind: str, form: str) -> Path:
     return mixture.write(folder, quantized(mixture, make), config)
 
 
+@pytest.fixture
+def torch_alone() -> Iterator[None]:
+    """Without torchax, which once it is ready takes copies of a CPU's tensors for its own to make."""
+    torchax: Any = sys.modules.get("torchax")
+    if torchax is not None:
+        torchax.disable_globally()
+    yield
+    if torchax is not None:
+        torchax.enable_globally()
+
+
+@pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize(
     ("kind", "form"), [("mixtral", "gptq"), ("qwen3_moe", "compressed-tensors"), ("deepseek_v3", "gptq")]
 )
