@@ -121,8 +121,8 @@ class Registry:
         """The devices of this host, as every plugin sees them; the plugins look at the same time."""
         return [device for found in self._ask(self._hooks.devices).values() for device in found]
 
-    def stand_ins(self, plugin: str) -> list[Device]:
-        """What plays this plugin's hardware. Raises HookFault where the plugin fails."""
+    def stand_ins(self, plugin: str) -> list[Device] | None:
+        """What plays this plugin's hardware here; None where nothing ever does. Raises HookFault where the plugin fails."""
         return self._hooks.stand_ins(plugin)
 
     def reports(self) -> dict[str, dict[str, str]]:

@@ -82,7 +82,10 @@ class Hooks:
         """Begins to look for the plugin's devices; the function that is returned waits for them."""
         return self._timed(plugin, "qcore_devices", lambda: self._rows(plugin, "qcore_devices", Device))
 
-    def stand_ins(self, plugin: str) -> list[Device]:
+    def stand_ins(self, plugin: str) -> list[Device] | None:
+        """None where the plugin does not implement the hook."""
+        if all(found.plugin_name != plugin for found in self._manager.hook.qcore_stand_ins.get_hookimpls()):
+            return None
         return self._rows(plugin, "qcore_stand_ins", Device)
 
     def report(self, plugin: str) -> Callable[[], dict[str, str]]:

@@ -172,13 +172,14 @@ def _stand_ins(plugins: Registry, plugin: str | None) -> list[Device]:
     except HookFault as fault:
         raise Refused(Refusal("plugin-broken", "missing-dep", f"plugin {plugin}", fault.reason, fault.fact,
                               "Leave --simulate out where the hardware is there.")) from fault  # fmt: skip
-    if not devices:
+    if devices is not None and not devices:
         from qcore.select import missing_requirement
 
         asked = next(known for known in plugins.plugins if known.name == plugin)
-        for absent in filter(None, (missing_requirement(kernel.requires) for kernel in asked.kernels)):
+        if absent := next(filter(None, (missing_requirement(kernel.requires) for kernel in asked.kernels)), ""):
             raise Refused(Refusal("missing-package", "missing-dep", "--simulate", "what stands in for the hardware needs packages that are not installed",
                                   absent, f"pip install {_brings(asked, absent)}"))  # fmt: skip
+    if not devices:
         raise Refused(Refusal("no-device", "notimpl", f"plugin {plugin}", "it has nothing to stand in for its hardware",
                               fix="Run it on a machine with such a device, without --simulate."))  # fmt: skip
     return devices
