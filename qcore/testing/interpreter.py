@@ -49,7 +49,7 @@ class _Patched:
 
     def __call__(self, function: Any) -> _Patched:
         used = {id(found) for found in function.__globals__.values() if found is tl or found is tl.core}
-        if not used <= self.scopes.keys():
+        if not used or not used <= self.scopes.keys():
             scope = _patch(function)
             self.scopes |= dict.fromkeys(used, scope)
         return self
