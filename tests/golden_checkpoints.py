@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +21,11 @@ def goldens() -> list[Path]:
     }
     assert found, "no golden checkpoints"
     return list(found.values())
+
+
+def bound_of(path: Path, bounds: Mapping[str, float], usual: float) -> float:
+    """The first of the bounds whose name the checkpoint's begins with; else the usual one."""
+    return next((bound for start, bound in bounds.items() if path.name.startswith(start)), usual)
 
 
 def divergence(got: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import qcore
-from golden_checkpoints import divergence
+from golden_checkpoints import bound_of, divergence
 from qcore.model.load import kernel_counts
 from qcore.platform import Device
 
@@ -38,5 +38,4 @@ def logits_agree(path: Path, device: Device) -> None:
         if path.name.startswith("modelopt")
         else expected.get("logits_dequant_fp32", expected["logits"])
     )
-    bound = next((bound for start, bound in BOUNDS.items() if path.name.startswith(start)), 1e-5)
-    assert divergence(got, tool) < bound
+    assert divergence(got, tool) < bound_of(path, BOUNDS, 1e-5)

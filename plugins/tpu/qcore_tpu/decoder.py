@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.nn.functional import pad
 
 from qcore.model.kv_cache import QuantizedKvCache, RoundedStaticLayer, kv_roundings_of
 from qcore.refusal import Refusal, Refused
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qcore.kernels.kv_cache import KvRounding
+    from qcore.model.kv_cache import KvRoundings
     from qcore.platform import Target
 
+_NAME = "tpu_decoder"
 _FEWEST = 16
 """Tokens that a prompt is filled up to at least; a single one is taken as it is."""
 _ROOM = 256
@@ -52,10 +55,10 @@ class CompiledDecoder:
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> CompiledDecoder:
         """Raises Refused (unknown-variant) as `keeps_all` does, and where another kernel rounds keys and values."""
-        keeps_all(model)
+        keeps_all(model, _NAME)
         found = kv_roundings_of(model)
         if found is not None and not isinstance(found.default[0], KvCache):
-            raise unknown(f"a kv cache in {found.scheme}, which another kernel rounds")
+            raise unknown(_NAME, f"a kv cache in {found.scheme}, which another kernel rounds")
         return cls(model, current_mesh())
 
     @property
@@ -80,12 +83,10 @@ class CompiledDecoder:
         import jax.numpy as jnp
         from torchax.ops.mappings import t2j_dtype
 
-        config = self.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, size = heads_of(self.config)
         place = None if self.mesh is None else heads_placement(heads, self.mesh)
         if self.roundings is None:
-            rows = [(size, t2j_dtype(self.model.dtype))] * (2 * config.num_hidden_layers)
+            rows = [(size, t2j_dtype(self.model.dtype))] * (2 * self.config.num_hidden_layers)
         else:
             rows = [(size + 4 * (rounding.scale is None), jnp.uint8) for rounding in self._roundings()]
         return [jnp.zeros((1, heads, tokens, width), kind, device=place) for width, kind in rows]
@@ -111,6 +112,18 @@ class CompiledDecoder:
             logits, states = self._step(self.weights, states, *given, whole=self._whole)
         last = logits[0, max(0, len(tokens) - keep) : len(tokens)]
         return torch.from_numpy(np.array(last, np.float32)), states
+
+    def to_torch(self, states: list[Any]) -> list[torch.Tensor]:
+        from torchax.interop import torch_view
+
+        found: list[torch.Tensor] = torch_view(states)
+        return found
+
+    def from_torch(self, states: list[torch.Tensor]) -> list[Any]:
+        from torchax.interop import jax_view
+
+        found: list[Any] = jax_view(states)
+        return found
 
     def compile(self, target: Target, count: int, room: int = _ROOM, topology: str = "") -> dict[str, int]:
         """What libtpu says of the step of so many tokens (qcore_tpu.ahead): on one chip or, by their parts, on each of all chips of a topology."""
@@ -169,10 +182,26 @@ class CompiledDecoder:
         return jax_view(out.logits), jax_view([part for layer in cache.layers for part in (layer.keys, layer.values)])
 
 
+class StepDecoder(Protocol):
+    """A decoder whose texts have keys and values with room from the beginning, of each layer keys and values [1, heads, tokens, ..] in a list."""
+
+    model: PreTrainedModel
+    config: Any
+    roundings: KvRoundings | None
+
+    def room(self, tokens: int) -> list[Any]: ...
+
+    def step(self, states: list[Any], start: int, tokens: list[int], keep: int) -> tuple[torch.Tensor, list[Any]]: ...
+
+    def to_torch(self, states: list[Any]) -> list[torch.Tensor]: ...
+
+    def from_torch(self, states: list[torch.Tensor]) -> list[Any]: ...
+
+
 class CompiledSteps:
     """Texts under way, each with keys and values of its own, of which `lengths` are there."""
 
-    def __init__(self, decoder: CompiledDecoder, texts: int = 1) -> None:
+    def __init__(self, decoder: StepDecoder, texts: int = 1) -> None:
         self.decoder, self.lengths = decoder, [0] * texts
         self._states = [decoder.room(_ROOM) for _ in range(texts)]
 
@@ -189,51 +218,51 @@ class CompiledSteps:
         self.lengths = [length - count for length in self.lengths]
 
     def to_cache(self, length: int = 0) -> Any:
-        import jax.numpy as jnp
-        from torchax.interop import torch_view
         from transformers import DynamicCache
 
         longest = max(length, *self.lengths)
         roundings, config = self.decoder.roundings, self.decoder.model.config
         cache = DynamicCache(config=config) if roundings is None else QuantizedKvCache(config, roundings)
-        for number in range(self.decoder.config.num_hidden_layers if longest else 0):
-            sides = []
-            for side in (0, 1):
-                own = [
-                    states[2 * number + side][:, :, :some]
-                    for states, some in zip(self._states, self.lengths, strict=True)
+        each = [self.decoder.to_torch(states) for states in self._states] if longest else []
+        for place, sides in enumerate(zip(*each, strict=True)):
+            joined = torch.cat(
+                [
+                    pad(states[:, :, :some], (0, 0, longest - some, 0))
+                    for states, some in zip(sides, self.lengths, strict=True)
                 ]
-                sides.append(
-                    jnp.concatenate(
-                        [jnp.pad(one, ((0, 0), (0, 0), (longest - one.shape[2], 0), (0, 0))) for one in own]
-                    )
-                )
-            given = torch_view(sides)
-            if roundings is None:
-                cache.update(*given, number)
+            )
+            if place % 2 == 0:
+                keys = joined
+            elif roundings is None:
+                cache.update(keys, joined, place // 2)
             else:
-                cache.layers[number].restore(*given)
+                cache.layers[place // 2].restore(keys, joined)
         return cache
 
     def _enough(self, states: list[Any], tokens: int) -> list[Any]:
         """Keys and values with room for so many tokens."""
-        import jax.numpy as jnp
-
         room = states[0].shape[2]
         if tokens <= room:
             return states
         more = (1 << (tokens - 1).bit_length()) - room
-        return [jnp.pad(part, ((0, 0), (0, 0), (0, more), (0, 0))) for part in states]
+        return self.decoder.from_torch([pad(part, (0, 0, 0, more)) for part in self.decoder.to_torch(states)])
 
 
-def keeps_all(model: PreTrainedModel) -> None:
-    """Raises Refused (unknown-variant) where the model keeps something else than all keys and values."""
+def heads_of(config: Any) -> tuple[int, int]:
+    """How many heads keys and values have, and their size."""
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return heads, size
+
+
+def keeps_all(model: PreTrainedModel, decoder: str) -> None:
+    """Raises Refused (unknown-variant), in the decoder's name, where the model keeps something else than all keys and values."""
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
 
     for layer in StaticCache(config=model.config, max_cache_len=_ROOM).layers:
         if type(layer) is not StaticLayer:
-            raise unknown(f"a cache with a {type(layer).__name__}")
+            raise unknown(decoder, f"a cache with a {type(layer).__name__}")
 
 
 def bucket(count: int) -> int:
@@ -241,8 +270,8 @@ def bucket(count: int) -> int:
     return count if count <= 1 else max(_FEWEST, 1 << (count - 1).bit_length())
 
 
-def unknown(what: str) -> Refused:
+def unknown(decoder: str, what: str) -> Refused:
     return Refused(
-        Refusal("unknown-variant", "notimpl", "tpu_decoder", "it does not know a part of this model", f"found {what}",
+        Refusal("unknown-variant", "notimpl", decoder, "it does not know a part of this model", f"found {what}",
                 "The model's layers are run one operator after the other, more slowly.")
     )  # fmt: skip

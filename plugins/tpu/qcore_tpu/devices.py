@@ -41,12 +41,9 @@ def devices(host: Host | None = None) -> list[Device]:
     if not found or unusable(looked_at):
         return []
     listed = looked_at.environment.get("TPU_VISIBLE_CHIPS", looked_at.environment.get("TPU_VISIBLE_DEVICES"))
-    own, way = [found[chip] for chip in visible(len(found), listed)], route(looked_at)
-    each = [
-        _device(f"tpu:{place}", generation, _features(looked_at, generation), f"xla:{place}")
-        for place, generation in enumerate(own)
-    ]
-    return each if len(own) < 2 or way != "torchax" else [*each, _all(each)]
+    own, ways = [found[chip] for chip in visible(len(found), listed)], _ways(looked_at)
+    each = [_device(f"tpu:{place}", generation, ways, f"xla:{place}") for place, generation in enumerate(own)]
+    return each if len(own) < 2 or "torchax" not in ways else [*each, _all(each)]
 
 
 def report(host: Host | None = None) -> dict[str, str]:
@@ -93,10 +90,10 @@ def unusable(host: Host) -> tuple[str, str] | None:
 def stand_ins(host: Host | None = None) -> list[Device]:
     """A CPU on which Pallas's programs are interpreted, where jax is installed: by jax itself, or in torch-xla's graphs."""
     looked_at = host or Host()
-    way = route(looked_at)
-    if not way or not looked_at.has_module("jax"):
+    ways = _ways(looked_at)
+    if not ways & {"torchax", "jax"}:
         return []
-    lazy = way == "torch_xla"
+    lazy = "torch_xla" in ways
     return [
         Device(
             id="tpu:stand-in",
@@ -104,7 +101,7 @@ def stand_ins(host: Host | None = None) -> list[Device]:
             name="Pallas's programs interpreted on a CPU",
             torch_device="xla" if lazy else "cpu",
             architecture=STAND_IN,
-            features=_features(looked_at, STAND_IN),
+            features=_FEATURES[STAND_IN] | ways,
             fast_dtype="bfloat16",
             simulated=True,
             ready="qcore_tpu.lazy:start_on_cpu" if lazy else "qcore_tpu.ahead:prepare",
@@ -112,22 +109,21 @@ def stand_ins(host: Host | None = None) -> list[Device]:
     ]
 
 
-def _features(host: Host, generation: str) -> frozenset[str]:
-    """What the chip's matrix unit multiplies, and the way to it."""
+def _ways(host: Host) -> frozenset[str]:
+    """The way to the chips as a device's features: its name and, where kernels need jax beside it, whether that is there."""
     way = route(host)
-    ways = {way, "jax"} if way == "torch_xla" and host.has_module("jax") else {way}
-    return _FEATURES.get(generation, frozenset()) | ways
+    return frozenset({way, "jax"} if way == "torch_xla" and host.has_module("jax") else {way} - {""})
 
 
-def _device(name: str, generation: str, features: frozenset[str], place: str) -> Device:
-    lazy = "torch_xla" in features
+def _device(name: str, generation: str, ways: frozenset[str], place: str) -> Device:
+    lazy = "torch_xla" in ways
     return Device(
         id=name,
         platform="tpu",
         name=f"TPU {generation}",
         torch_device=place if lazy else "jax",
         architecture=generation,
-        features=features,
+        features=_FEATURES.get(generation, frozenset()) | ways,
         fast_dtype="bfloat16",
         facts={"route": "torch_xla" if lazy else "torchax"},
         ready="qcore_tpu.lazy:start" if lazy else "qcore_tpu.sharding:on_one",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -13,8 +11,6 @@ import torch
 from qcore_tpu import chips
 
 _Typed = tuple[tuple[int, ...], str]
-
-_platform: ContextVar[str] = ContextVar("platform", default="")
 
 
 @cache
@@ -48,21 +44,11 @@ def call(
     """function(x, parts, **static), a function of jax's, of tensors on `xla`. static: what can be hashed."""
     from torch_xla.core.xla_model import xla_device_hw
 
-    platform = _platform.get() or ("tpu" if xla_device_hw(x.device) == "TPU" else "cpu")
+    platform = "tpu" if xla_device_hw(x.device) == "TPU" else "cpu"
     typed = tuple((name, _typed(part)) for name, part in parts.items())
     node = _node(function, _typed(x), typed, tuple(static.items()), platform)
     made: torch.Tensor = node([x, *parts.values()])[0]
     return made
-
-
-@contextmanager
-def lowered_for(platform: str) -> Iterator[None]:
-    """Functions that are called meanwhile are lowered for jax's `tpu` or `cpu`, whatever the host has. What is made for TPUs so can be compiled, and not be run."""
-    before = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(before)
 
 
 @cache

@@ -13,18 +13,24 @@ from qcore.model.decode import last_only
 from qcore.model.kv_cache import kv_cache_of
 from qcore.model.trial import by_layers
 from qcore.refusal import Refusal, Refused
-from qcore_tpu.decoder import CompiledSteps, bucket, keeps_all, unknown
+from qcore_tpu.decoder import CompiledSteps, bucket, heads_of, keeps_all, unknown
 from qcore_tpu.kernels.linear import PlanesLinear, whole_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qcore.model.kv_cache import KvRoundings
+
+_NAME = "tpu_lazy_decoder"
+
 
 class LazyDecoder:
-    """A qcore.decoder.TokenDecoder."""
+    """A qcore.decoder.TokenDecoder, of which texts are CompiledSteps."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.config = model, model.config.get_text_config(decoder=True)
+        self.model = model
+        self.roundings: KvRoundings | None = None
+        self.config: Any = model.config.get_text_config(decoder=True)
         self._last_only = bool(last_only(model))
 
     @classmethod
@@ -35,15 +41,15 @@ class LazyDecoder:
 
         own = any(isinstance(module, PlanesLinear) for module in model.modules())
         if not own and xla_device_hw(model.device) != "TPU":
-            raise Refused(Refusal("unknown-variant", "notimpl", "tpu_lazy_decoder", "the model is on no TPU", f"found {xla_device_hw(model.device)}",
+            raise Refused(Refusal("unknown-variant", "notimpl", _NAME, "the model is on no TPU", f"found {xla_device_hw(model.device)}",
                                   "The model's layers are run one operator after the other."))  # fmt: skip
-        keeps_all(model)
+        keeps_all(model, _NAME)
         if rounded := kv_cache_of(model):
-            raise unknown(f"a kv cache in {rounded}")
+            raise unknown(_NAME, f"a kv cache in {rounded}")
         return cls(model)
 
-    def begin(self, texts: int = 1) -> LazySteps:
-        return LazySteps(self, texts)
+    def begin(self, texts: int = 1) -> CompiledSteps:
+        return CompiledSteps(self, texts)
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -52,11 +58,15 @@ class LazyDecoder:
 
     def room(self, tokens: int) -> list[torch.Tensor]:
         """Of each layer keys and values [1, heads, tokens, head_dim] of nothing."""
-        config = self.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, size = heads_of(self.config)
         kind: dict[str, Any] = {"dtype": self.model.dtype, "device": self.model.device}
-        return [torch.zeros(1, heads, tokens, size, **kind) for _ in range(2 * config.num_hidden_layers)]
+        return [torch.zeros(1, heads, tokens, size, **kind) for _ in range(2 * self.config.num_hidden_layers)]
+
+    def to_torch(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
+        return states
+
+    def from_torch(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
+        return states
 
     def step(
         self, states: list[torch.Tensor], start: int, tokens: list[int], keep: int
@@ -94,36 +104,3 @@ class LazyDecoder:
         with by_layers(), torch.no_grad():
             out: Any = self.model(**given, past_key_values=cache, use_cache=True)
         return out.logits[0], [part for layer in cache.layers for part in (layer.keys, layer.values)]
-
-
-class LazySteps(CompiledSteps):
-    """Texts under way."""
-
-    decoder: LazyDecoder  # type: ignore[assignment]
-
-    def __init__(self, decoder: LazyDecoder, texts: int = 1) -> None:
-        super().__init__(decoder, texts)  # type: ignore[arg-type]
-
-    def to_cache(self, length: int = 0) -> Any:
-        from transformers import DynamicCache
-
-        longest = max(length, *self.lengths)
-        cache = DynamicCache(config=self.decoder.model.config)
-        for number in range(self.decoder.config.num_hidden_layers if longest else 0):
-            sides = (
-                [
-                    torch.nn.functional.pad(states[2 * number + side][:, :, :some], (0, 0, longest - some, 0))
-                    for states, some in zip(self._states, self.lengths, strict=True)
-                ]
-                for side in (0, 1)
-            )
-            keys, values = map(torch.cat, sides)
-            cache.update(keys, values, number)
-        return cache
-
-    def _enough(self, states: list[torch.Tensor], tokens: int) -> list[torch.Tensor]:
-        room = states[0].shape[2]
-        if tokens <= room:
-            return states
-        more = (1 << (tokens - 1).bit_length()) - room
-        return [torch.nn.functional.pad(part, (0, 0, 0, more)) for part in states]

@@ -61,7 +61,7 @@ def qcore_platforms() -> Sequence[Platform]:
 def qcore_kernels() -> Sequence[Kernel]:
     def tpu(name: str, family: str, op: Op, accepts: Accepts, cost: float, implementation: str, note: str) -> Kernel:
         return Kernel(f"tpu_{name}", family, op, ("tpu",), accepts, ("bfloat16", "float32"), cost, f"qcore_tpu.kernels.{implementation}", note,
-                      features=(frozenset({"torchax"}), frozenset({"torch_xla", "jax"})), requires=(("torch", "2.8"), ("jax", "0.7.1"), ("torchax|torch-xla", "0.0.13")), ragged=name != "codebooks",
+                      features=(frozenset({"torchax"}), frozenset({"torch_xla", "jax"})), requires=(("torch", "2.8"), ("jax|torch-xla", "0.10"), ("jax", "0.7.1"), ("torchax|torch-xla", "0.0.13")), ragged=name != "codebooks",
                       architectures=tuple(chip.architecture for chip in CHIPS), compiles=True, experts=op == "linear")  # fmt: skip
 
     return [

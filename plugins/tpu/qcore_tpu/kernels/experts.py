@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-_FEWEST = 16
-"""Rows of a block, at least: what a bfloat16 vector register holds."""
+from qcore_tpu.kernels.form import FEWEST
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Blocks:
 
 def rows_of_block(rows: int, count: int, most: int) -> int:
     """About as many as an expert has of so many rows, but no more than `most`."""
-    return min(most, max(_FEWEST, 1 << (-(-rows // count) - 1).bit_length()))
+    return min(most, max(FEWEST, 1 << (-(-rows // count) - 1).bit_length()))
 
 
 def blocks_of(experts: jax.Array, count: int, size: int) -> Blocks:

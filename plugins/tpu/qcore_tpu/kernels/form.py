@@ -14,6 +14,8 @@ _ROWS = 32
 """Rows of bytes that a TPU's vector registers hold together: planes are whole multiples."""
 LANES = 128
 """Numbers of a TPU's vector: what the length of x is cut at multiples of."""
+FEWEST = 16
+"""Rows of a block of an expert's, at least: what a bfloat16 vector register holds."""
 _LONGEST = 1024
 """Columns of a block, at most, unless a group is longer."""
 

@@ -27,11 +27,13 @@ class KvCache(KvRounding):
     def encode(self, states: torch.Tensor) -> torch.Tensor:
         from qcore_tpu.kernels.states import encode
 
+        self._follow(states.device)
         return call(encode, states, dict(self.named_buffers()), fill=False, element=self._element())
 
     def decode(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         from qcore_tpu.kernels.states import decode
 
+        self._follow(rows.device)
         name = str(dtype).removeprefix("torch.")
         return call(decode, rows, dict(self.named_buffers()), fill=False, element=self._element(), dtype=name)
 

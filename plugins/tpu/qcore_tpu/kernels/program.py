@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qcore.platform import Target
 from qcore_tpu.ahead import compiled, footprint, prepare
 from qcore_tpu.chips import chip
-from qcore_tpu.kernels.form import Form
+from qcore_tpu.kernels.form import FEWEST, Form
 from qcore_tpu.traffic import traffic
 
 ROWS = (1, 16, 512)
@@ -18,8 +18,6 @@ OUTPUTS = COLUMNS = 4096
 """Of a layer of ordinary size."""
 EXPERTS = 8
 """Layers of that size that are held as one, of which each may have rows."""
-_FEWEST = 16
-"""Rows of an expert's block, at least (qcore_tpu.kernels.experts)."""
 _FEW = 16
 """Rows up to which reading the weight takes the time."""
 _DENSE = 1 / 64
@@ -61,7 +59,7 @@ class ProductProgram:
         ordered = any(name == "order" for name, _, _ in self.parts)
         remade = ordered or self.form.tuples > 0 or (rounding is not None and rounding.before)
         copies = 2 * max(self.rows, _LANES) * self.columns * 4 if remade else 0
-        spread = 2 * _FEWEST * min(self.rows, *experts) * (self.columns + outputs) * 2 if experts else 0
+        spread = 2 * FEWEST * min(self.rows, *experts) * (self.columns + outputs) * 2 if experts else 0
         temporary, needed = found["temporary bytes"], found["bytes needed"]
         moved = found["traffic" if remade or experts else "bytes moved"]
         if temporary > _DENSE * dense + copies:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import Mesh
-from lane_models import JAX, REFERENCE, STAND_IN
+from tpu_models import JAX, REFERENCE, STAND_IN
 
 import qcore
 from golden_checkpoints import divergence

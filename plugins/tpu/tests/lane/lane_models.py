@@ -2,70 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.numpy import load_file  # torch's own storages are none of torchax's
+from tpu_models import GOLDEN, JAX, PROMPT, REFERENCE, check_logits, check_tokens, load
 
 import qcore
-from golden_checkpoints import divergence, goldens
+from golden_checkpoints import goldens
 from qcore.model.generate import Stepper
-from qcore.model.load import kernel_counts
-from qcore.platform import Device
 from qcore_tpu.decoder import CompiledDecoder, CompiledSteps, bucket
-from qcore_tpu.plugin import qcore_platforms, qcore_stand_ins
-
-GOLDEN = Path(__file__).parents[4] / "tests" / "golden"
-PROMPT = list(range(5, 16))
-BOUND = 1e-6
-BOUNDS = {"llmcompressor-w8a8": 1e-4, "llmcompressor-fp8": 1e-4, "bitsandbytes-int8": 1e-4}
-"""The largest Kullback-Leibler divergence from the reference's logits in float32, by how a name begins: where inputs are rounded, a last bit decides which way."""
-
-(STAND_IN,) = qcore_stand_ins()
-REFERENCE = replace(STAND_IN, id="reference", architecture="v2")
-"""Where none of the plugin's kernels run."""
-JAX = replace(STAND_IN, id="jax", torch_device="jax", ready="qcore_tpu.sharding:on_one")
-
-
-def load(path: Path, device: Device) -> torch.nn.Module:
-    return qcore.load_model(next(iter(path.glob("*.gguf")), path), device=device, dtype=torch.float32)
+from qcore_tpu.plugin import qcore_platforms
 
 
 @pytest.mark.parametrize("path", goldens(), ids=lambda path: path.name)
 def test_logits_of_golden_checkpoints(path: Path) -> None:
-    tokens, found = torch.tensor(load_file(path / "expected.safetensors")["input_ids"].tolist()), []
-    for device in (STAND_IN, REFERENCE):
-        model = load(path, device)
-        if device is STAND_IN:
-            linears = {name for name in kernel_counts(model) if name != "reference_embedding"}
-            assert all(name.startswith("tpu_") for name in linears), linears
-            assert linears or not any(qcore.open_checkpoint(path).plan.values())
-        with torch.no_grad():
-            found.append(model(tokens).logits)
-    bound = next((most for start, most in BOUNDS.items() if path.name.startswith(start)), BOUND)
-    assert divergence(*found) < bound
+    check_logits(path)
 
 
 @pytest.mark.parametrize("name", ["gptqmodel-gptq-4bit-sym", "llmcompressor-w8a8-int8-dynamic"])
 def test_a_model_over_torchax_gives_the_same_tokens_and_compiles_nothing_more(name: str) -> None:
-    """The decoder is held against the layers before it is trusted (qcore.model.trial)."""
-    reference = load(GOLDEN / name, REFERENCE)
-    with torch.no_grad():
-        expected = reference.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False)[0].tolist()  # type: ignore[operator]
-    steps = Stepper(load(GOLDEN / name, JAX))  # type: ignore[arg-type]
-    found = steps.prompt(PROMPT)
-    assert steps.decoder == "tpu_decoder"
-    text = [*PROMPT, int(found.argmax())]
-    found = steps.step(text[-1])
-    assert isinstance(steps.steps, CompiledSteps)
-    decoder = steps.steps.decoder
-    warm = decoder.programs
-    while len(text) < len(expected):
-        text.append(int(found.argmax()))
-        found = steps.step(text[-1])
-    assert decoder.programs == warm and text == expected
+    check_tokens(name, JAX, "tpu_decoder", lambda steps: steps.decoder.programs)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kv_cache", ["fp8", "int8", "file"])

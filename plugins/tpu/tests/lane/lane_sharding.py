@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import Mesh
-from lane_models import GOLDEN, JAX, PROMPT, REFERENCE, load
+from tpu_models import GOLDEN, JAX, PROMPT, REFERENCE, load
 
 from qcore.model.generate import Stepper
 from qcore.platform import Target

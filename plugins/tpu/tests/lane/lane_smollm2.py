@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lane_models import JAX, REFERENCE
+from tpu_models import JAX, REFERENCE
 
 import qcore
 from qcore.model.generate import Stepper
