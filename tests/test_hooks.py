@@ -48,7 +48,7 @@ def asked(hook: str, answer: Callable[[], Any] | None) -> Any:
         ("qcore_decoders", [DECODER], [DECODER], []),
         ("qcore_evidence", Path("evidence.json"), Path("evidence.json"), None),
         ("qcore_devices", [DEVICE], [DEVICE], []),
-        ("qcore_stand_ins", [DEVICE], [DEVICE], []),
+        ("qcore_stand_ins", [DEVICE], [DEVICE], None),
         ("qcore_report", {"driver": 7}, {"driver": "7"}, {}),
     ],
 )
