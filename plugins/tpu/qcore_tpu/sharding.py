@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 AXIS = "chips"
 """The one axis of a mesh."""
+
+LARGE = 1 << 20
+"""Bytes of a matrix that is parted as it comes to chips; others come to the first one, and go on as they are needed."""
 
 BY_OUTPUT = frozenset({"codes", "scales", "zeros", "coarse", "coarse_zeros", "tail"})
 """Parts of a product (qcore_tpu.kernels.pallas) whose last dimension is the weight's outputs."""
@@ -30,6 +34,7 @@ def on_all() -> None:
     import numpy as np
     from jax.sharding import Mesh
 
+    _spread_as_they_come()
     _host[:] = [Mesh(np.array(jax.devices()), (AXIS,))]
 
 
@@ -68,6 +73,34 @@ def mesh_of(topology: str) -> Any:
     return Mesh(np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices), (AXIS,))
 
 
+@cache
+def _spread_as_they_come() -> None:
+    """From now on large matrices that become torchax's are parted by their rows where models lie on several chips, one after the other: those that a model has dense would
+    else all lie on the first chip until its decoder parts them (`placements`), and there still."""
+    import jax
+    import torchax
+    from jax.sharding import NamedSharding
+
+    environment: Any = torchax.default_env()
+    convert = environment.t2j_copy
+
+    def converted(tensors: Any) -> Any:
+        found = convert(tensors)
+        mesh = current_mesh()
+        if mesh is None or not isinstance(found, jax.Array) or found.nbytes < LARGE:
+            return found
+        return jax.device_put(found, NamedSharding(mesh, rows_of(found.shape, mesh)))
+
+    environment.t2j_copy = converted
+
+
+def rows_of(shape: tuple[int, ...], mesh: Any) -> Any:
+    """jax's specification of a matrix that is parted by its rows, if it has as many equal parts as there are chips; of all else that each chip has it all."""
+    from jax.sharding import PartitionSpec
+
+    return PartitionSpec(AXIS) if len(shape) == 2 and shape[0] % mesh.size == 0 else PartitionSpec()
+
+
 def specs_of(parts: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
     """How a product's parts lie on the mesh: jax's specification of each."""
     from jax.sharding import PartitionSpec
@@ -95,14 +128,12 @@ def placements(weights: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
     """jax's placement of each of a model's weights, by their names: products' parts, and embeddings and matrices by their rows."""
     from jax.sharding import NamedSharding, PartitionSpec
 
-    found = {name: PartitionSpec() for name in weights}
-    layers: dict[str, dict[str, Any]] = {}
+    found, layers = {}, dict[str, dict[str, Any]]()
     for name, array in weights.items():
         module, _, leaf = name.rpartition(".")
         if module.endswith(".packed"):
             layers.setdefault(module, {})[leaf] = array
-        if array.shape and array.shape[0] % mesh.size == 0 and leaf == "weight" and array.ndim == 2:
-            found[name] = PartitionSpec(AXIS)
+        found[name] = rows_of(array.shape, mesh) if leaf == "weight" else PartitionSpec()
     for module, parts in layers.items():
         if "codes" in parts:
             found |= {f"{module}.{leaf}": spec for leaf, spec in specs_of(parts, mesh).items()}

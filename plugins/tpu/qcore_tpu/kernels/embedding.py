@@ -56,13 +56,14 @@ class PlanesEmbedding(torch.nn.Module):
             part.movedim(-1, 0).flatten(1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
             for part in parts.values()
         )
-        whole = [torch.nn.functional.pad(part, (0, -part.shape[1] % 4)) for part in rows]
+        whole = torch.cat([torch.nn.functional.pad(part, (0, -part.shape[1] % 4)) for part in rows], 1)
+        words = whole.view(len(whole), 4, -1).transpose(1, 2).contiguous().view(torch.int32)
         return cls(
             made.form,
             layout,
             layer.weight.shape[1],
             dtype,
-            torch.cat(whole, 1).view(torch.int32).flatten(),
+            words.flatten(),
             dict(made.named_buffers()).get("table"),
         )
 

@@ -35,7 +35,7 @@ ROWS = 256
 
 class PlanesLinear(StackableLinear):
     """The parts of qcore_tpu.kernels.pallas.product, as buffers of their names. outputs: of the weight, which are filled up to whole vectors with zeros: rows of other lengths XLA
-    keeps turned, and would turn them at every call. On several chips, each of which gets its part, they are left as they are."""
+    keeps turned, and would turn them at every call. On several chips each one's part is whole vectors, unless that were to more than double the weight."""
 
     PARTS: ClassVar[tuple[str, ...]] = (
         "codes", "scales", "zeros", "coarse", "coarse_zeros", "tail", "table", "input_scale", "grid", "order"
@@ -46,7 +46,9 @@ class PlanesLinear(StackableLinear):
     def __init__(self, form: Form, codes: torch.Tensor, **others: torch.Tensor | None) -> None:
         super().__init__()
         self.form, self.outputs = form, codes.shape[1]
-        more = -self.outputs % LANES if current_mesh() is None else 0
+        mesh = current_mesh()
+        more = -self.outputs % (LANES if mesh is None else LANES * mesh.size)
+        more = more if more <= self.outputs else -self.outputs % LANES
         for name in self.PARTS:
             part = codes if name == "codes" else others.get(name)
             if part is not None and more and name in BY_OUTPUT:

@@ -21,12 +21,12 @@ Part = tuple[str, tuple[int, ...], str]
 def look_up(
     tokens: jax.Array, parts: Mapping[str, jax.Array], form: Form, layout: tuple[Part, ...], columns: int, dtype: str
 ) -> jax.Array:
-    """tokens int32 [M, 1] -> rows [M, columns]. parts: `words` int32, each row's parts as `layout` has them, one after the other in whole words, and row after row (what is not wide, XLA would lay
-    out anew at every call were it a matrix); `table` as in the
-    product."""
+    """tokens int32 [M, 1] -> rows [M, columns]. parts: `words` int32, row after row (what is not wide, XLA would lay out anew at every call were it a matrix), each row's parts as `layout` has
+    them, one after the other in whole words; a word has a byte of each quarter of these bytes, the first quarter's lowest, so that no bytes have to be brought between others. `table`
+    as in the product."""
     each = sum(-(-math.prod(shape) * jnp.dtype(kind).itemsize // 4) for _, shape, kind in layout)
     words = jax.vmap(lambda token: jax.lax.dynamic_slice(parts["words"], (token * each,), (each,)))(tokens[:, 0])
-    held = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(len(tokens), -1)
+    held = jnp.concatenate([(words >> place & 255).astype(jnp.uint8) for place in (0, 8, 16, 24)], 1)
     found, first = {}, 0
     for name, shape, kind in layout:
         width, count = jnp.dtype(kind).itemsize, math.prod(shape)

@@ -14,7 +14,11 @@ from tpu_models import GOLDEN, JAX, PROMPT, REFERENCE, load
 
 from qcore.model.generate import Stepper
 from qcore.platform import Target
+from qcore.scheme import Scheme
+from qcore.testing.layers import random_layer
+from qcore_tpu import sharding
 from qcore_tpu.decoder import CompiledDecoder
+from qcore_tpu.kernels.linear import IntegerLinear
 from qcore_tpu.plugin import qcore_platforms
 from qcore_tpu.sharding import AXIS, current_mesh, mesh_of, placements
 
@@ -25,7 +29,7 @@ TOKENS = [list(range(5, 16)), [7], [3], [11]]
 def arrays_of(model: torch.nn.Module) -> dict[str, Any]:
     from torchax.interop import jax_view  # once torchax is ready
 
-    found: dict[str, Any] = jax_view(dict(model.named_buffers()))
+    found: dict[str, Any] = jax_view({**dict(model.named_parameters()), **dict(model.named_buffers())})
     return found
 
 
@@ -46,14 +50,18 @@ def test_parts_of_a_model_give_what_the_whole_gives(name: str, chips: int) -> No
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_comes_to_lie_on_all_chips_as_it_is_loaded() -> None:
-    """Layers run one by one, and by the decoder; on one chip the next model is whole again."""
+def test_a_model_comes_to_lie_on_all_chips_as_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has dense, too. Layers run one by one, and by the decoder; on one chip the next model is whole again."""
+    monkeypatch.setattr(sharding, "LARGE", 4096)
     wanted = load(PATH, REFERENCE)(torch.tensor([PROMPT])).logits[0]
     model = load(PATH, replace(JAX, ready="qcore_tpu.sharding:on_all"))
     (first, *others) = [codes for name, codes in arrays_of(model).items() if name.endswith(".codes")]
     assert (
         len(first.sharding.device_set) == 4 and first.addressable_shards[0].data.nbytes * 4 == first.nbytes and others
     )
+    dense = [part for name, part in arrays_of(model).items() if ".packed." not in name and part.ndim == 2]
+    dense = [part for part in dense if part.nbytes >= sharding.LARGE]
+    assert dense and all(part.addressable_shards[0].data.nbytes * 4 == part.nbytes for part in dense)
     torch.testing.assert_close(model(torch.tensor([PROMPT]).to("jax")).logits[0].cpu(), wanted, rtol=1e-4, atol=1e-4)
     steps = Stepper(model)  # type: ignore[arg-type]
     torch.testing.assert_close(steps.prompt(PROMPT), wanted[-1], rtol=1e-4, atol=1e-4)
@@ -61,6 +69,22 @@ def test_a_model_comes_to_lie_on_all_chips_as_it_is_loaded() -> None:
     whole = load(PATH, JAX)
     assert current_mesh() is None
     assert all(len(part.sharding.device_set) == 1 for part in arrays_of(whole).values())
+
+
+def test_each_chip_s_part_is_whole_vectors() -> None:
+    """So that no chip lays its part out anew at every call, and parts are equal. A weight is not more than doubled for that."""
+    sharding.on_all()
+    try:
+        for outputs, filled in ((1300, 1536), (64, 128)):
+            layer = random_layer(Scheme.parse("W4A16-g128-asym"), outputs, 512)
+            x = torch.randn(3, 512, generator=torch.Generator().manual_seed(outputs))
+            packed = IntegerLinear.from_layer(layer, torch.float32).to("jax")
+            (codes,) = (part for name, part in arrays_of(packed).items() if name == "codes")
+            assert codes.shape[1] == filled and codes.addressable_shards[0].data.shape[1] == filled // 4
+            y = packed(x.to("jax")).cpu()
+            torch.testing.assert_close(y, x @ layer.weight.dequantize().T, rtol=1e-4, atol=1e-3)
+    finally:
+        sharding.on_one()
 
 
 @pytest.mark.parametrize(("topology", "chips"), [("v5e:2x2", 4), ("v5e:4x4", 16)])
