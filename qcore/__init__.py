@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcore.calibration.run import quantize
     from qcore.checkpoint.open import Checkpoint, open_checkpoint
     from qcore.explanation import explain
     from qcore.hookspecs import hookimpl
@@ -42,6 +43,7 @@ _HOMES = {
     "matrix": "qcore.support.matrix",
     "open_checkpoint": "qcore.checkpoint.open",
     "plugins": "qcore.inventory",
+    "quantize": "qcore.calibration.run",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "matrix",
     "open_checkpoint",
     "plugins",
+    "quantize",
 ]
 
 

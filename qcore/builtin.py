@@ -54,6 +54,8 @@ def qcore_algorithms() -> Sequence[Algorithm]:
     return [
         Algorithm("rtn", Accepts(("int?", "uint?", "fp8", "e4m3fnuz", "e5m2"), ("tensor", "channel", *_GROUPS), (None, "stored")),
                   "qcore.algorithms.rtn:rtn", note="every weight becomes the nearest code; needs no calibration"),
+        Algorithm("gptq", Accepts(("int?", "uint?"), ("channel", *_GROUPS), (None, "stored"), ordered=True), "qcore.algorithms.gptq:gptq",
+                  calibrated=True, note="columns one after the other, each making up for the errors before it; then codes and scales once more"),
         Algorithm("bitsandbytes", Accepts(("nf4", "fp4"), _BLOCKWISE), "qcore.algorithms.codebook:codebook",
                   note="absmax blocks of the flattened weight, the nearest of 16 values; bitsandbytes' numbers"),
         Algorithm("llm.int8", Accepts(("int8",), ("channel",)), "qcore.algorithms.codebook:llm_int8",

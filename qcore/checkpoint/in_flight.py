@@ -9,7 +9,8 @@ A request is written
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ NAMED: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class InFlight:
-    """What is asked for: every unquantized linear layer whose name has none of `ignore` in it, in this scheme."""
+    """What is asked for: every unquantized linear layer that none of `ignore` names, in this scheme."""
 
     algorithm: str
     scheme: Scheme
@@ -63,22 +64,33 @@ class InFlight:
         """The plan, with the layers that are quantized while they are read."""
         return {module: self._entry(module, entry) for module, entry in plan.items()}
 
+    def layer(
+        self, module: str, entry: ModulePlan, read: Callable[[], torch.Tensor], bias: torch.Tensor | None, info: TensorInfo
+    ) -> LayerTensors:  # fmt: skip
+        """A layer that the plan has quantized, of what is stored: `read` gives its weight [N, K]. Raises Refused (bad-shape, bad-content, shape-unsupported)."""
+        from qcore.tensor import LayerTensors
+
+        assert entry.scheme is not None
+        algorithm = next(row for row in registry().algorithms if row.name == entry.algorithm)
+        return LayerTensors(algorithm.load()(quantizable(read(), info), entry.scheme), bias)
+
     def _entry(self, module: str, entry: ModulePlan) -> ModulePlan:
         if entry.scheme is not None or is_embedding(module):
             return entry
-        if named := next((part for part in self.ignore if part in module), None):
+        if named := next((part for part in self.ignore if _names(part, module)), None):
             return replace(entry, reason=f"{entry.reason}; {named!r} is kept from being quantized while loading")
         return in_flight(self.algorithm, self.scheme, "quantized while loading, as asked", entry.shape)
 
 
-def made(entry: ModulePlan, weight: torch.Tensor, bias: torch.Tensor | None, info: TensorInfo) -> LayerTensors:
-    """The layer of a stored weight [N, K] that the plan has quantized in flight. Raises Refused (bad-shape, bad-content,
-    shape-unsupported)."""
-    from qcore.tensor import LayerTensors
-
-    assert entry.scheme is not None
-    algorithm = next(row for row in registry().algorithms if row.name == entry.algorithm)
-    return LayerTensors(algorithm.load()(quantizable(weight, info), entry.scheme), bias)
+def _names(part: str, module: str) -> bool:
+    """Whether a word of `ignore` is a part of the name, or after `re:` an expression that matches its beginning. Raises Refused (bad-argument)."""
+    if not part.startswith("re:"):
+        return part in module
+    try:
+        return re.match(part.removeprefix("re:"), module) is not None
+    except re.error as error:
+        raise Refused(Refusal("bad-argument", "usage", "ignore", "this is no regular expression", f"found {part!r}: {error}",
+                              "Write re:EXPRESSION, or a part of the layers' names."))  from error  # fmt: skip
 
 
 def _algorithm(rows: list[Algorithm], scheme: Scheme, how: str) -> Algorithm:

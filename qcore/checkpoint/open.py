@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qcore.checkpoint.contents import check_layer
 from qcore.checkpoint.gguf import GgufSource
-from qcore.checkpoint.in_flight import UNTOUCHED, InFlight, made
+from qcore.checkpoint.in_flight import UNTOUCHED, InFlight
 from qcore.checkpoint.json_file import read_json
 from qcore.checkpoint.kv_scales import KvScales, spelled
 from qcore.checkpoint.safetensors import SafetensorsSource
@@ -44,10 +44,14 @@ class Checkpoint:
         """The same checkpoint with its unquantized linear layers quantized while they are read, one at a time.
 
         how: `bitsandbytes:nf4`, a scheme (`W4A16-g128-sym`), or an algorithm's name and a scheme (`rtn:FP8_DYNAMIC`).
-        ignore: parts of the names of modules that stay as they are; embeddings always do. Raises Refused (bad-argument,
+        ignore: parts of the names of modules that stay as they are, or `re:` and an expression for the beginnings of such names; embeddings always do. Raises Refused (bad-argument,
         bad-scheme, scheme-unsupported).
         """
-        return Checkpoint(self.files, self._method, InFlight.parse(how, ignore))
+        return self.overlaid(InFlight.parse(how, ignore))
+
+    def overlaid(self, how: InFlight) -> Checkpoint:
+        """The same checkpoint with the layers that this makes."""
+        return Checkpoint(self.files, self._method, how)
 
     @property
     def method(self) -> str:
@@ -117,12 +121,12 @@ class Checkpoint:
         saved = 0
         for module, entry in self.layers.items():
             if entry.algorithm and entry.scheme is not None:
-                stored = self._stored[f"{module}.weight"].nbytes
+                stored = self.stored[f"{module}.weight"].nbytes
                 saved += stored - entry.shape[0] * entry.shape[1] * entry.scheme.weight.bits // 8
         return self.size_bytes - saved
 
     @cached_property
-    def _stored(self) -> dict[str, TensorInfo]:
+    def stored(self) -> dict[str, TensorInfo]:
         """`parameters`, and what is quantized while it is read."""
         plan = {m: replace(entry, scheme=None) if entry.algorithm else entry for m, entry in self.layers.items()}
         return self._method.parameters(self.files, plan)
@@ -133,9 +137,11 @@ class Checkpoint:
             raise KeyError(f"{module} is not a quantized module of {self.path}")
         entry, bias = self.layers[module], f"{module}.bias"
         if entry.algorithm:
-            weight = self._method.read_parameter(self.files, f"{module}.weight")
-            given = self._method.read_parameter(self.files, bias) if bias in self._stored else None
-            return made(entry, weight, given, self._stored[f"{module}.weight"])
+            assert self._in_flight is not None
+            name = f"{module}.weight"
+            given = self._method.read_parameter(self.files, bias) if bias in self.stored else None
+            read = partial(self._method.read_parameter, self.files, name)
+            return self._in_flight.layer(module, entry, read, given, self.stored[name])
         layer = self._decoded(module, lambda: self._method.decode(self.files, module))
         return check_layer(layer, file=self.path, module=module)
 

@@ -54,7 +54,7 @@ class AtomicFolder:
     def __enter__(self) -> AtomicFolder:
         with writing(self.out):
             if self.out.is_symlink() or (self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))):
-                raise _taken(self.out)
+                raise taken(self.out)
             self.folder, self._lock = _beside(self.out)
         return self
 
@@ -159,7 +159,7 @@ class writing:  # noqa: N801
     ) -> None:
         if isinstance(error, OSError):
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process was faster
-                raise _taken(self.path) from error
+                raise taken(self.path) from error
             fix = _CAUSES.get(error.errno or 0, "Choose another folder.")
             raise Refused(
                 Refusal("cannot-write", "usage", str(self.path), "the checkpoint cannot be written there",
@@ -178,7 +178,7 @@ def atomic_file(out: Path, write: Callable[[Path], None]) -> None:
     out = out.absolute()
     with writing(out):
         if out.exists() or out.is_symlink():
-            raise _taken(out)
+            raise taken(out)
         folder, lock = _beside(out)
     try:
         with writing(out):
@@ -191,7 +191,8 @@ def atomic_file(out: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _taken(out: Path) -> Refused:
+def taken(out: Path) -> Refused:
+    """For an output whose name is taken."""
     return Refused(
         Refusal("output-exists", "usage", str(out), "there is something under this name already",
                 fix="Choose a new name, or remove what is there; nothing is overwritten.")

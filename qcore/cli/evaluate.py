@@ -37,7 +37,7 @@ def evaluate_command(
     """
     options.checked_dtype(dtype)
     exact_activations(activations)
-    words = _read(text)
+    words = read_text(text)
     from qcore.checkpoint.open import open_checkpoint
 
     checkpoint = open_checkpoint(path)
@@ -80,7 +80,7 @@ def _evaluate(
         return evaluate(model, tokens, reference=base, context=context, progress=step)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text. Raises Refused where it cannot be read, is not UTF-8, or is empty."""
     try:
         text = path.read_text(encoding="utf-8")

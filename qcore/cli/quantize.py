@@ -1,4 +1,4 @@
-"""qcore quantize: makes a quantized checkpoint of an unquantized one, without calibration so far."""
+"""qcore quantize: makes a quantized checkpoint of an unquantized one, with calibration or without."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from qcore.cli.output import mebibytes, note, print_json, progress_bar
 from qcore.refusal import Refusal, Refused
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qcore.checkpoint.open import Checkpoint
+
+_SAMPLES, _LENGTH = 512, 2048
+"""qcore.calibration.run's, which is not imported for --help."""
 
 
 def quantize_command(
@@ -26,14 +31,28 @@ def quantize_command(
     ],
     out: Annotated[pathlib.Path, typer.Option("--out", "-o", help="The new folder, for gguf the new file.")],
     format: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
-            "--format", "-f", help="As for convert; without it gguf, bitsandbytes or compressed-tensors, by the scheme."
+            "--format",
+            "-f",
+            help="As for convert; without it gguf, bitsandbytes or compressed-tensors, by the scheme. With --calibration it may be given several times: a folder each, in --out.",
         ),
+    ] = None,
+    algorithm: Annotated[
+        str, typer.Option(help="rtn, gptq, or another that qcore plugins lists; with --calibration gptq.")
     ] = "",
-    algorithm: Annotated[str, typer.Option(help="rtn, or another that qcore plugins lists.")] = "",
+    calibration: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="A text like those that the model will read: layers are quantized by what they see of it."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of the calibration text, at most.")] = _SAMPLES,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = _LENGTH,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a calibrated run was stopped.")] = False,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Parts of the names of layers that stay as they are; without it lm_head.")
+        list[str] | None,
+        typer.Option(
+            help="Layers that stay as they are: a part of their names, or re: and an expression for the beginning; without it lm_head."
+        ),
     ] = None,
     imatrix: Annotated[
         pathlib.Path | None, typer.Option(help="GGUF: an importance matrix that llama-imatrix wrote.")
@@ -49,47 +68,118 @@ def quantize_command(
     Example: qcore quantize ./model --scheme Q4_K_M --out model.Q4_K_M.gguf
 
     Example: qcore quantize ./model --scheme W4A16 --format gptq --out ./model-gptq
+
+    Example: qcore quantize ./model --scheme W4A16 --algorithm gptq --calibration text.txt --out ./model-w4a16
     """
-    from qcore.checkpoint.open import open_checkpoint
     from qcore.gguf.recipes import is_recipe
     from qcore.scheme import PRESETS
 
     usual = "bitsandbytes" if scheme.startswith("bitsandbytes:") else "compressed-tensors"
-    format = format or ("gguf" if is_recipe(scheme) and scheme not in PRESETS else usual)
-
-    for option, given, wanted in (
-        ("--imatrix", imatrix, "gguf"), ("--tensor-type", tensor_type, "gguf"),
-        ("--algorithm", algorithm, "compressed-tensors"), ("--ignore", ignore, "compressed-tensors"),
-    ):  # fmt: skip
-        if given and (format == "gguf") != (wanted == "gguf"):
-            raise Refused(Refusal("bad-argument", "usage", option, f"the option is not for {format}",
-                                  fix=f"Leave it out, or write --format {wanted}."))  # fmt: skip
-    if format == "gguf":
-        from qcore.gguf.make import recipe_of, save_gguf
-
-        recipe_of(scheme)
-        overrides = dict(map(_override, tensor_type or ()))
-        source = open_checkpoint(path)
-        with progress_bar("quantizing") as progress:
-            written = save_gguf(source, out, scheme, importance=imatrix, overrides=overrides, progress=progress)
+    formats = format or ["gguf" if is_recipe(scheme) and scheme not in PRESETS else usual]
+    _check(formats, calibration is not None, {
+        "--imatrix": (imatrix, True), "--tensor-type": (tensor_type, True),
+        "--algorithm": (algorithm, False), "--ignore": (ignore, False), "--calibration": (calibration, False),
+    }, {"--resume": resume, "--samples": samples != _SAMPLES, "--seqlen": seqlen != _LENGTH})  # fmt: skip
+    if calibration is not None:
+        source, written = _calibrated(
+            path, scheme, algorithm, calibration, out, formats, ignore, samples, seqlen, resume=resume
+        )
+    elif formats == ["gguf"]:
+        source, written = _gguf(path, scheme, out, imatrix, tensor_type)
     else:
-        from qcore.convert import convert, writer_of
+        source, written = _plain(path, scheme, algorithm, out, formats[0], ignore)
+    for name, made in zip(formats, written, strict=True):
+        _say(source, made, name, scheme, json=json)
 
-        writer_of(format)
-        source = open_checkpoint(path)
-        how = f"{algorithm}:{scheme}" if algorithm else scheme
-        try:
-            asked = source.quantized(how) if ignore is None else source.quantized(how, ignore)
-        except Refused as error:
-            fix = f"{error.refusal.fix} For GGUF files, name a mixture or a type of llama.cpp's, such as Q4_K_M."
-            raise Refused(replace(error.refusal, fix=fix)) from error
-        if not any(entry.algorithm for entry in asked.layers.values()):
-            raise Refused(Refusal("bad-argument", "usage", path, "no layer of it is left to be quantized",
-                                  f"found {source.method} and --ignore {', '.join(ignore or ('lm_head',))}",
-                                  "Name an unquantized checkpoint; qcore convert writes a quantized one anew."))  # fmt: skip
-        with progress_bar("quantizing") as progress:
-            written = convert(asked, format, out, progress=progress)
-    _say(source, written, format, scheme, json=json)
+
+def _check(
+    formats: Sequence[str],
+    calibrated: bool,
+    by_format: dict[str, tuple[object, bool]],
+    by_calibration: dict[str, bool],
+) -> None:
+    """Raises Refused (bad-argument) where an option goes with another kind of run. by_format: whether it is for gguf."""
+    for option, (given, gguf) in by_format.items():
+        if given and ("gguf" in formats) != gguf:
+            raise Refused(Refusal("bad-argument", "usage", option, f"the option is not for {' and '.join(formats)}",
+                                  fix=f"Leave it out, or write --format {'gguf' if gguf else 'compressed-tensors'}."))  # fmt: skip
+    if calibrated:
+        return
+    for option, asked in by_calibration.items():
+        if asked:
+            raise Refused(Refusal("bad-argument", "usage", option, "the option goes with calibration",
+                                  fix="Name a text by --calibration, or leave it out."))  # fmt: skip
+    if len(formats) > 1:
+        raise Refused(Refusal("bad-argument", "usage", "--format", "several formats are written of a calibrated run alone",
+                              f"found {', '.join(formats)}", "Name one, or a text by --calibration."))  # fmt: skip
+
+
+def _calibrated(
+    path: str, scheme: str, algorithm: str, text: pathlib.Path, out: pathlib.Path, formats: list[str],
+    ignore: list[str] | None, samples: int, seqlen: int, *, resume: bool,
+) -> tuple[Checkpoint, list[pathlib.Path]]:  # fmt: skip
+    import time
+
+    from qcore.calibration.run import BlockDone, quantize
+    from qcore.checkpoint.in_flight import UNTOUCHED
+    from qcore.checkpoint.open import open_checkpoint
+    from qcore.cli.evaluate import read_text
+    from qcore.cli.output import peak_rss_mib
+
+    began, first = time.monotonic(), 0
+
+    def say(done: BlockDone) -> None:
+        nonlocal first
+        first = first or done.number
+        each = (time.monotonic() - began) / (done.number - first + 1)
+        left = each * (done.blocks - done.number)
+        note(f"block {done.number} of {done.blocks}: error {done.error:.3g}, {left:.0f} s left, {peak_rss_mib():.0f} MiB at most")  # fmt: skip
+
+    source = open_checkpoint(path)
+    written = quantize(
+        source, scheme, algorithm, read_text(text), out=out, format=formats,
+        ignore=UNTOUCHED if ignore is None else ignore, samples=samples, length=seqlen, resume=resume, done=say,
+    )  # fmt: skip
+    return source, written
+
+
+def _gguf(
+    path: str, scheme: str, out: pathlib.Path, imatrix: pathlib.Path | None, tensor_type: list[str] | None
+) -> tuple[Checkpoint, list[pathlib.Path]]:
+    from qcore.checkpoint.open import open_checkpoint
+    from qcore.gguf.make import recipe_of, save_gguf
+
+    recipe_of(scheme)
+    overrides = dict(map(_override, tensor_type or ()))
+    source = open_checkpoint(path)
+    with progress_bar("quantizing") as progress:
+        return source, [save_gguf(source, out, scheme, importance=imatrix, overrides=overrides, progress=progress)]
+
+
+def _plain(
+    path: str, scheme: str, algorithm: str, out: pathlib.Path, format: str, ignore: list[str] | None
+) -> tuple[Checkpoint, list[pathlib.Path]]:
+    from qcore.checkpoint.open import open_checkpoint
+    from qcore.convert import convert, writer_of
+    from qcore.discovery import registry
+
+    writer_of(format)
+    if any(row.calibrated and row.name == algorithm for row in registry().algorithms):
+        raise Refused(Refusal("bad-argument", "usage", "--algorithm", f"{algorithm} quantizes layers by what they see of a text",
+                              fix="Name a text like those that the model will read by --calibration FILE."))  # fmt: skip
+    source = open_checkpoint(path)
+    how = f"{algorithm}:{scheme}" if algorithm else scheme
+    try:
+        asked = source.quantized(how) if ignore is None else source.quantized(how, ignore)
+    except Refused as error:
+        fix = f"{error.refusal.fix} For GGUF files, name a mixture or a type of llama.cpp's, such as Q4_K_M."
+        raise Refused(replace(error.refusal, fix=fix)) from error
+    if not any(entry.algorithm for entry in asked.layers.values()):
+        raise Refused(Refusal("bad-argument", "usage", path, "no layer of it is left to be quantized",
+                              f"found {source.method} and --ignore {', '.join(ignore or ('lm_head',))}",
+                              "Name an unquantized checkpoint; qcore convert writes a quantized one anew."))  # fmt: skip
+    with progress_bar("quantizing") as progress:
+        return source, [convert(asked, format, out, progress=progress)]
 
 
 def _say(source: Checkpoint, written: pathlib.Path, format: str, scheme: str, *, json: bool) -> None:

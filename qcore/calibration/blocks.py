@@ -1,0 +1,196 @@
+"""A model of which one block has its weights at a time: embeddings first, then decoder blocks one after the other, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qcore.checkpoint.kv_scales import spelled
+from qcore.model.places import Places, Slot
+from qcore.model.skeleton import skeleton
+from qcore.refusal import Refusal, Refused, bad_file
+
+if TYPE_CHECKING:
+    from qcore.checkpoint.open import Checkpoint
+
+
+class Blocks:
+    """Raises Refused: what making the model gives, and unknown-architecture where it has no blocks in a row, or experts that are stacked."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.model: Any = skeleton(checkpoint, torch.float32)
+        self.prefix, self.blocks = _blocks_of(self.model, checkpoint)
+        places = Places(self.model)
+        self._reads = _reads(places, checkpoint)
+        self._places = {module: places.parameter(f"{module}.weight") for module in checkpoint.layers}
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def linears(self, number: int) -> dict[str, torch.nn.Linear]:
+        """The linear layers of a block, by the checkpoint's names of them."""
+        start = f"{self.prefix}.{number}."
+        own = {module: str(place) for module, place in self._places.items() if str(place).startswith(start)}
+        found = {module: self.model.get_submodule(place.rpartition(".")[0]) for module, place in own.items()}
+        return {module: layer for module, layer in found.items() if isinstance(layer, torch.nn.Linear)}
+
+    def fill(self, number: int) -> torch.nn.Module:
+        """The block, with its weights."""
+        self._fill(lambda name: name.startswith(f"{self.prefix}.{number}."))
+        block: torch.nn.Module = self.blocks[number]
+        return block
+
+    def clear(self, number: int) -> None:
+        """Its weights are gone again."""
+        _clear(self.blocks[number])
+
+    def first(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What the first block is given of each window of tokens [windows, tokens]: [1, tokens, hidden]. Once it has been asked for one, `run` knows what else blocks are given."""
+        head = self.model.get_output_embeddings()
+        heads = {name for name, module in self.model.named_modules() if module is head and head is not None}
+        outside = {name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")}
+        self._fill(lambda name: name in outside and name.rpartition(".")[0] not in heads)
+        holder, leaf = self.model.get_submodule(self.prefix.rpartition(".")[0]), self.prefix.rpartition(".")[2]
+        kept = getattr(holder, leaf)
+        try:
+            for number, window in enumerate(windows):
+                calls = self._recorded(holder, leaf, window)
+                if number == 0:
+                    self._calls = calls
+                elif number == 1 and not all(map(_same, (c[1] for c in calls), (c[1] for c in self._calls))):
+                    raise self._unknown("blocks that are given more of a text than its states")
+                yield self._states
+        finally:
+            setattr(holder, leaf, kept)
+            for name, module in self.model.named_children():
+                del name
+                _clear(module)
+
+    def run(self, number: int, states: torch.Tensor) -> torch.Tensor:
+        """What the block makes of [1, tokens, hidden]."""
+        args, named = self._calls[number]
+        out = self.blocks[number](states, *args, **named)
+        found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    def _recorded(self, holder: Any, leaf: str, window: torch.Tensor) -> list[Any]:
+        """What each block is given beside the states, for a window [tokens]."""
+        for whole in (False, True):
+            passing = [_Passing(block, as_tuple=whole) for block in self.blocks]
+            setattr(holder, leaf, torch.nn.ModuleList(passing))
+            self.model.base_model(input_ids=window[None], use_cache=False)
+            states = [one.given[0] for one in passing]
+            if all(part.shape == states[0].shape for part in states):
+                self._states: torch.Tensor = states[0]
+                return [(one.given[1], one.given[2]) for one in passing]
+        raise self._unknown("blocks whose results are no hidden states")
+
+    def _fill(self, wanted: Callable[[str], bool]) -> None:
+        for name, old in {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}.items():
+            if not wanted(name) or not (old.is_meta or name in self._reads):
+                continue
+            if name not in self._reads:
+                raise bad_file("missing-tensor", "the model needs a tensor that the checkpoint does not hold",
+                               file=self.checkpoint.path, tensor=name)  # fmt: skip
+            values = self._reads[name]()
+            if tuple(values.shape) != tuple(old.shape):
+                raise bad_file("bad-shape", "the tensor is not of the model's size", file=self.checkpoint.path, tensor=name,
+                               field="shape", found=list(values.shape), expected=list(old.shape))  # fmt: skip
+            place, _, leaf = name.rpartition(".")
+            parent = self.model.get_submodule(place)
+            values = values.to(torch.float32) if values.is_floating_point() else values
+            if leaf in parent._parameters:
+                setattr(parent, leaf, torch.nn.Parameter(values, requires_grad=False))
+            else:
+                parent._buffers[leaf] = values
+
+    def _unknown(self, what: str) -> Refused:
+        return unknown(self.checkpoint, what)
+
+
+class _Passing(torch.nn.Module):
+    """In the place of a block: gives back the states that it is given, and keeps what else it is."""
+
+    def __init__(self, block: torch.nn.Module, *, as_tuple: bool) -> None:
+        super().__init__()
+        self.__dict__["block"], self.as_tuple = (
+            block,
+            as_tuple,
+        )  # no submodule, so that nothing of it is looked for here
+        self.given: tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, states: torch.Tensor, *args: Any, **named: Any) -> Any:
+        self.given = (states, args, named)
+        return (states,) if self.as_tuple else states
+
+
+def unknown(checkpoint: Checkpoint, what: str) -> Refused:
+    return Refused(
+        Refusal("unknown-architecture", "notimpl", str(checkpoint.path), "models of this kind are not calibrated",
+                f"found {what}", "Choose an algorithm without calibration, such as rtn.")
+    )  # fmt: skip
+
+
+def _blocks_of(model: Any, checkpoint: Checkpoint) -> tuple[str, torch.nn.ModuleList]:
+    """The decoder blocks, and their name."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return name, module
+    raise unknown(checkpoint, f"no list of {count} decoder blocks in {type(model).__name__}")
+
+
+def _reads(places: Places, checkpoint: Checkpoint) -> Mapping[str, Callable[[], torch.Tensor]]:
+    """How to read each tensor of the model, by its name."""
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+
+    def add(place: str | Slot, read: Callable[[], torch.Tensor]) -> None:
+        if isinstance(place, Slot) or place.rpartition(".")[0] in places.experts:
+            raise unknown(checkpoint, "a mixture's experts, stacked")
+        found[place] = read
+
+    for name in checkpoint.parameters:
+        if not spelled(name):
+            add(places.parameter(name), lambda name=name: checkpoint.parameter(name))  # type: ignore[misc]
+    for module, entry in checkpoint.layers.items():
+        if entry.scheme is not None:
+            add(places.parameter(f"{module}.weight"), lambda module=module: checkpoint.dequantize(module))  # type: ignore[misc]
+            add(places.parameter(f"{module}.bias"), lambda module=module: _bias(checkpoint, module))  # type: ignore[misc]
+    return found
+
+
+def _bias(checkpoint: Checkpoint, module: str) -> torch.Tensor:
+    found = checkpoint.layer(module).bias
+    if found is None:
+        raise bad_file("missing-tensor", "the model needs a tensor that the checkpoint does not hold", file=checkpoint.path,
+                       tensor=f"{module}.bias")  # fmt: skip
+    return found
+
+
+def _clear(module: torch.nn.Module) -> None:
+    """Parameters without memory; buffers, which are computed, stay."""
+    for part in module.modules():
+        for name, old in part._parameters.items():
+            if old is not None:
+                part._parameters[name] = torch.nn.Parameter(old.to("meta"), requires_grad=False)
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two texts give a block the same."""
+    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(_same(value, theirs[key]) for key, value in ours.items())
+    if isinstance(ours, (tuple, list)) and isinstance(theirs, (tuple, list)):
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    return type(ours) is type(theirs)

@@ -1,0 +1,248 @@
+"""qcore.quantize: a quantized checkpoint of an unquantized one, its layers made by what they see of a calibration text, block by block.
+
+A block's weights come from the file, its layers are quantized for the inputs that they have behind the blocks before it as these are quantized, and its states go to the
+next one. What is done is kept in a folder beside the output (qcore/calibration/work.py), so that a run can be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcore.algorithms.seen import Seen, Watch
+from qcore.calibration.blocks import Blocks, unknown
+from qcore.calibration.states import StatesWriter, read_states
+from qcore.calibration.texts import windows_of
+from qcore.calibration.work import Work
+from qcore.checkpoint.calibrated import Calibrated
+from qcore.checkpoint.finite import all_finite
+from qcore.checkpoint.in_flight import UNTOUCHED
+from qcore.checkpoint.open import Checkpoint, open_checkpoint
+from qcore.checkpoint.writer import taken, writing
+from qcore.convert import convert, writer_of
+from qcore.discovery import registry
+from qcore.elements import Float, Group, PerChannel
+from qcore.method import quantizable
+from qcore.refusal import Refusal, Refused, bad_file
+from qcore.tensor import TORCH_FLOATS, LayerTensors, QuantizedTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcore.scheme import Scheme
+
+SAMPLES, LENGTH = 512, 2048
+"""Windows of the calibration text, and tokens of one: LLM Compressor's usual ones."""
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """Said of each block. number: of `blocks`, from 1. error: the mean of its layers', the squared distance of outputs in parts of the squared outputs."""
+
+    number: int
+    blocks: int
+    error: float
+
+
+def quantize(
+    model: str | Path | Checkpoint,
+    scheme: str,
+    algorithm: str = "",
+    calibration: str = "",
+    *,
+    out: str | Path,
+    format: str | Sequence[str] = "compressed-tensors",
+    ignore: Sequence[str] = UNTOUCHED,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    resume: bool = False,
+    done: Callable[[BlockDone], None] | None = None,
+) -> list[Path]:
+    """Writes `model` in a scheme into the new folder `out`, or with several formats into one of its name for each inside of it, and returns these.
+
+    calibration: the text; `algorithm` may do without one where the registry says so. ignore: as for `Checkpoint.quantized`. samples, length: windows of the text, and tokens
+    of one. resume: go on where a run with the same words was stopped; else what it left is refused. done: called after each block.
+
+    Raises Refused: unknown-format, bad-scheme, scheme-unsupported, bad-argument, output-exists, cannot-write, unknown-architecture, and all that reading and converting give.
+    """
+    formats = [format] if isinstance(format, str) else list(format)
+    for name in formats:
+        writer_of(name)
+    source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    out = Path(out)
+    asked = Calibrated.wanted(scheme, algorithm, ignore, out.with_name(f"{out.name}.work"))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise taken(out)
+    windows = windows_of(source, calibration, samples, length)
+    with Work(asked.folder, _request(source, asked, windows), resume=resume) as work:
+        _Run(source, asked, work).blocks_of(windows, done)
+        made = source.overlaid(asked)
+        if len(formats) == 1:
+            written = [convert(made, formats[0], out)]
+        else:
+            with writing(out):
+                out.mkdir(exist_ok=True)
+            written = [convert(made, name, out / name.replace(":", "-")) for name in formats]
+        work.remove()
+    return written
+
+
+class _Run:
+    """The blocks of one run, each read, watched, quantized and kept."""
+
+    def __init__(self, source: Checkpoint, asked: Calibrated, work: Work) -> None:
+        self.source, self.work = source, work
+        self.blocks = Blocks(source)
+        self.algorithm = next(row for row in registry().algorithms if row.name == asked.algorithm)
+        self.plan = {module: entry for module, entry in asked.applied(source.layers).items() if entry.algorithm}
+        inside = {module for number in range(len(self.blocks)) for module in self.blocks.linears(number)}
+        if not self.plan:
+            raise Refused(Refusal("bad-argument", "usage", str(source.path), "no layer of it is left to be quantized",
+                                  f"found {source.method} and ignore {', '.join(asked.ignore)}",
+                                  "Name an unquantized checkpoint; qcore convert writes a quantized one anew."))  # fmt: skip
+        if outside := sorted(self.plan.keys() - inside):
+            raise unknown(source, f"{outside[0]}, which is in no decoder block; ignore it")
+
+    def blocks_of(self, windows: torch.Tensor, done: Callable[[BlockDone], None] | None) -> None:
+        """All that are not done yet, for windows of tokens."""
+        import torch
+
+        with torch.no_grad():
+            if self.work.done == 0:
+                self._write(0, len(windows), self.blocks.first(windows))
+            else:
+                for _ in self.blocks.first(windows[:1]):
+                    pass  # what else blocks are given is known then
+            for number in range(self.work.done, len(self.blocks)):
+                error = self._block(number, len(windows))
+                if done is not None:
+                    done(BlockDone(number + 1, len(self.blocks), error))
+
+    def _block(self, number: int, samples: int) -> float:
+        """Its mean error."""
+        self.blocks.fill(number)
+        layers = {module: layer for module, layer in self.blocks.linears(number).items() if module in self.plan}
+        for module, layer in layers.items():
+            quantizable(layer.weight.data, self.source.stored[f"{module}.weight"])
+        seen = self._seen(number, layers)
+        made: dict[str, LayerTensors] = {}
+        errors: dict[str, float] = {}
+        for together in self._together(layers, seen):
+            own, packed = seen[together[0]], self._quantized(together, layers, seen)
+            for module, weight in zip(together, packed, strict=True):
+                dense = weight.dequantize()
+                errors[module] = own.error(layers[module].weight.data, dense)
+                made[module] = LayerTensors(weight, input_scale=_input_scale(self._scheme(module), own))
+                layers[module].weight.data = dense
+        seen.clear()
+        if number + 1 < len(self.blocks):
+            states = (self.blocks.run(number, part) for part in read_states(self.work.states(number)))
+            self._write(number + 1, samples, states)
+        self.work.keep(number, made, errors)
+        self.blocks.clear(number)
+        return sum(errors.values()) / max(len(errors), 1)
+
+    def _together(self, layers: Mapping[str, torch.nn.Linear], seen: Mapping[str, Seen]) -> list[list[str]]:
+        """Layers that have one input and one scheme whose scales are of single rows: they are quantized as one, in the time of one."""
+        found: dict[tuple[object, ...], list[str]] = {}
+        for module in layers:
+            scheme = self._scheme(module)
+            by_rows = all(isinstance(level.granularity, Group | PerChannel) for level in scheme.weight.scales)
+            found.setdefault((id(seen[module]), scheme, "" if by_rows else module), []).append(module)
+        return list(found.values())
+
+    def _quantized(
+        self, modules: list[str], layers: Mapping[str, torch.nn.Linear], seen: Mapping[str, Seen]
+    ) -> list[QuantizedTensor]:
+        """The layers' weights."""
+        import torch
+
+        weights = [layers[module].weight.data for module in modules]
+        whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+        packed = self.algorithm.load_calibrated()(whole, self._scheme(modules[0]), seen[modules[0]])
+        ends = list(accumulate(len(weight) for weight in weights))
+        return [packed.rows(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
+
+    def _scheme(self, module: str) -> Scheme:
+        scheme = self.plan[module].scheme
+        assert scheme is not None
+        return scheme
+
+    def _seen(self, number: int, layers: Mapping[str, torch.nn.Linear]) -> dict[str, Seen]:
+        """What each layer sees of all samples; those that have one input see it once."""
+        watches: dict[str, Watch] = {}
+        inputs: list[tuple[torch.Tensor, Watch]] = []
+
+        def first(module: str, x: torch.Tensor) -> None:
+            known = next((watch for given, watch in inputs if given is x), None)
+            watches[module] = known or Watch(x.shape[-1])
+            if known is None:
+                inputs.append((x, watches[module]))
+                watches[module].add(x)
+                leaders[module] = watches[module]
+
+        leaders: dict[str, Watch] = {}
+        for place, states in enumerate(read_states(self.work.states(number))):
+            hooks = []
+            for module, layer in layers.items():
+                if place == 0:
+                    hooks.append(
+                        layer.register_forward_pre_hook(lambda _, given, module=module: first(module, given[0]))
+                    )
+                elif module in leaders:
+                    hooks.append(
+                        layer.register_forward_pre_hook(lambda _, given, watch=leaders[module]: watch.add(given[0]))
+                    )
+            self.blocks.run(number, states)
+            for hook in hooks:
+                hook.remove()
+            inputs.clear()
+        if missed := layers.keys() - watches.keys():
+            raise unknown(self.source, f"{min(missed)}, which no text reaches")
+        if broken := next((module for module, watch in watches.items() if not all_finite(watch.gram)), ""):
+            raise self._not_finite(broken)
+        seen = {id(watch): watch.seen() for watch in watches.values()}
+        return {module: seen[id(watch)] for module, watch in watches.items()}
+
+    def _write(self, number: int, samples: int, states: Iterator[torch.Tensor]) -> None:
+        """What a block is given, onto the disk. Raises Refused (bad-content) where it is not finite."""
+        first = next(states)
+        with StatesWriter(self.work.states(number), (samples, *first.shape[1:])) as writer:
+            for part in chain((first,), states):
+                if not all_finite(part):
+                    raise self._not_finite(f"{self.blocks.prefix}.{number}")
+                writer.add(part[0])
+
+    def _not_finite(self, where: str) -> Refused:
+        return bad_file("bad-content", "what the model gives a part of it is not finite", file=self.source.path, tensor=where, field="input",
+                        found="NaN or infinity", expected="finite numbers",
+                        fix="Check that the model reads the text sensibly before it is quantized.")  # fmt: skip
+
+
+def _input_scale(scheme: Scheme, seen: Seen) -> torch.Tensor | None:
+    """[1] float32, where a scheme has inputs under one stored scale: their largest magnitude becomes the largest number."""
+    given = scheme.input
+    if given is None or given.dynamic:
+        return None
+    import torch
+
+    top = 127.0
+    if isinstance(given.element, Float):
+        top = float(torch.finfo(TORCH_FLOATS[given.element.format]).max)
+    return (seen.largest.amax() / top).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
+
+
+def _request(source: Checkpoint, asked: Calibrated, windows: torch.Tensor) -> dict[str, Any]:
+    """All that decides the result."""
+    files = sorted({info.file for info in source.files.source.tensors.values()})
+    return {
+        "model": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "config": hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest(),
+        "scheme": str(asked.scheme), "algorithm": asked.algorithm, "ignore": list(asked.ignore),
+        "calibration": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "windows": list(windows.shape),
+    }  # fmt: skip

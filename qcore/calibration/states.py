@@ -1,0 +1,61 @@
+"""What goes from one block to the next, on the disk: float32 [samples, tokens, hidden], written and read one sample at a time.
+
+Format: a safetensors file with one tensor, `states`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from qcore.checkpoint.safetensors import SafetensorsSource
+from qcore.checkpoint.writer import writing
+
+_NAME = "states"
+
+
+class StatesWriter:
+    """Raises Refused (cannot-write). The file has its name once all of it is on the disk."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self.path, self.partial = path, path.with_suffix(".partial")
+        size = 4 * shape[0] * shape[1] * shape[2]
+        header = json.dumps({_NAME: {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}}).encode()
+        header += b" " * (-len(header) % 8)
+        with writing(path):
+            self._file = self.partial.open("wb")
+            self._file.write(len(header).to_bytes(8, "little") + header)
+
+    def __enter__(self) -> StatesWriter:
+        return self
+
+    def add(self, states: torch.Tensor) -> None:
+        """[tokens, hidden]."""
+        with writing(self.path):
+            self._file.write(states.detach().to(torch.float32).contiguous().numpy().data)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with writing(self.path):
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+        if kind is None:
+            with writing(self.path):
+                self.partial.rename(self.path)
+
+
+def read_states(path: Path) -> Iterator[torch.Tensor]:
+    """[1, tokens, hidden] of each sample. Raises Refused where the file is damaged."""
+    source = SafetensorsSource.open(path)
+    for sample in range(source.tensors[_NAME].shape[0]):
+        yield source.read_rows(_NAME, sample, sample + 1)

@@ -1,0 +1,83 @@
+"""A checkpoint's layers as a calibrated run has made them, read from the run's folder (qcore/calibration/work.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcore.checkpoint.in_flight import InFlight
+from qcore.checkpoint.safetensors import SafetensorsSource
+from qcore.discovery import registry
+from qcore.method import ModulePlan
+from qcore.refusal import Refusal, Refused
+from qcore.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcore.checkpoint.source import TensorInfo
+    from qcore.tensor import LayerTensors
+
+
+@dataclass(frozen=True)
+class Calibrated(InFlight):
+    """folder: the run's, which is there as long as layers are read."""
+
+    folder: Path = Path()
+
+    @classmethod
+    def wanted(cls, scheme: str, algorithm: str, ignore: Sequence[str], folder: Path) -> Calibrated:
+        """Of a scheme's words and an algorithm's name; without one, of the first that is calibrated. Raises Refused (bad-argument, bad-scheme, scheme-unsupported)."""
+        rows, parsed = registry().algorithms, Scheme.parse(scheme)
+        if algorithm and algorithm not in {row.name for row in rows}:
+            raise Refused(Refusal("bad-argument", "usage", "algorithm", "there is no algorithm of this name", f"found {algorithm!r}",
+                                  f"Name one of: {', '.join(row.name for row in rows)}."))  # fmt: skip
+        found = [row for row in rows if (row.name == algorithm if algorithm else row.calibrated)]
+        refused = ("", "")
+        for row in found:
+            reasons = row.accepts.refuse(Scheme(parsed.weight))
+            if reasons is None:
+                return cls(row.name, parsed, tuple(ignore), folder)
+            refused = reasons
+        raise Refused(Refusal("scheme-unsupported", "notimpl", scheme, "the algorithm does not make weights of this scheme",
+                              f"found {refused[0]}, expected {refused[1]}", "Choose another scheme or algorithm."))  # fmt: skip
+
+    @cached_property
+    def _made(self) -> dict[str, tuple[SafetensorsSource, dict[str, Any]]]:
+        """By module, the file that has it, and its facts."""
+        found = {}
+        for path in sorted(self.folder.glob("block-*.safetensors")):
+            source = SafetensorsSource.open(path)
+            for module, facts in json.loads(source.metadata["layers"]).items():
+                found[module] = (source, facts)
+        return found
+
+    def layer(
+        self, module: str, entry: ModulePlan, read: Callable[[], torch.Tensor], bias: torch.Tensor | None, info: TensorInfo
+    ) -> LayerTensors:  # fmt: skip
+        from qcore.tensor import LayerTensors, QuantizedTensor
+
+        source, facts = self._made[module]
+        scheme = Scheme.parse(facts["scheme"])
+        names = ("codes", "zeros", "index", "table", "input_scale")
+        parts = {name: source.read(f"{module}.{name}") for name in names if f"{module}.{name}" in source.tensors}
+        scales = tuple(source.read(f"{module}.scales.{level}") for level in range(len(scheme.weight.scales)))
+        input_scale = parts.pop("input_scale", None)
+        weight = QuantizedTensor(
+            scheme,
+            tuple(facts["shape"]),
+            parts["codes"],
+            scales,
+            parts.get("zeros"),
+            parts.get("index"),
+            parts.get("table"),
+        )
+        return LayerTensors(weight, bias, input_scale)
+
+    def _entry(self, module: str, entry: ModulePlan) -> ModulePlan:
+        found = super()._entry(module, entry)
+        return replace(found, reason=f"made by {self.algorithm}") if found.algorithm else found

@@ -1,0 +1,237 @@
+"""Calibrated runs: what layers see, results beside the real tools', runs that are killed and go on, and what is refused."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qcore
+from commands import command
+from golden_checkpoints import FOLDERS
+from mixtures import Mixture
+from qcore.algorithms.seen import Seen
+from qcore.calibration import run, states
+from qcore.calibration.run import BlockDone, quantize
+from qcore.checkpoint.in_flight import UNTOUCHED
+from qcore.evaluation import evaluate
+from qcore.refusal import Refused
+
+GOLDEN = FOLDERS[0]
+BASE = GOLDEN / "base"
+TEXT = (GOLDEN / "text.txt").read_text(encoding="utf-8")
+READ, HELD = TEXT[:28_000], TEXT[28_000:]
+"""What models are calibrated with, and what they are tried on."""
+
+
+def made(out: Path, scheme: str = "W4A16-g128-sym", **others: Any) -> Path:
+    return quantize(BASE, scheme, "gptq", READ, out=out, samples=16, length=256, **others)[0]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def divergence(path: Path) -> float:
+    """From the model that it was made of, in nats, on a text that no run has seen."""
+    base = qcore.load_model(BASE, device="cpu", dtype="float32")
+    tokens = qcore.open_checkpoint(BASE).load_tokenizer()(HELD)["input_ids"][:4096]
+    model = qcore.load_model(path, device="cpu", dtype="float32", kernel="reference_linear")
+    return float(evaluate(model, tokens, reference=base, context=256).summary()["kld_mean"])
+
+
+def whole_grams(model: Any, windows: torch.Tensor, modules: list[str]) -> dict[str, torch.Tensor]:
+    """x^T x of the modules' inputs, summed over all tokens."""
+    grams: dict[str, torch.Tensor] = {}
+
+    def add(name: str, x: torch.Tensor) -> None:
+        grams[name] = grams.get(name, torch.zeros(1)) + x.flatten(0, 1).T @ x.flatten(0, 1)
+
+    for module in modules:
+        model.get_submodule(module).register_forward_pre_hook(lambda _, given, module=module: add(module, given[0]))
+    with torch.no_grad():
+        for window in windows:
+            model(window[None])
+    return grams
+
+
+def test_nearer_than_the_real_tools(tmp_path: Path) -> None:
+    """Of the same model with as many windows of the same text; GPTQModel 7.7 and LLM Compressor 0.14 made theirs."""
+    own = divergence(made(tmp_path / "out"))
+    assert own < 0.8 * divergence(GOLDEN / "gptqmodel-gptq-4bit-sym")
+    assert own < 0.8 * divergence(GOLDEN / "llmcompressor-w4a16-gptq")
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_layers_see_what_the_whole_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block's, of the model as it was; and the second's, behind the first as it is quantized."""
+    found: list[dict[str, Seen]] = []
+    real = run._Run._seen
+
+    def kept(self: Any, number: int, layers: Any) -> dict[str, Seen]:
+        found.append(real(self, number, layers))
+        return found[-1].copy()
+
+    monkeypatch.setattr(run._Run, "_seen", kept)
+    out = made(tmp_path / "out")
+    tokens = torch.tensor(qcore.open_checkpoint(BASE).load_tokenizer()(READ)["input_ids"])
+    count = min(16, len(tokens) // 256)
+    windows = tokens[: len(tokens) // 256 * 256].view(-1, 256)[torch.arange(count) * (len(tokens) // 256) // count]
+    for number, path in enumerate((BASE, out)):
+        model = qcore.load_model(path, device="cpu", dtype="float32", kernel="reference_linear" if number else None)
+        grams = whole_grams(model, windows, list(found[number]))
+        assert len(grams) == 7
+        for name, gram in grams.items():
+            first = number == 0 or name.endswith(
+                ("q_proj", "k_proj", "v_proj")
+            )  # others come behind layers of the block
+            if first:
+                torch.testing.assert_close(
+                    found[number][name].gram, gram, rtol=1e-3, atol=1e-3 * float(gram.diagonal().mean())
+                )
+            assert found[number][name].rows == windows.numel()
+
+
+def _killed(out: Path) -> None:
+    made(out, done=lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    torch.set_num_threads(1)  # sums of several threads come in another order
+    whole = digests(made(tmp_path / "whole"))
+    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path / "out",))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    assert json.loads((tmp_path / "out.work" / "state.json").read_text())["blocks"] == 1
+    with pytest.raises(Refused, match="--resume"):
+        made(tmp_path / "out")
+    with pytest.raises(Refused, match="found another scheme"):
+        made(tmp_path / "out", "W3A16-g128-sym", resume=True)
+    numbers: list[BlockDone] = []
+    assert digests(made(tmp_path / "out", resume=True, done=numbers.append)) == whole
+    assert [done.number for done in numbers] == [2]
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, count = states.StatesWriter.add, 0
+
+    def full(self: Any, part: torch.Tensor) -> None:
+        nonlocal count
+        count += 1
+        if count > 20:
+            with run.writing(self.path):
+                raise OSError(28, "No space left on device")
+        real(self, part)
+
+    monkeypatch.setattr(states.StatesWriter, "add", full)
+    with pytest.raises(Refused, match="Free some space"):
+        made(tmp_path / "out")
+    monkeypatch.setattr(states.StatesWriter, "add", real)
+    made(tmp_path / "out", resume=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"out"}
+
+
+def test_several_formats_of_one_run(tmp_path: Path) -> None:
+    written = quantize(BASE, "W4A16-g64-sym", "gptq", READ, out=tmp_path / "out", format=["gptq", "compressed-tensors"], samples=4, length=128)  # fmt: skip
+    assert [path.name for path in written] == ["gptq", "compressed-tensors"]
+    one, other = map(qcore.open_checkpoint, written)
+    assert (one.method, other.method) == ("gptq", "compressed-tensors")
+    for module, scheme in other.plan.items():
+        assert scheme is None or torch.equal(one.dequantize(module), other.dequantize(module))
+
+
+@pytest.mark.parametrize("scheme", ["W8A8-int8-dyn", "W8A8-int8-static", "W3A16-g64-asym", "W4A16-g64-sym-actorder"])
+def test_schemes(tmp_path: Path, scheme: str) -> None:
+    """Static inputs have the scale of the largest that was seen."""
+    path = quantize(BASE, scheme, "gptq", READ, out=tmp_path / "out", samples=4, length=128)[0]
+    checkpoint = qcore.open_checkpoint(path)
+    assert {str(found) for found in checkpoint.plan.values() if found} == {scheme}
+    layer = checkpoint.layer("model.layers.0.mlp.down_proj")
+    assert (layer.input_scale is not None) == scheme.endswith("static")
+    assert divergence(path) < 0.05
+
+
+def test_an_algorithm_without_calibration_takes_input_scales_from_it(tmp_path: Path) -> None:
+    path = quantize(BASE, "FP8", "rtn", READ, out=tmp_path / "out", samples=4, length=128)[0]
+    scale = qcore.open_checkpoint(path).layer("model.layers.1.mlp.up_proj").input_scale
+    assert scale is not None and 0 < float(scale) < 1
+    assert divergence(path) < 0.01
+
+
+def test_layers_may_be_left_out_by_an_expression(tmp_path: Path) -> None:
+    path = made(tmp_path / "out", ignore=(*UNTOUCHED, r"re:.*layers\.1\."))
+    plan = qcore.open_checkpoint(path).plan
+    assert {module.split(".")[2] for module, scheme in plan.items() if scheme} == {"0"}
+    with pytest.raises(Refused, match="no regular expression"):
+        made(tmp_path / "other", ignore=("re:(",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibration": ""}, "too short to calibrate"),
+        ({"calibration": "a"}, "too short to calibrate"),
+        ({"samples": 0}, "nothing to calibrate"),
+        ({"algorithm": "magic"}, "no algorithm of this name"),
+        ({"scheme": "FP8_DYNAMIC"}, "does not make weights of this scheme"),
+        ({"scheme": "W4A16-g96-sym"}, "groups must divide"),
+        ({"ignore": ()}, "lm_head, which is in no decoder block"),
+        ({"ignore": ("re:.*",)}, "no layer of it is left"),
+        ({"format": "magic"}, "no checkpoint format of this name"),
+    ],
+)
+def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"scheme": "W4A16-g128-sym", "algorithm": "gptq", "calibration": READ, "out": tmp_path / "out", "samples": 2, "length": 64}  # fmt: skip
+    with pytest.raises(Refused, match=message):
+        quantize(BASE, **{**given, **changes})
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_not_calibrated_are_refused(tmp_path: Path) -> None:
+    """Mixtures of experts are stacked in the model."""
+    mixture = Mixture("mixtral")
+    path = mixture.write(tmp_path / "mixture", mixture.tensors(), None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, path)
+    with pytest.raises(Refused, match="a mixture's experts"):
+        quantize(path, "W4A16-g32-sym", "gptq", "some words that are read", out=tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(BASE, tmp_path / "base")
+    tensors = load_file(BASE / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(Refused, match="not finite"):
+        quantize(tmp_path / "base", "W4A16-g128-sym", "gptq", READ, out=tmp_path / "out", samples=2, length=64)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(READ, encoding="utf-8")
+    asked = ("quantize", BASE, "--scheme", "W4A16", "-o", tmp_path / "out")
+    done = command(*asked, "--calibration", text, "--samples", 4, "--seqlen", 128)
+    assert done.returncode == 0, done.stderr
+    assert "block 2 of 2: error" in done.stderr and "MiB at most" in done.stderr
+    assert qcore.open_checkpoint(tmp_path / "out").plan["model.layers.0.mlp.up_proj"] is not None
+    for more, message in (
+        (("--algorithm", "gptq"), "by --calibration FILE"),
+        (("--resume",), "goes with calibration"),
+        (("-f", "gptq", "-f", "awq"), "of a calibrated run alone"),
+        (("-f", "gguf", "--calibration", text), "not for gguf"),
+        (("--calibration", text), "something under this name already"),
+        (("--calibration", tmp_path / "none.txt"), "cannot be read"),
+    ):
+        refused = command(*asked, *more)
+        assert refused.returncode not in (0, 1) and message in refused.stderr and "Traceback" not in refused.stderr
