@@ -149,8 +149,10 @@ class _Texts:
     def _take(self, tokens: list[list[int]]) -> None:
         import torch
 
-        out = self.model(input_ids=torch.tensor(tokens), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
+        from qcore.model.cache_name import CACHE
+
+        out = self.model(input_ids=torch.tensor(tokens), use_cache=True, logits_to_keep=1, **{CACHE: self.cache})
+        self.cache = getattr(out, CACHE)
 
 
 CONTENDERS = {"qcore": qcore_, "llama.cpp": llama_cpp_, "transformers": transformers_}

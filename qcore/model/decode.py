@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcore.model.cache_name import CACHE
 from qcore.model.trial import Trial, logits_of, read_by_layers, trial_of
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Stepper:
 
     def _by_model(self, tokens: list[int]) -> torch.Tensor:
         out = read_by_layers(self.model, torch.tensor([tokens], device=self.model.device), self.cache, **self.arguments)
-        self.cache = out.past_key_values
+        self.cache = getattr(out, CACHE)
         return logits_of(out)[-1]
 
 

@@ -15,11 +15,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from qcore.model.cache_name import CACHE, OLD
 from qcore.model.text_cache import TextCache
 from qcore.model.trial import begin_texts, is_unchanged, output_of, wants_layers
 
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "cache_position"}
-_KNOWN |= {"past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+_KNOWN |= {CACHE, OLD, "use_cache", "logits_to_keep", "return_dict"}
 """Arguments that a decoder's answer takes into account; of others only those that ask for nothing are allowed."""
 
 
@@ -55,7 +56,7 @@ def _restored(base: type[PreTrainedModel]) -> Any:
 
 def _answer(model: PreTrainedModel, given: dict[str, Any]) -> Any:
     """The decoder's answer to a call of forward; None where the layers have to give it."""
-    tokens, cache = given.get("input_ids"), given.get("past_key_values")
+    tokens, cache = given.get("input_ids"), given.get(CACHE, given.get(OLD))
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if wants_layers() or traced or model.training or torch.is_autocast_enabled(model.device.type):
         return None
@@ -87,7 +88,7 @@ def _answer(model: PreTrainedModel, given: dict[str, Any]) -> Any:
             cache = DynamicCache(config=config)
         if cache is not None:
             cache = TextCache.adopt(cache, model, steps, count, padding)
-    return output_of(model)(logits=_stacked(logits, keep).to(model.dtype), past_key_values=cache)
+    return output_of(model)(logits=_stacked(logits, keep).to(model.dtype), **{CACHE: cache})
 
 
 def _stacked(logits: list[torch.Tensor], keep: int) -> torch.Tensor:

@@ -37,6 +37,7 @@ from qcore.checkpoint.kv_scales import KvScales, Side
 from qcore.elements import Float
 from qcore.kernels.kv_cache import KvRounding
 from qcore.model.attention import RowAttention, read_rows, row_states
+from qcore.model.cache_name import CACHE, OLD
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.scheme import TensorScheme
 
@@ -130,8 +131,8 @@ def quantize_kv_cache(
         raise Refused(Refusal("missing-package", "missing-dep", "kv_cache", "caches in 8 bits are built on those of transformers 4.56",
                               f"found transformers {transformers.__version__}", "Install a newer one, or load the model with kv_cache='none'."))  # fmt: skip
     base, config = model.base_model, model.config.get_text_config(decoder=True)
-    if "past_key_values" not in inspect.signature(base.forward).parameters:
-        raise _unsupported(f"found no past_key_values in {type(base).__name__}'s forward")
+    if CACHE not in inspect.signature(base.forward).parameters:
+        raise _unsupported(f"found no {CACHE} in {type(base).__name__}'s forward")
     numbers = {
         name: number for name, m in model.named_modules() if isinstance(number := getattr(m, "layer_idx", None), int)
     }
@@ -194,26 +195,28 @@ class _Hook:
         named = dict(kwargs)
         if args:
             named |= zip(inspect.signature(module.forward).parameters, args, strict=False)
+        if OLD in named:  # which the forward itself would rename, later
+            named[CACHE] = named.pop(OLD)
         config: Any = module.config
-        cache = named.get("past_key_values")
+        cache = named.get(CACHE)
         if cache is None:
             kept = named.get("use_cache")
             kept = getattr(config, "use_cache", True) if kept is None else kept
-            named["past_key_values"] = self._made(config, transient=not kept)
+            named[CACHE] = self._made(config, transient=not kept)
         elif not any(isinstance(layer, _Rounded) for layer in cache.layers):
             self._adopt(cache, config)
         return (), named
 
     def after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Makes sure that the cache was used, and drops it where none was asked for."""
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE]
         if not any(isinstance(layer, _Rounded) and layer.is_initialized for layer in cache.layers):
             raise _unsupported(f"{type(module).__name__} ran and put nothing into its cache")
         if not getattr(cache, "transient", False):
             return output
         if isinstance(output, tuple):
             return tuple(part for part in output if part is not cache)
-        output.past_key_values = None
+        setattr(output, CACHE, None)
         return output
 
     def _made(self, config: Any, *, transient: bool) -> QuantizedKvCache:
@@ -225,7 +228,7 @@ class _Hook:
             layer.is_initialized for layer in cache.layers if layer.keys is not None
         ):
             raise Refused(
-                Refusal("bad-argument", "usage", "past_key_values", "the model runs with a quantized kv cache, and this "
+                Refusal("bad-argument", "usage", CACHE, "the model runs with a quantized kv cache, and this "
                         "cache cannot become one", f"found a {type(cache).__name__}, expected an empty DynamicCache",
                         "Pass no cache, or load the model with kv_cache='none'.")
             )  # fmt: skip

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from qcore.discovery import registry
+from qcore.model.cache_name import CACHE
 from qcore.model.state import is_altered, state_of
 from qcore.refusal import Refused
 
@@ -110,7 +111,7 @@ class Trial:
         error = _distance(steps.take([tokens], len(tokens))[0], expected)
         steps.forget(len(tokens))
         if not error <= bound:  # only then is the model's own noise worth the time
-            cache = read_by_layers(model, given[:, :half], steps.to_cache()).past_key_values
+            cache = getattr(read_by_layers(model, given[:, :half], steps.to_cache()), CACHE)
             noise = _distance(logits_of(read_by_layers(model, given[:, half:], cache)), expected[half:])
             bound = max(bound, min(3 * noise, _NOISIEST * bound))
         found = error / bound if bound else math.inf
@@ -153,7 +154,7 @@ def wants_layers() -> bool:
 def read_by_layers(model: PreTrainedModel, tokens: torch.Tensor, cache: Any, **arguments: int) -> Any:
     """The answer of the model's layers."""
     with by_layers():
-        return model(input_ids=tokens, past_key_values=cache, use_cache=True, **arguments)
+        return model(input_ids=tokens, use_cache=True, **{CACHE: cache}, **arguments)
 
 
 def logits_of(out: Any) -> torch.Tensor:

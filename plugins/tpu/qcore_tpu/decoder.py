@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.nn.functional import pad
 
+from qcore.model.cache_name import CACHE
 from qcore.model.kv_cache import QuantizedKvCache, RoundedStaticLayer, kv_roundings_of
 from qcore.refusal import Refusal, Refused
 from qcore_tpu.ahead import footprint, placed
@@ -177,7 +178,7 @@ class CompiledDecoder:
             layer.dtype, layer.device, layer.cumulative_length = keys.dtype, keys.device, torch_view(start)
         given = {"input_ids": tokens, "position_ids": place[None], "attention_mask": mask}
         out: Any = torch.func.functional_call(
-            self.model, torch_view(weights), (), {**torch_view(given), "past_key_values": cache, "use_cache": True}
+            self.model, torch_view(weights), (), {**torch_view(given), CACHE: cache, "use_cache": True}
         )
         return jax_view(out.logits), jax_view([part for layer in cache.layers for part in (layer.keys, layer.values)])
 

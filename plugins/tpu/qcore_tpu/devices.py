@@ -69,11 +69,19 @@ def chips(host: Host) -> list[str]:
 
 
 def route(host: Host) -> str:
-    """How torch reaches the TPU here; empty where nothing for it is installed. torch-xla's package has a torchax inside of it that is no way by itself, so that beside
+    """How torch reaches the TPU here; empty where nothing for it is installed, or torch-xla for another torch. torch-xla's package has a torchax inside of it that is no way by itself, so that beside
     torch-xla the package of that name must be there."""
     inside = host.has_module("torch_xla") and not host.package("torchax")
     ways = (name for name, modules in ROUTES.items() if all(map(host.has_module, modules)))
-    return next((name for name in ways if not (inside and name == "torchax")), "")
+    barred = {"torchax": inside, "torch_xla": bool(misfit(host))}
+    return next((name for name in ways if not barred[name]), "")
+
+
+def misfit(host: Host) -> str:
+    """What is wrong where torch-xla is not the installed torch's: it does not ask pip for that, and cannot be imported then."""
+    own, torch = host.package("torch_xla"), host.package("torch")
+    apart = own and torch and own.split(".")[:2] != torch.split(".")[:2]
+    return f"torch-xla {own} is not for torch {torch}" if apart else ""
 
 
 def unusable(host: Host) -> tuple[str, str] | None:
@@ -83,6 +91,8 @@ def unusable(host: Host) -> tuple[str, str] | None:
     if host.environment.get("PJRT_DEVICE", "TPU").upper() != "TPU":
         return f"PJRT_DEVICE is {host.environment['PJRT_DEVICE']}", "Unset PJRT_DEVICE, or set it to TPU."
     if not route(host):
+        if problem := misfit(host):
+            return problem, _FIX
         return "neither torch-xla nor torchax with jax and libtpu is installed", _FIX
     return None
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcore.model.cache_name import CACHE
 from qcore.model.decode import last_only
 from qcore.model.kv_cache import kv_cache_of
 from qcore.model.trial import by_layers
@@ -102,5 +103,5 @@ class LazyDecoder:
             rows = [*kept, *[0] * (min(bucket(len(kept)), count) - len(kept))]
             given["logits_to_keep"] = torch.tensor(rows, dtype=torch.int32).to(device)
         with by_layers(), torch.no_grad():
-            out: Any = self.model(**given, past_key_values=cache, use_cache=True)
+            out: Any = self.model(**given, **{CACHE: cache}, use_cache=True)
         return out.logits[0], [part for layer in cache.layers for part in (layer.keys, layer.values)]

@@ -67,6 +67,20 @@ def test_through_torch_xla_kernels_need_jax_too(tmp_path: Path) -> None:
     assert said["route"] == "torch_xla" and "jax" in said["missing"] and "qcore-tpu[xla]" in said["fix"]
 
 
+def test_a_torch_xla_for_another_torch_is_no_way(tmp_path: Path) -> None:
+    """It does not ask pip for its own."""
+    root = machine(tmp_path, "0063")
+    packages = {"torch_xla": "2.9.0", "torch": "2.14.1+cpu"}
+    alone = Host(root, {}, modules=XLA, packages=packages)
+    assert devices(alone) == [] and stand_ins(alone) == []
+    assert report(alone)["missing"] == "torch-xla 2.9.0 is not for torch 2.14.1+cpu"
+    assert "qcore-tpu[xla]" in report(alone)["fix"]
+    both = Host(root, {}, modules=XLA | JAX, packages={**packages, "torchax": "0.0.13"})
+    assert devices(both)[0].facts["route"] == "torchax"
+    fits = Host(root, {}, modules=XLA, packages={**packages, "torch": "2.9.1"})
+    assert devices(fits)[0].facts["route"] == "torch_xla"
+
+
 def test_the_torchax_inside_of_torch_xla_is_no_way_by_itself(tmp_path: Path) -> None:
     inside = Host(machine(tmp_path, "0063"), {}, modules=XLA | JAX, packages={"torch_xla": "2.9.0"})
     assert devices(inside)[0].facts["route"] == "torch_xla"
