@@ -54,6 +54,8 @@ def qcore_algorithms() -> Sequence[Algorithm]:
     return [
         Algorithm("rtn", Accepts(("int?", "uint?", "fp8", "e4m3fnuz", "e5m2"), ("tensor", "channel", *_GROUPS), (None, "stored")),
                   "qcore.algorithms.rtn:rtn", note="every weight becomes the nearest code; needs no calibration"),
+        Algorithm("rtn-mse", Accepts(("int?", "uint?"), ("channel", *_GROUPS), (None, "stored")), "qcore.algorithms.rtn_mse:rtn_mse",
+                  note="the nearest codes under the scales of least squared error; needs no calibration"),
         Algorithm("gptq", Accepts(("int?", "uint?"), ("channel", *_GROUPS), (None, "stored"), ordered=True), "qcore.algorithms.gptq:gptq",
                   calibrated=True, note="columns one after the other, each making up for the errors before it; then codes and scales once more"),
         Algorithm("bitsandbytes", Accepts(("nf4", "fp4"), _BLOCKWISE), "qcore.algorithms.codebook:codebook",

@@ -95,6 +95,15 @@ def convert(
     return target.out
 
 
+def check_written(source: Checkpoint, format: str) -> None:
+    """Whether the format holds the schemes of the checkpoint's layers, of which none is read. Raises Refused as `convert` does."""
+    method, variant = writer_of(format)
+    if method.name not in ("dense", "gguf"):
+        method.encode_config(
+            {module: _holdable(method, module, entry) for module, entry in source.layers.items()}, variant
+        )
+
+
 def writer_of(format: str) -> tuple[Method, str]:
     """The method and the variant of NAME or NAME:VARIANT. Raises Refused (unknown-format) with those that there are."""
     methods = {method.name: method for method in registry().methods}

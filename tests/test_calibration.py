@@ -31,7 +31,7 @@ READ, HELD = TEXT[:28_000], TEXT[28_000:]
 
 
 def made(out: Path, scheme: str = "W4A16-g128-sym", **others: Any) -> Path:
-    return quantize(BASE, scheme, "gptq", READ, out=out, samples=16, length=256, **others)[0]
+    return quantize(BASE, scheme, "gptq", READ, out=out, samples=16, length=256, **others).paths[0]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -140,7 +140,10 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_several_formats_of_one_run(tmp_path: Path) -> None:
-    written = quantize(BASE, "W4A16-g64-sym", "gptq", READ, out=tmp_path / "out", format=["gptq", "compressed-tensors"], samples=4, length=128)  # fmt: skip
+    asked = {"format": ["gptq", "compressed-tensors"], "samples": 4, "length": 128}
+    found = quantize(BASE, "W4A16-g64-sym", "gptq", [READ[:9000], READ[9000:]], out=tmp_path / "out", **asked)
+    written = found.paths
+    assert len(found.errors) == 14 and all(0 < error < 0.01 for error in found.errors.values())
     assert [path.name for path in written] == ["gptq", "compressed-tensors"]
     one, other = map(qcore.open_checkpoint, written)
     assert (one.method, other.method) == ("gptq", "compressed-tensors")
@@ -151,7 +154,7 @@ def test_several_formats_of_one_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["W8A8-int8-dyn", "W8A8-int8-static", "W3A16-g64-asym", "W4A16-g64-sym-actorder"])
 def test_schemes(tmp_path: Path, scheme: str) -> None:
     """Static inputs have the scale of the largest that was seen."""
-    path = quantize(BASE, scheme, "gptq", READ, out=tmp_path / "out", samples=4, length=128)[0]
+    path = quantize(BASE, scheme, "gptq", READ, out=tmp_path / "out", samples=4, length=128).paths[0]
     checkpoint = qcore.open_checkpoint(path)
     assert {str(found) for found in checkpoint.plan.values() if found} == {scheme}
     layer = checkpoint.layer("model.layers.0.mlp.down_proj")
@@ -160,7 +163,7 @@ def test_schemes(tmp_path: Path, scheme: str) -> None:
 
 
 def test_an_algorithm_without_calibration_takes_input_scales_from_it(tmp_path: Path) -> None:
-    path = quantize(BASE, "FP8", "rtn", READ, out=tmp_path / "out", samples=4, length=128)[0]
+    path = quantize(BASE, "FP8", "rtn", READ, out=tmp_path / "out", samples=4, length=128).paths[0]
     scale = qcore.open_checkpoint(path).layer("model.layers.1.mlp.up_proj").input_scale
     assert scale is not None and 0 < float(scale) < 1
     assert divergence(path) < 0.01
@@ -217,17 +220,51 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_format_that_cannot_hold_the_scheme_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="awq"):
+        made(tmp_path / "out", "W3A16-g128-sym", format=["gptq", "awq"])
+    assert not any(tmp_path.iterdir())
+
+
+def test_several_formats_go_on_at_the_one_that_was_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = run.convert
+
+    def stopped(source: Any, format: str, out: Path) -> Path:
+        if format == "gptq":
+            raise KeyboardInterrupt
+        return real(source, format, out)
+
+    both: dict[str, Any] = {"format": ["compressed-tensors", "gptq"]}
+    monkeypatch.setattr(run, "convert", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "out", **both)
+    monkeypatch.setattr(run, "convert", real)
+    made(tmp_path / "out", **both, resume=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"compressed-tensors", "gptq"}
+
+
+def test_without_a_text_layers_are_rounded_to_nearest(tmp_path: Path) -> None:
+    found = quantize(BASE, "W4A16", out=tmp_path / "out")
+    assert not found.errors and divergence(found.paths[0]) < 0.01
+
+
 def test_the_command(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(READ, encoding="utf-8")
     asked = ("quantize", BASE, "--scheme", "W4A16", "-o", tmp_path / "out")
-    done = command(*asked, "--calibration", text, "--samples", 4, "--seqlen", 128)
+    done = command(
+        *asked, "--calibration", text, "--samples", 4, "--seqlen", 128, "--json", "--plot", tmp_path / "errors.png"
+    )
     assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["out"] == str(tmp_path / "out") and len(report["layers"]) == 14 and report["size_bytes"] > 0
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
     assert "block 2 of 2: error" in done.stderr and "MiB at most" in done.stderr
     assert qcore.open_checkpoint(tmp_path / "out").plan["model.layers.0.mlp.up_proj"] is not None
     for more, message in (
         (("--algorithm", "gptq"), "by --calibration FILE"),
         (("--resume",), "goes with calibration"),
+        (("--plot", tmp_path / "other.png"), "goes with calibration"),
         (("-f", "gptq", "-f", "awq"), "of a calibrated run alone"),
         (("-f", "gguf", "--calibration", text), "not for gguf"),
         (("--calibration", text), "something under this name already"),

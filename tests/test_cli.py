@@ -231,7 +231,13 @@ def test_eval_with_a_reference(text: Path, tmp_path: Path) -> None:
         "kld_p99",
         "kld_p999",
         "top1_agreement",
+        "perplexity_ci95",
+        "kld_mean_ci95",
+        "top1_agreement_ci95",
     }
+    for name in ("perplexity", "kld_mean", "top1_agreement"):
+        low, high = found[f"{name}_ci95"]
+        assert low < found[name] < high
     assert found["tokens"] == 200 - 4 and 1 < found["perplexity"] < 2000
     assert 0 < found["kld_mean"] < found["kld_p99"] <= found["kld_p999"] < 0.1 and found["top1_agreement"] > 0.8
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -6,6 +6,7 @@ import torch
 from qcore.algorithms.gptq import DAMPING, gptq
 from qcore.algorithms.grids import IntegerGrid
 from qcore.algorithms.rtn import rtn
+from qcore.algorithms.rtn_mse import rtn_mse
 from qcore.algorithms.seen import Seen, Watch
 from qcore.refusal import Refused
 from qcore.scheme import Scheme
@@ -53,6 +54,15 @@ def test_outputs_are_nearer_than_the_published_algorithm_s(words: str) -> None:
     error = inputs.error(weights, made.dequantize())
     assert made.scheme == scheme and error < 0.85 * inputs.error(weights, published(weights, scheme, inputs))
     assert error < 0.2 * inputs.error(weights, rtn(weights, scheme).dequantize())
+
+
+@pytest.mark.parametrize("words", SCHEMES)
+def test_scales_are_searched_for(words: str) -> None:
+    """Of weights that are normally distributed the nearest codes under the scale of the largest are far from best."""
+    scheme, weights = Scheme.parse(words), weight()
+    nearest, searched = (part(weights, scheme).dequantize() - weights for part in (rtn, rtn_mse))
+    assert searched.square().mean() < (0.999 if scheme.weight.bits == 8 else 0.95) * nearest.square().mean()
+    assert (searched.square().sum(1) <= 1.05 * nearest.square().sum(1)).all()
 
 
 def test_an_index_lets_all_columns_be_ordered() -> None:

@@ -11,11 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-from qcore.algorithms.grids import Fit, IntegerGrid, stored
+from qcore.algorithms.grids import Fit, IntegerGrid, columns_of_a_scale, integer_tensor, stored
 from qcore.algorithms.seen import Seen
-from qcore.bits import pack
-from qcore.elements import Granularity, Group, Int, PerChannel
-from qcore.refusal import Refusal, Refused
+from qcore.elements import Group, Int
 from qcore.scheme import Scheme
 from qcore.tensor import QuantizedTensor
 
@@ -35,7 +33,7 @@ def gptq(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
     element, grid = scheme.weight.element, scheme.weight.scales[0].granularity
     assert isinstance(element, Int)
     rows, columns = weight.shape
-    size = _size(grid, columns)
+    size = columns_of_a_scale(grid, columns, "gptq")
     gram = seen.gram + torch.zeros(1)  # a copy
     diagonal = gram.diagonal()
     unseen = diagonal == 0
@@ -57,19 +55,7 @@ def gptq(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
     elif isinstance(grid, Group):  # groups were taken in another order
         own = places[::size] // size
         scale, zero = scale[own], zero[own]
-    return _tensor(scheme, (rows, columns), codes, scale.T.contiguous(), zero.T.contiguous(), index)
-
-
-def _size(grid: Granularity, columns: int) -> int:
-    """Columns that share a scale."""
-    if isinstance(grid, PerChannel):
-        return columns
-    assert isinstance(grid, Group)
-    if columns % grid.size:
-        raise Refused(Refusal("shape-unsupported", "notimpl", "gptq", "groups must divide the input channels",
-                              f"found {columns} channels in groups of {grid.size}",
-                              "Choose a group size that divides them, or channel."))  # fmt: skip
-    return grid.size
+    return integer_tensor(scheme, (rows, columns), codes, scale.T.contiguous(), zero.T.contiguous(), index)
 
 
 def _order(diagonal: torch.Tensor, size: int, *, whole: bool) -> torch.Tensor:
@@ -175,22 +161,3 @@ def _inverse(gram: torch.Tensor) -> torch.Tensor:
                 found: torch.Tensor = upper
                 return found
         more = max(DAMPING, 2 * more)
-
-
-def _tensor(
-    scheme: Scheme, shape: tuple[int, int], codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, index: torch.Tensor | None
-) -> QuantizedTensor:  # fmt: skip
-    """codes: uint8 [N, K]. scale, zero: [N, groups]."""
-    element = scheme.weight.element
-    assert isinstance(element, Int)
-    if element.bits == 8:
-        held = (codes ^ 0x80).view(torch.int8) if element.signed else codes
-    else:
-        held = pack(codes, element.bits)
-    zeros = None
-    if scheme.weight.zero is not None:
-        middle = 1 << (element.bits - 1)
-        zeros = (zero - middle).to(torch.int8) if element.signed else zero.to(torch.uint8)
-    half = scale.half()
-    scales = half if torch.equal(half.float(), scale) else scale
-    return QuantizedTensor(scheme, shape, held, (scales,), zeros, index)

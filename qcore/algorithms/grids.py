@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from qcore.elements import Int
-from qcore.scheme import TensorScheme
+from qcore.bits import pack
+from qcore.elements import Granularity, Group, Int, PerChannel
+from qcore.refusal import Refusal, Refused
+from qcore.scheme import Scheme, TensorScheme
+from qcore.tensor import QuantizedTensor
 
 _RANGES = torch.linspace(1.0, 0.5, 8).tolist()
 """Parts of a group's range that a scale may span: what lies outside is cut off."""
@@ -82,6 +85,37 @@ def stored(scale: torch.Tensor) -> torch.Tensor:
     scale = scale.masked_fill(scale == 0, 1.0)
     half, span = scale.half().float(), torch.finfo(torch.float16)
     return torch.where((half.abs() >= span.smallest_normal) & half.isfinite(), half, scale)
+
+
+def columns_of_a_scale(grid: Granularity, columns: int, algorithm: str) -> int:
+    """How many there are. Raises Refused (shape-unsupported), in the algorithm's name, where groups do not divide the columns."""
+    if isinstance(grid, PerChannel):
+        return columns
+    assert isinstance(grid, Group)
+    if columns % grid.size:
+        raise Refused(Refusal("shape-unsupported", "notimpl", algorithm, "groups must divide the input channels",
+                              f"found {columns} channels in groups of {grid.size}",
+                              "Choose a group size that divides them, or channel."))  # fmt: skip
+    return grid.size
+
+
+def integer_tensor(
+    scheme: Scheme, shape: tuple[int, int], codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, index: torch.Tensor | None
+) -> QuantizedTensor:  # fmt: skip
+    """A weight of codes, uint8 [N, K] from 0, under scales and zero points [N, groups]."""
+    element = scheme.weight.element
+    assert isinstance(element, Int)
+    if element.bits == 8:
+        held = (codes ^ 0x80).view(torch.int8) if element.signed else codes
+    else:
+        held = pack(codes, element.bits)
+    zeros = None
+    if scheme.weight.zero is not None:
+        middle = 1 << (element.bits - 1)
+        zeros = (zero - middle).to(torch.int8) if element.signed else zero.to(torch.uint8)
+    half = scale.half()
+    scales = half if torch.equal(half.float(), scale) else scale
+    return QuantizedTensor(scheme, shape, held, (scales,), zeros, index)
 
 
 def _least_squares(values: torch.Tensor, codes: torch.Tensor, fit: Fit, importance: torch.Tensor) -> Fit:

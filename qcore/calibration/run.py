@@ -24,7 +24,7 @@ from qcore.checkpoint.finite import all_finite
 from qcore.checkpoint.in_flight import UNTOUCHED
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.writer import taken, writing
-from qcore.convert import convert, writer_of
+from qcore.convert import check_written, convert
 from qcore.discovery import registry
 from qcore.elements import Float, Group, PerChannel
 from qcore.method import quantizable
@@ -42,18 +42,26 @@ SAMPLES, LENGTH = 512, 2048
 
 @dataclass(frozen=True)
 class BlockDone:
-    """Said of each block. number: of `blocks`, from 1. error: the mean of its layers', the squared distance of outputs in parts of the squared outputs."""
+    """Said of each block. number: of `blocks`, from 1. error: the mean of its layers'."""
 
     number: int
     blocks: int
     error: float
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """paths: what was written, one of each format. errors: of each layer that was calibrated, the squared distance of its outputs in parts of the squared outputs."""
+
+    paths: tuple[Path, ...]
+    errors: Mapping[str, float]
+
+
 def quantize(
     model: str | Path | Checkpoint,
     scheme: str,
     algorithm: str = "",
-    calibration: str = "",
+    calibration: str | Sequence[str] | None = None,
     *,
     out: str | Path,
     format: str | Sequence[str] = "compressed-tensors",
@@ -62,34 +70,44 @@ def quantize(
     length: int = LENGTH,
     resume: bool = False,
     done: Callable[[BlockDone], None] | None = None,
-) -> list[Path]:
-    """Writes `model` in a scheme into the new folder `out`, or with several formats into one of its name for each inside of it, and returns these.
+) -> Quantized:
+    """Writes `model` in a scheme into the new folder `out`, or with several formats into one of its name for each inside of it.
 
-    calibration: the text; `algorithm` may do without one where the registry says so. ignore: as for `Checkpoint.quantized`. samples, length: windows of the text, and tokens
-    of one. resume: go on where a run with the same words was stopped; else what it left is refused. done: called after each block.
+    algorithm: its name; without one the first that makes the scheme, with a text of those that look at it. calibration: a text, or several; without one no layer is looked at, as
+    `Checkpoint.quantized` has it. ignore: as there. samples, length: windows of the text, and tokens of one. resume: go on where a run with the same words was stopped; else what
+    it left is refused. done: called after each block.
 
     Raises Refused: unknown-format, bad-scheme, scheme-unsupported, bad-argument, output-exists, cannot-write, unknown-architecture, and all that reading and converting give.
     """
-    formats = [format] if isinstance(format, str) else list(format)
-    for name in formats:
-        writer_of(name)
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    out = Path(out)
+    formats, out = [format] if isinstance(format, str) else list(format), Path(out)
+    if calibration is None:
+        made = source.quantized(f"{algorithm}:{scheme}" if algorithm else scheme, ignore)
+        return Quantized(_written(made, formats, out, resume=False), {})
     asked = Calibrated.wanted(scheme, algorithm, ignore, out.with_name(f"{out.name}.work"))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    made = source.overlaid(asked)
+    for name in formats:
+        check_written(made, name)
+    if not (resume and len(formats) > 1) and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise taken(out)
-    windows = windows_of(source, calibration, samples, length)
+    text = calibration if isinstance(calibration, str) else "\n\n".join(calibration)
+    windows = windows_of(source, text, samples, length)
     with Work(asked.folder, _request(source, asked, windows), resume=resume) as work:
         _Run(source, asked, work).blocks_of(windows, done)
-        made = source.overlaid(asked)
-        if len(formats) == 1:
-            written = [convert(made, formats[0], out)]
-        else:
-            with writing(out):
-                out.mkdir(exist_ok=True)
-            written = [convert(made, name, out / name.replace(":", "-")) for name in formats]
+        errors = asked.errors()
+        paths = _written(made, formats, out, resume=resume)
         work.remove()
-    return written
+    return Quantized(paths, errors)
+
+
+def _written(made: Checkpoint, formats: Sequence[str], out: Path, *, resume: bool) -> tuple[Path, ...]:
+    """resume: a format that is there already is whole."""
+    if len(formats) == 1:
+        return (convert(made, formats[0], out),)
+    with writing(out):
+        out.mkdir(exist_ok=True)
+    places = {name: out / name.replace(":", "-") for name in formats}
+    return tuple(place if resume and place.exists() else convert(made, name, place) for name, place in places.items())
 
 
 class _Run:

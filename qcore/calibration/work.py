@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qcore.checkpoint.json_file import read_json
-from qcore.checkpoint.writer import writing
+from qcore.checkpoint.writer import flush, writing
 from qcore.refusal import Refusal, Refused
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Work:
                 if isinstance(error, OSError):
                     raise
                 raise OSError(None, str(error)) from error
-            _flush(partial)
+            flush(partial)
             partial.rename(self.block(number))
         self._say(number + 1)
         with writing(self.folder):
@@ -126,13 +126,5 @@ class Work:
         partial = self.folder / f"{_STATE}.partial"
         with writing(partial):
             partial.write_text(json.dumps({"asked": self.asked, "blocks": done}, indent=1), encoding="utf-8")
-            _flush(partial)
+            flush(partial)
             partial.rename(self.folder / _STATE)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

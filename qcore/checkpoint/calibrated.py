@@ -56,6 +56,10 @@ class Calibrated(InFlight):
                 found[module] = (source, facts)
         return found
 
+    def errors(self) -> dict[str, float]:
+        """Of each layer that is made, the squared distance of its outputs in parts of the squared outputs."""
+        return {module: facts["error"] for module, (_, facts) in self._made.items()}
+
     def layer(
         self, module: str, entry: ModulePlan, read: Callable[[], torch.Tensor], bias: torch.Tensor | None, info: TensorInfo
     ) -> LayerTensors:  # fmt: skip

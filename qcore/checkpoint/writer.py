@@ -65,10 +65,10 @@ class AtomicFolder:
             if kind is None:
                 with writing(self.out):
                     for file in sorted(self.folder.rglob("*")):
-                        _flush(file)
+                        flush(file)
                     self.folder.chmod(0o777 & ~_umask())
                     (self.folder / _LOCK).unlink()  # at last: without it, others may take the folder for abandoned
-                    _flush(self.folder)
+                    flush(self.folder)
                     self.folder.rename(self.out)
                     _keep(self.out)
         finally:
@@ -183,7 +183,7 @@ def atomic_file(out: Path, write: Callable[[Path], None]) -> None:
     try:
         with writing(out):
             write(folder / out.name)
-            _flush(folder / out.name)
+            flush(folder / out.name)
             _appear(folder / out.name, out)
             _keep(out)
     finally:
@@ -228,7 +228,7 @@ def _appear(made: Path, out: Path) -> None:
 def _keep(out: Path) -> None:
     """Its name onto the disk; where the disk cannot keep it, it goes again. Raises OSError."""
     try:
-        _flush(out.parent)
+        flush(out.parent)
     except OSError:
         if out.is_dir():
             shutil.rmtree(out, ignore_errors=True)
@@ -264,8 +264,8 @@ def _is_old(folder: Path) -> bool:
     return time.time() - folder.stat().st_mtime > 60
 
 
-def _flush(path: Path) -> None:
-    """Onto the disk."""
+def flush(path: Path) -> None:
+    """A file or folder, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

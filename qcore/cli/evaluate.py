@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qcore.cli import options
 from qcore.cli.output import note, print_json, print_table, progress_bar
+from qcore.cli.plots import draw_evaluation, pyplot
 from qcore.refusal import Refusal, Refused
 from qcore.select import exact_activations
 
@@ -43,17 +44,22 @@ def evaluate_command(
     checkpoint = open_checkpoint(path)
     other = open_checkpoint(reference) if reference else None
     if plot is not None:
-        _matplotlib()
+        pyplot()
     evaluation = _evaluate(checkpoint, other, words, context, max_tokens, device, dtype, activations)
     from qcore.cli.inspect import describe
 
     result = {**evaluation.summary(), "bits_per_weight": describe(checkpoint)["bits_per_weight"]}
     if plot is not None:
-        _draw(evaluation, plot, checkpoint.path.name)
+        draw_evaluation(evaluation, plot, checkpoint.path.name)
     if json:
         print_json(result)
     else:
-        print_table(("measure", "value"), ((key, _shown(value)) for key, value in result.items()))
+        shown = (
+            (key, _shown(value), _between(result.get(f"{key}_ci95")))
+            for key, value in result.items()
+            if not key.endswith("_ci95")
+        )
+        print_table(("measure", "value", "95 of 100"), shown)
         if plot is not None:
             note(f"drawn into {plot}")
 
@@ -94,46 +100,8 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise Refused(Refusal("missing-package", "missing-dep", "--plot", "drawing needs matplotlib", str(error),
-                              "pip install 'qcore[plot]'")) from error  # fmt: skip
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
-def _draw(evaluation: Evaluation, file: Path, name: str) -> None:
-    """A histogram over tokens: of the divergence where there is a reference, else of the loss."""
-    pyplot = _matplotlib()
-    compared = evaluation.divergences is not None
-    values = evaluation.divergences if compared else evaluation.losses
-    assert values is not None
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    if compared:
-        floor = 1e-9
-        logs = values.double().clamp(min=floor).log10().numpy()
-        axes.hist(logs, bins=80, color="#3b6ea8")
-        for part, style in ((0.5, "-"), (0.99, "--"), (0.999, ":")):
-            at = float(values.double().clamp(min=floor).log10().quantile(part))
-            axes.axvline(at, color="#c8553d", linestyle=style, label=f"{part:.1%}: {10**at:.2g}")
-        axes.set_xlabel("KL(reference || model) of a token, log10 nats")
-        axes.legend(frameon=False)
-    else:
-        axes.hist(values.numpy(), bins=80, color="#3b6ea8")
-        axes.set_xlabel("-ln p of a token, nats")
-    axes.set_ylabel("tokens")
-    axes.set_title(f"{name}: {values.numel()} tokens")
-    axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise Refused(Refusal("bad-argument", "usage", "--plot", "the picture cannot be written", str(error),
-                              "Name a .png file in a folder that you may write to.")) from error  # fmt: skip
-    pyplot.close(figure)
+def _between(interval: list[float] | None) -> str:
+    return "" if interval is None else " to ".join(map(_shown, interval))
 
 
 def _shown(value: float) -> str:

@@ -13,8 +13,9 @@ from qcore.cli.output import mebibytes, note, print_json, progress_bar
 from qcore.refusal import Refusal, Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from qcore.calibration.run import Quantized
     from qcore.checkpoint.open import Checkpoint
 
 _SAMPLES, _LENGTH = 512, 2048
@@ -61,6 +62,9 @@ def quantize_command(
         list[str] | None,
         typer.Option(help="GGUF: PATTERN=TYPE, the type of tensors whose GGUF name the expression is found in."),
     ] = None,
+    plot: Annotated[
+        pathlib.Path | None, typer.Option(help="With --calibration: draw the error of each layer into this PNG file.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Quantize a model's weights into a new checkpoint.
@@ -71,25 +75,39 @@ def quantize_command(
 
     Example: qcore quantize ./model --scheme W4A16 --algorithm gptq --calibration text.txt --out ./model-w4a16
     """
+    from qcore.cli.plots import draw_errors, pyplot
     from qcore.gguf.recipes import is_recipe
     from qcore.scheme import PRESETS
 
+    if plot is not None:
+        pyplot()
     usual = "bitsandbytes" if scheme.startswith("bitsandbytes:") else "compressed-tensors"
     formats = format or ["gguf" if is_recipe(scheme) and scheme not in PRESETS else usual]
     _check(formats, calibration is not None, {
         "--imatrix": (imatrix, True), "--tensor-type": (tensor_type, True),
         "--algorithm": (algorithm, False), "--ignore": (ignore, False), "--calibration": (calibration, False),
-    }, {"--resume": resume, "--samples": samples != _SAMPLES, "--seqlen": seqlen != _LENGTH})  # fmt: skip
+    }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != _SAMPLES, "--seqlen": seqlen != _LENGTH})  # fmt: skip
+    errors: Mapping[str, float] = {}
     if calibration is not None:
-        source, written = _calibrated(
+        source, made = _calibrated(
             path, scheme, algorithm, calibration, out, formats, ignore, samples, seqlen, resume=resume
         )
+        written, errors = [*made.paths], made.errors
     elif formats == ["gguf"]:
         source, written = _gguf(path, scheme, out, imatrix, tensor_type)
     else:
         source, written = _plain(path, scheme, algorithm, out, formats[0], ignore)
-    for name, made in zip(formats, written, strict=True):
-        _say(source, made, name, scheme, json=json)
+    if plot is not None:
+        draw_errors(errors, plot, out.name)
+    if json:
+        layers = [{"module": module, "error": error} for module, error in errors.items()]
+        print_json({
+            **_facts(written[0], formats[0], scheme),
+            "outputs": [_facts(*one, scheme) for one in zip(written, formats, strict=True)], "layers": layers,
+        })  # fmt: skip
+        return
+    for one in written:
+        note(f"{one}: {mebibytes(_size(one))} MiB, from {mebibytes(source.size_bytes)} MiB.")
 
 
 def _check(
@@ -117,7 +135,7 @@ def _check(
 def _calibrated(
     path: str, scheme: str, algorithm: str, text: pathlib.Path, out: pathlib.Path, formats: list[str],
     ignore: list[str] | None, samples: int, seqlen: int, *, resume: bool,
-) -> tuple[Checkpoint, list[pathlib.Path]]:  # fmt: skip
+) -> tuple[Checkpoint, Quantized]:  # fmt: skip
     import time
 
     from qcore.calibration.run import BlockDone, quantize
@@ -182,13 +200,14 @@ def _plain(
         return source, [convert(asked, format, out, progress=progress)]
 
 
-def _say(source: Checkpoint, written: pathlib.Path, format: str, scheme: str, *, json: bool) -> None:
+def _facts(written: pathlib.Path, format: str, scheme: str) -> dict[str, object]:
+    return {"out": str(written), "format": format, "scheme": scheme, "size_bytes": _size(written)}
+
+
+def _size(written: pathlib.Path) -> int:
+    """Bytes of the weights."""
     files = [written] if written.is_file() else [*written.glob("*.safetensors")]
-    size = sum(file.stat().st_size for file in files)
-    if json:
-        print_json({"out": str(written), "format": format, "scheme": scheme, "size_bytes": size})
-    else:
-        note(f"{written}: {mebibytes(size)} MiB, from {mebibytes(source.size_bytes)} MiB.")
+    return sum(file.stat().st_size for file in files)
 
 
 def _override(text: str) -> tuple[str, str]:
