@@ -66,9 +66,7 @@ class Blocks:
                 yield self._states
         finally:
             setattr(holder, leaf, kept)
-            for name, module in self.model.named_children():
-                del name
-                _clear(module)
+            _clear(self.model)
 
     def run(self, number: int, states: torch.Tensor) -> torch.Tensor:
         """What the block makes of [1, tokens, hidden]."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from qcore.scheme import Scheme
 
-SAMPLES, LENGTH = 512, 2048
+SAMPLES, SEQLEN = 512, 2048
 """Windows of the calibration text, and tokens of one: LLM Compressor's usual ones."""
 
 
@@ -67,14 +67,14 @@ def quantize(
     format: str | Sequence[str] = "compressed-tensors",
     ignore: Sequence[str] = UNTOUCHED,
     samples: int = SAMPLES,
-    length: int = LENGTH,
+    seqlen: int = SEQLEN,
     resume: bool = False,
     done: Callable[[BlockDone], None] | None = None,
 ) -> Quantized:
     """Writes `model` in a scheme into the new folder `out`, or with several formats into one of its name for each inside of it.
 
     algorithm: its name; without one the first that makes the scheme, with a text of those that look at it. calibration: a text, or several; without one no layer is looked at, as
-    `Checkpoint.quantized` has it. ignore: as there. samples, length: windows of the text, and tokens of one. resume: go on where a run with the same words was stopped; else what
+    `Checkpoint.quantized` has it. ignore: as there. samples, seqlen: windows of the text, and tokens of one. resume: go on where a run with the same words was stopped; else what
     it left is refused. done: called after each block.
 
     Raises Refused: unknown-format, bad-scheme, scheme-unsupported, bad-argument, output-exists, cannot-write, unknown-architecture, and all that reading and converting give.
@@ -91,7 +91,7 @@ def quantize(
     if not (resume and len(formats) > 1) and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise taken(out)
     text = calibration if isinstance(calibration, str) else "\n\n".join(calibration)
-    windows = windows_of(source, text, samples, length)
+    windows = windows_of(source, text, samples, seqlen)
     with Work(asked.folder, _request(source, asked, windows), resume=resume) as work:
         _Run(source, asked, work).blocks_of(windows, done)
         errors = asked.errors()

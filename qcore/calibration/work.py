@@ -29,7 +29,7 @@ _STATE = "state.json"
 
 
 class Work:
-    """asked: what decides the result, in JSON's types. done: blocks.
+    """A refusal before the first block is done leaves no folder behind. asked: what decides the result, in JSON's types. done: blocks.
 
     Raises Refused: output-exists where there is such a folder and resume is not asked for, or another run is at it; bad-argument where it is of another request;
     cannot-write.
@@ -61,6 +61,8 @@ class Work:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.done == 0 and isinstance(error, Refused):  # nothing is lost by it
+            self.remove()
         os.close(self._lock)
 
     def states(self, number: int) -> Path:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qcore.calibration.run import Quantized
     from qcore.checkpoint.open import Checkpoint
 
-_SAMPLES, _LENGTH = 512, 2048
+_SAMPLES, _SEQLEN = 512, 2048
 """qcore.calibration.run's, which is not imported for --help."""
 
 
@@ -47,7 +47,7 @@ def quantize_command(
         typer.Option(help="A text like those that the model will read: layers are quantized by what they see of it."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of the calibration text, at most.")] = _SAMPLES,
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = _LENGTH,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = _SEQLEN,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a calibrated run was stopped.")] = False,
     ignore: Annotated[
         list[str] | None,
@@ -86,7 +86,7 @@ def quantize_command(
     _check(formats, calibration is not None, {
         "--imatrix": (imatrix, True), "--tensor-type": (tensor_type, True),
         "--algorithm": (algorithm, False), "--ignore": (ignore, False), "--calibration": (calibration, False),
-    }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != _SAMPLES, "--seqlen": seqlen != _LENGTH})  # fmt: skip
+    }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != _SAMPLES, "--seqlen": seqlen != _SEQLEN})  # fmt: skip
     errors: Mapping[str, float] = {}
     if calibration is not None:
         source, made = _calibrated(
@@ -156,7 +156,7 @@ def _calibrated(
     source = open_checkpoint(path)
     written = quantize(
         source, scheme, algorithm, read_text(text), out=out, format=formats,
-        ignore=UNTOUCHED if ignore is None else ignore, samples=samples, length=seqlen, resume=resume, done=say,
+        ignore=UNTOUCHED if ignore is None else ignore, samples=samples, seqlen=seqlen, resume=resume, done=say,
     )  # fmt: skip
     return source, written
 
