@@ -117,7 +117,7 @@ class _Run:
         self.source, self.work = source, work
         self.blocks = Blocks(source)
         self.algorithm = next(row for row in registry().algorithms if row.name == asked.algorithm)
-        self.plan = {module: entry for module, entry in asked.applied(source.layers).items() if entry.algorithm}
+        self.plan = asked.targets(source.layers)
         inside = {module for number in range(len(self.blocks)) for module in self.blocks.linears(number)}
         if not self.plan:
             raise Refused(Refusal("bad-argument", "usage", str(source.path), "no layer of it is left to be quantized",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,15 @@ class Calibrated(InFlight):
                 found[module] = (source, facts)
         return found
 
+    def targets(self, plan: Mapping[str, ModulePlan]) -> dict[str, ModulePlan]:
+        """The layers of a checkpoint's plan that a run is to make."""
+        applied = self.applied(plan)
+        return {
+            module: applied[module]
+            for module, entry in plan.items()
+            if entry.scheme is None and applied[module].algorithm
+        }
+
     def errors(self) -> dict[str, float]:
         """Of each layer that is made, the squared distance of its outputs in parts of the squared outputs."""
         return {module: facts["error"] for module, (_, facts) in self._made.items()}
@@ -65,6 +74,8 @@ class Calibrated(InFlight):
     ) -> LayerTensors:  # fmt: skip
         from qcore.tensor import LayerTensors, QuantizedTensor
 
+        if module not in self._made:  # the checkpoint asks for it itself
+            return super().layer(module, entry, read, bias, info)
         source, facts = self._made[module]
         scheme = Scheme.parse(facts["scheme"])
         names = ("codes", "zeros", "index", "table", "input_scale")

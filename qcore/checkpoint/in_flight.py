@@ -67,12 +67,8 @@ class InFlight:
     def layer(
         self, module: str, entry: ModulePlan, read: Callable[[], torch.Tensor], bias: torch.Tensor | None, info: TensorInfo
     ) -> LayerTensors:  # fmt: skip
-        """A layer that the plan has quantized, of what is stored: `read` gives its weight [N, K]. Raises Refused (bad-shape, bad-content, shape-unsupported)."""
-        from qcore.tensor import LayerTensors
-
-        assert entry.scheme is not None
-        algorithm = next(row for row in registry().algorithms if row.name == entry.algorithm)
-        return LayerTensors(algorithm.load()(quantizable(read(), info), entry.scheme), bias)
+        """A layer that the plan has quantized, as `made` has it."""
+        return made(entry, read(), bias, info)
 
     def _entry(self, module: str, entry: ModulePlan) -> ModulePlan:
         if entry.scheme is not None or is_embedding(module):
@@ -80,6 +76,16 @@ class InFlight:
         if named := next((part for part in self.ignore if _names(part, module)), None):
             return replace(entry, reason=f"{entry.reason}; {named!r} is kept from being quantized while loading")
         return in_flight(self.algorithm, self.scheme, "quantized while loading, as asked", entry.shape)
+
+
+def made(entry: ModulePlan, weight: torch.Tensor, bias: torch.Tensor | None, info: TensorInfo) -> LayerTensors:
+    """The layer of a stored weight [N, K] that the plan has quantized in flight. Raises Refused (bad-shape, bad-content,
+    shape-unsupported)."""
+    from qcore.tensor import LayerTensors
+
+    assert entry.scheme is not None
+    algorithm = next(row for row in registry().algorithms if row.name == entry.algorithm)
+    return LayerTensors(algorithm.load()(quantizable(weight, info), entry.scheme), bias)
 
 
 def _names(part: str, module: str) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qcore.checkpoint.contents import check_layer
 from qcore.checkpoint.gguf import GgufSource
-from qcore.checkpoint.in_flight import UNTOUCHED, InFlight
+from qcore.checkpoint.in_flight import UNTOUCHED, InFlight, made
 from qcore.checkpoint.json_file import read_json
 from qcore.checkpoint.kv_scales import KvScales, spelled
 from qcore.checkpoint.safetensors import SafetensorsSource
@@ -137,10 +137,11 @@ class Checkpoint:
             raise KeyError(f"{module} is not a quantized module of {self.path}")
         entry, bias = self.layers[module], f"{module}.bias"
         if entry.algorithm:
-            assert self._in_flight is not None
             name = f"{module}.weight"
             given = self._method.read_parameter(self.files, bias) if bias in self.stored else None
             read = partial(self._method.read_parameter, self.files, name)
+            if self._in_flight is None:  # the checkpoint asks for it itself
+                return made(entry, read(), given, self.stored[name])
             return self._in_flight.layer(module, entry, read, given, self.stored[name])
         layer = self._decoded(module, lambda: self._method.decode(self.files, module))
         return check_layer(layer, file=self.path, module=module)
