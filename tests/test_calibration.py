@@ -167,7 +167,7 @@ def test_schemes(tmp_path: Path, scheme: str) -> None:
 
 
 def test_an_algorithm_without_calibration_takes_input_scales_from_it(tmp_path: Path) -> None:
-    path = quantize(BASE, "FP8", "rtn", READ, out=tmp_path / "out", samples=4, seqlen=128).paths[0]
+    path = quantize(BASE, "FP8", "", READ, out=tmp_path / "out", samples=4, seqlen=128).paths[0]
     scale = qcore.open_checkpoint(path).layer("model.layers.1.mlp.up_proj").input_scale
     assert scale is not None and 0 < float(scale) < 1
     assert divergence(path) < 0.01
@@ -191,6 +191,7 @@ def test_layers_may_be_left_out_by_an_expression(tmp_path: Path) -> None:
         ({"scheme": "FP8_DYNAMIC"}, "does not make weights of this scheme"),
         ({"scheme": "W4A16-g96-sym"}, "cannot hold this layer"),
         ({"scheme": "W4A16-g96-sym", "format": "dense"}, "groups must divide"),
+        ({"scheme": "W8A8-int8-channel-sym/int8-tensor-asym"}, "not found by calibration"),
         ({"ignore": ()}, "lm_head, which is in no decoder block"),
         ({"ignore": ("re:.*",)}, "no layer of it is left"),
         ({"format": "magic"}, "no checkpoint format of this name"),

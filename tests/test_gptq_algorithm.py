@@ -94,6 +94,13 @@ def test_inputs_of_few_tokens_are_enough() -> None:
         assert made.isfinite().all() and inputs.error(weight(), made) < 0.01
 
 
+def test_inputs_that_are_not_finite_end_in_an_error() -> None:
+    inputs = seen()
+    inputs.gram[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        gptq(weight(), Scheme.parse("W4A16-g128-sym"), inputs)
+
+
 def test_zeros_and_single_rows() -> None:
     for rows in (1, 2):
         made = gptq(torch.zeros(rows, COLUMNS), Scheme.parse("W4A16-g128-asym"), seen())

@@ -19,6 +19,8 @@ from qcore.tensor import QuantizedTensor
 
 DAMPING = 0.01
 """What is added to the diagonal, in parts of its mean."""
+_MOST_DAMPING = 1e6
+"""Of a matrix of finite numbers less is enough."""
 _PASSES = 3
 """Over all codes and scales, after the first."""
 _BLOCK = 128
@@ -152,7 +154,7 @@ class _Solver:
 def _inverse(gram: torch.Tensor) -> torch.Tensor:
     """The upper triangular U of the inverse U^T U. Where rounding leaves the matrix without one, more is added to its diagonal."""
     more, mean = 0.0, float(gram.diagonal().mean())
-    while True:
+    while more < _MOST_DAMPING:
         damped = gram + torch.diag(torch.full((len(gram),), more * mean))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
@@ -161,3 +163,4 @@ def _inverse(gram: torch.Tensor) -> torch.Tensor:
                 found: torch.Tensor = upper
                 return found
         more = max(DAMPING, 2 * more)
+    raise ValueError("what the layer sees is not finite")

@@ -1,1 +1,4 @@
 """Calibration: a model reads a text block by block, and its layers are quantized by what they see."""
+
+SAMPLES, SEQLEN = 512, 2048
+"""Windows of the calibration text, and tokens of one: LLM Compressor's usual ones."""

@@ -38,11 +38,9 @@ class Blocks:
         found = {module: self.model.get_submodule(place.rpartition(".")[0]) for module, place in own.items()}
         return {module: layer for module, layer in found.items() if isinstance(layer, torch.nn.Linear)}
 
-    def fill(self, number: int) -> torch.nn.Module:
-        """The block, with its weights."""
+    def fill(self, number: int) -> None:
+        """A block has its weights from now on."""
         self._fill(lambda name: name.startswith(f"{self.prefix}.{number}."))
-        block: torch.nn.Module = self.blocks[number]
-        return block
 
     def clear(self, number: int) -> None:
         """Its weights are gone again."""
@@ -115,10 +113,8 @@ class _Passing(torch.nn.Module):
 
     def __init__(self, block: torch.nn.Module, *, as_tuple: bool) -> None:
         super().__init__()
-        self.__dict__["block"], self.as_tuple = (
-            block,
-            as_tuple,
-        )  # no submodule, so that nothing of it is looked for here
+        self.__dict__["block"] = block  # no submodule, so that nothing of it is looked for here
+        self.as_tuple = as_tuple
         self.given: tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]
 
     def __getattr__(self, name: str) -> Any:

@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcore.algorithms.seen import Seen, Watch
+from qcore.calibration import SAMPLES, SEQLEN
 from qcore.calibration.blocks import Blocks, unknown
 from qcore.calibration.states import StatesWriter, read_states
 from qcore.calibration.texts import windows_of
 from qcore.calibration.work import Work
 from qcore.checkpoint.calibrated import Calibrated
 from qcore.checkpoint.finite import all_finite
-from qcore.checkpoint.in_flight import UNTOUCHED
+from qcore.checkpoint.in_flight import UNTOUCHED, nothing_left
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.writer import taken, writing
 from qcore.convert import check_written, convert
 from qcore.discovery import registry
-from qcore.elements import Float, Group, PerChannel
+from qcore.elements import Float, Group, Int, PerChannel, PerTensor
 from qcore.method import quantizable
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.tensor import TORCH_FLOATS, LayerTensors, QuantizedTensor
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     import torch
 
     from qcore.scheme import Scheme
-
-SAMPLES, SEQLEN = 512, 2048
-"""Windows of the calibration text, and tokens of one: LLM Compressor's usual ones."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,7 @@ def quantize(
         made = source.quantized(f"{algorithm}:{scheme}" if algorithm else scheme, ignore)
         return Quantized(_written(made, formats, out, resume=False), {})
     asked = Calibrated.wanted(scheme, algorithm, ignore, out.with_name(f"{out.name}.work"))
+    _check_inputs(asked.scheme)
     made = source.overlaid(asked)
     for name in formats:
         check_written(made, name)
@@ -120,9 +119,7 @@ class _Run:
         self.plan = asked.targets(source.layers)
         inside = {module for number in range(len(self.blocks)) for module in self.blocks.linears(number)}
         if not self.plan:
-            raise Refused(Refusal("bad-argument", "usage", str(source.path), "no layer of it is left to be quantized",
-                                  f"found {source.method} and ignore {', '.join(asked.ignore)}",
-                                  "Name an unquantized checkpoint; qcore convert writes a quantized one anew."))  # fmt: skip
+            raise nothing_left(source.path, source.method, asked.ignore)
         if outside := sorted(self.plan.keys() - inside):
             raise unknown(source, f"{outside[0]}, which is in no decoder block; ignore it")
 
@@ -242,6 +239,24 @@ class _Run:
                         fix="Check that the model reads the text sensibly before it is quantized.")  # fmt: skip
 
 
+def _check_inputs(scheme: Scheme) -> None:
+    """Raises Refused (scheme-unsupported) where inputs have stored scales that `_input_scale` does not find."""
+    given = scheme.input
+    if given is None or given.dynamic:
+        return
+    one = len(given.scales) == 1 and isinstance(given.granularity, PerTensor) and given.zero is None
+    element = given.element
+    if not (
+        one
+        and (
+            (isinstance(element, Int) and element.signed)
+            or (isinstance(element, Float) and element.format in TORCH_FLOATS)
+        )
+    ):
+        raise Refused(Refusal("scheme-unsupported", "notimpl", str(scheme), "scales of such inputs are not found by calibration",
+                              f"found {given}, expected signed integers or 8-bit floats under one scale", "Choose another scheme, or one whose inputs have scales of run time."))  # fmt: skip
+
+
 def _input_scale(scheme: Scheme, seen: Seen) -> torch.Tensor | None:
     """[1] float32, where a scheme has inputs under one stored scale: their largest magnitude becomes the largest number."""
     given = scheme.input
@@ -249,9 +264,10 @@ def _input_scale(scheme: Scheme, seen: Seen) -> torch.Tensor | None:
         return None
     import torch
 
-    top = 127.0
     if isinstance(given.element, Float):
         top = float(torch.finfo(TORCH_FLOATS[given.element.format]).max)
+    else:
+        top = float((1 << given.bits - 1) - 1)
     return (seen.largest.amax() / top).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
 
 

@@ -31,12 +31,12 @@ class Calibrated(InFlight):
 
     @classmethod
     def wanted(cls, scheme: str, algorithm: str, ignore: Sequence[str], folder: Path) -> Calibrated:
-        """Of a scheme's words and an algorithm's name; without one, of the first that is calibrated. Raises Refused (bad-argument, bad-scheme, scheme-unsupported)."""
+        """Of a scheme's words and an algorithm's name; without one, of the first that makes its weights, those that are calibrated first. Raises Refused (bad-argument, bad-scheme, scheme-unsupported)."""
         rows, parsed = registry().algorithms, Scheme.parse(scheme)
         if algorithm and algorithm not in {row.name for row in rows}:
             raise Refused(Refusal("bad-argument", "usage", "algorithm", "there is no algorithm of this name", f"found {algorithm!r}",
                                   f"Name one of: {', '.join(row.name for row in rows)}."))  # fmt: skip
-        found = [row for row in rows if (row.name == algorithm if algorithm else row.calibrated)]
+        found = [row for row in sorted(rows, key=lambda row: not row.calibrated) if algorithm in ("", row.name)]
         refused = ("", "")
         for row in found:
             reasons = row.accepts.refuse(Scheme(parsed.weight))

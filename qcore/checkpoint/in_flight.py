@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcore.algorithm import Algorithm
@@ -86,6 +87,13 @@ def made(entry: ModulePlan, weight: torch.Tensor, bias: torch.Tensor | None, inf
     assert entry.scheme is not None
     algorithm = next(row for row in registry().algorithms if row.name == entry.algorithm)
     return LayerTensors(algorithm.load()(quantizable(weight, info), entry.scheme), bias)
+
+
+def nothing_left(path: str | Path, method: str, ignore: Sequence[str]) -> Refused:
+    """For a checkpoint of which nothing is quantized that was asked for."""
+    return Refused(Refusal("bad-argument", "usage", str(path), "no layer of it is left to be quantized",
+                           f"found {method} and --ignore {', '.join(ignore)}",
+                           "Name an unquantized checkpoint; qcore convert writes a quantized one anew."))  # fmt: skip
 
 
 def _names(part: str, module: str) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qcore.calibration import SAMPLES, SEQLEN
 from qcore.cli import options
 from qcore.cli.output import mebibytes, note, print_json, progress_bar
 from qcore.refusal import Refusal, Refused
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
     from qcore.calibration.run import Quantized
     from qcore.checkpoint.open import Checkpoint
-
-_SAMPLES, _SEQLEN = 512, 2048
-"""qcore.calibration.run's, which is not imported for --help."""
 
 
 def quantize_command(
@@ -46,8 +44,8 @@ def quantize_command(
         pathlib.Path | None,
         typer.Option(help="A text like those that the model will read: layers are quantized by what they see of it."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of the calibration text, at most.")] = _SAMPLES,
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = _SEQLEN,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of the calibration text, at most.")] = SAMPLES,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = SEQLEN,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a calibrated run was stopped.")] = False,
     ignore: Annotated[
         list[str] | None,
@@ -86,7 +84,7 @@ def quantize_command(
     _check(formats, calibration is not None, {
         "--imatrix": (imatrix, True), "--tensor-type": (tensor_type, True),
         "--algorithm": (algorithm, False), "--ignore": (ignore, False), "--calibration": (calibration, False),
-    }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != _SAMPLES, "--seqlen": seqlen != _SEQLEN})  # fmt: skip
+    }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != SAMPLES, "--seqlen": seqlen != SEQLEN})  # fmt: skip
     errors: Mapping[str, float] = {}
     if calibration is not None:
         source, made = _calibrated(
@@ -177,6 +175,7 @@ def _gguf(
 def _plain(
     path: str, scheme: str, algorithm: str, out: pathlib.Path, format: str, ignore: list[str] | None
 ) -> tuple[Checkpoint, list[pathlib.Path]]:
+    from qcore.checkpoint.in_flight import UNTOUCHED, nothing_left
     from qcore.checkpoint.open import open_checkpoint
     from qcore.convert import convert, writer_of
     from qcore.discovery import registry
@@ -193,9 +192,7 @@ def _plain(
         fix = f"{error.refusal.fix} For GGUF files, name a mixture or a type of llama.cpp's, such as Q4_K_M."
         raise Refused(replace(error.refusal, fix=fix)) from error
     if not any(entry.algorithm for entry in asked.layers.values()):
-        raise Refused(Refusal("bad-argument", "usage", path, "no layer of it is left to be quantized",
-                              f"found {source.method} and --ignore {', '.join(ignore or ('lm_head',))}",
-                              "Name an unquantized checkpoint; qcore convert writes a quantized one anew."))  # fmt: skip
+        raise nothing_left(path, source.method, UNTOUCHED if ignore is None else ignore)
     with progress_bar("quantizing") as progress:
         return source, [convert(asked, format, out, progress=progress)]
 
