@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from dataclasses import replace
 
 import qcore.methods
 from qcore.algorithm import Algorithm
@@ -39,6 +40,9 @@ _BLOCKWISE = tuple(text for n in _BLOCKS for text in (f"g{n}", f"flat{n}", f"fla
 _GROUPS = ("g?", "g??", "g???", "g????", "g?????")
 _FLAT = tuple(f"flat{group.removeprefix('g')}" for group in _GROUPS)
 """Groups under plain float scales: no word for the scales' type follows."""
+_SEARCHED = Accepts(("int?", "uint?", "fp8", "e4m3fnuz", "e5m2", "e2m1", "e3m2", "e2m3"),
+                    ("tensor", "channel", *_GROUPS, "block*", "tile*", "g*:e8m0", "g*:e4m3fn+tensor"), (None, "stored"))  # fmt: skip
+"""What qcore/algorithms/grids.py finds scales for."""
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -52,11 +56,10 @@ def qcore_methods() -> Sequence[Method]:
 @hookimpl
 def qcore_algorithms() -> Sequence[Algorithm]:
     return [
-        Algorithm("rtn", Accepts(("int?", "uint?", "fp8", "e4m3fnuz", "e5m2"), ("tensor", "channel", *_GROUPS), (None, "stored")),
-                  "qcore.algorithms.rtn:rtn", note="every weight becomes the nearest code; needs no calibration"),
-        Algorithm("rtn-mse", Accepts(("int?", "uint?"), ("channel", *_GROUPS), (None, "stored")), "qcore.algorithms.rtn_mse:rtn_mse",
+        Algorithm("rtn", _SEARCHED, "qcore.algorithms.rtn:rtn", note="every weight becomes the nearest code; needs no calibration"),
+        Algorithm("rtn-mse", _SEARCHED, "qcore.algorithms.rtn_mse:rtn_mse",
                   note="the nearest codes under the scales of least squared error; needs no calibration"),
-        Algorithm("gptq", Accepts(("int?", "uint?"), ("channel", *_GROUPS), (None, "stored"), ordered=True), "qcore.algorithms.gptq:gptq",
+        Algorithm("gptq", replace(_SEARCHED, ordered=True), "qcore.algorithms.gptq:gptq",
                   calibrated=True, note="columns one after the other, each making up for the errors before it; then codes and scales once more"),
         Algorithm("bitsandbytes", Accepts(("nf4", "fp4"), _BLOCKWISE), "qcore.algorithms.codebook:codebook",
                   note="absmax blocks of the flattened weight, the nearest of 16 values; bitsandbytes' numbers"),

@@ -1,19 +1,21 @@
 """GPTQ: columns are rounded one after the other, and those that are left make up for the error, as the layer's inputs in calibration have it; then codes and scales are gone over
 again, each for what all others are.
 
-Source: GPTQ (arXiv 2210.17323); groups in order of importance and columns within them, which needs no index (GPTQModel's group-aware reordering, arXiv 2505.14638);
-going over codes one column at a time is QuantEase (arXiv 2309.01885).
+Source: GPTQ (arXiv 2210.17323), in the form that QuIP found to be the same (LDLQ, arXiv 2307.13304), which needs no inverse; groups in order of importance and columns within them,
+which needs no index (GPTQModel's group-aware reordering, arXiv 2505.14638); going over codes one column at a time is QuantEase (arXiv 2309.01885).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
-from qcore.algorithms.grids import Fit, IntegerGrid, columns_of_a_scale, integer_tensor, stored
+from qcore.algorithms.grids import Fit, Grid, columns_of_a_scale, fit, grid_of, rescaled
+from qcore.algorithms.put_together import quantized_tensor
 from qcore.algorithms.seen import Seen
-from qcore.elements import Group, Int
+from qcore.elements import Group
 from qcore.scheme import Scheme
 from qcore.tensor import QuantizedTensor
 
@@ -28,139 +30,136 @@ _BLOCK = 128
 
 
 def gptq(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
-    """weight: float [N, K], of a layer whose inputs were `seen`. Scales are float16 where that holds them.
-
-    Raises Refused (shape-unsupported) where groups do not divide K.
-    """
-    element, grid = scheme.weight.element, scheme.weight.scales[0].granularity
-    assert isinstance(element, Int)
-    rows, columns = weight.shape
-    size = columns_of_a_scale(grid, columns, "gptq")
+    """weight: float [N, K], of a layer whose inputs were `seen`. Scales of integers are float16 where that holds them."""
+    granularity = scheme.weight.scales[0].granularity
+    weight = weight.to(torch.float32)
+    size = columns_of_a_scale(granularity, weight.shape[1])
     gram = seen.gram + torch.zeros(1)  # a copy
     diagonal = gram.diagonal()
     unseen = diagonal == 0
     diagonal += DAMPING * diagonal.mean() + unseen  # what was never seen is rounded to nearest
-    order = _order(diagonal, size, whole=scheme.weight.ordered)
-    solver = _Solver(
-        weight.to(torch.float32)[:, order].T.contiguous(), gram[order][:, order], IntegerGrid.of(scheme.weight), size
-    )
+    order, groups = _order(diagonal, size, whole=scheme.weight.ordered)
+    grid = grid_of(scheme.weight, weight)
+    solver = _Solver(weight[:, order].T.contiguous(), gram[order[:, None], order], grid, groups)
     solver.first()
     for _ in range(_PASSES):
         if not solver.again():
             break
-    codes, scale, zero = solver.result()
     places = order.argsort()
-    codes = codes[places].T.to(torch.uint8).contiguous()
+    scale, zero = (torch.cat([getattr(now, part) for now in solver.fits]) for part in ("scale", "zero"))
     index = None
     if scheme.weight.ordered:
         index = (places // size).to(torch.int32)
-    elif isinstance(grid, Group):  # groups were taken in another order
-        own = places[::size] // size
+    elif isinstance(granularity, Group):  # groups were taken in another order
+        own = torch.stack([order[group][0] for group in groups]).argsort()
         scale, zero = scale[own], zero[own]
-    return integer_tensor(scheme, (rows, columns), codes, scale.T.contiguous(), zero.T.contiguous(), index)
+    return quantized_tensor(scheme, grid, solver.units[places].T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), index)  # fmt: skip
 
 
-def _order(diagonal: torch.Tensor, size: int, *, whole: bool) -> torch.Tensor:
-    """Columns, the most important ones first: all of them, or of groups that stay together."""
+def _order(diagonal: torch.Tensor, size: int, *, whole: bool) -> tuple[torch.Tensor, list[slice]]:
+    """Columns, the most important ones first: all of them, or of groups that stay together; and where in them the groups lie."""
     if whole:
-        return diagonal.argsort(descending=True, stable=True)
-    groups = diagonal.view(-1, size)
-    within = groups.argsort(dim=1, descending=True, stable=True) + torch.arange(0, len(diagonal), size)[:, None]
-    return within[groups.amax(1).argsort(descending=True, stable=True)].reshape(-1)
+        order = diagonal.argsort(descending=True, stable=True)
+        parts = list(order.split(size))
+    else:
+        found = list(torch.arange(len(diagonal)).split(size))
+        found.sort(key=lambda own: -float(diagonal[own].amax()))
+        parts = [own[diagonal[own].argsort(descending=True, stable=True)] for own in found]
+    ends = torch.tensor([0, *map(len, parts)]).cumsum(0).tolist()
+    return torch.cat(parts), [slice(start, stop) for start, stop in pairwise(ends)]
 
 
 class _Solver:
-    """weight: [K, N] in the order that columns are taken in. gram: [K, K] alike, damped."""
+    """weight: [K, N] in the order that columns are taken in. gram: [K, K] alike, damped. groups: in that order too."""
 
-    def __init__(self, weight: torch.Tensor, gram: torch.Tensor, grid: IntegerGrid, size: int) -> None:
-        self.weight, self.gram, self.grid, self.size = weight, gram, grid, size
-        self.codes = torch.empty_like(weight)
+    def __init__(self, weight: torch.Tensor, gram: torch.Tensor, grid: Grid, groups: list[slice]) -> None:
+        self.weight, self.gram, self.grid, self.groups = weight, gram, grid, groups
+        self.units = torch.empty_like(weight)
         self.made = torch.empty_like(weight)
         self.fits: list[Fit] = []
+        self._group = [number for number, group in enumerate(groups) for _ in range(group.stop - group.start)]
 
     def first(self) -> None:
-        """Each column rounded to nearest, and its error made up for by those that follow."""
-        weight, after = self.weight.clone(), _inverse(self.gram)
-        importance = self.gram.diagonal()[:, None]
+        """Each column rounded to nearest, for what makes up for the errors of those before it. With the matrix as U U^T, U upper triangular, the squared error is
+        the sum of those of the columns of (weight - made) U, of which each is the first that its own column is in."""
+        upper, importance = _upper(self.gram), self.gram.diagonal()[:, None]
+        apart = torch.empty_like(self.weight)
         for start, stop in self._blocks():
-            left = weight[start:stop]
-            errors = torch.empty_like(left)
+            pending = upper[:start, start:stop].T @ apart[:start]
             for column in range(start, stop):
-                if column % self.size == 0:
-                    group = slice(column, column + self.size)
-                    now = weight[group]
-                    if self.size > stop - column:  # the errors of this block have reached what is in it alone
-                        now = now.clone()
-                        now[stop - column :] -= (
-                            after[start:column, stop : column + self.size].T @ errors[: column - start]
-                        )
-                    self.fits.append(self.grid.fit(now, importance[group]))
-                fit, place = self.fits[-1], column - start
-                codes = self.grid.codes(left[place], fit)[0]
-                self.codes[column], self.made[column] = codes, fit.values(codes)[0]
-                error = (left[place] - self.made[column]) / after[column, column]
-                errors[place] = error
-                left[place + 1 :].addr_(after[column, column + 1 : stop], error, alpha=-1)
-            weight[stop:].addmm_(after[start:stop, stop:].T, errors, alpha=-1)
+                place, group = column - start, self.groups[self._group[column]]
+                if column == group.start:
+                    inside = pending[place : group.stop - start]
+                    if group.stop > stop:
+                        inside = upper[:start, group].T @ apart[:start]
+                    best = torch.linalg.solve_triangular(upper[group, group].T, inside, upper=False)
+                    self.fits.append(fit(self.grid, best.add_(self.weight[group]), importance[group]))
+                self._round(column, self.weight[column] + pending[place] / upper[column, column])
+                torch.sub(self.weight[column], self.made[column], out=apart[column])
+                pending[place + 1 :].addr_(upper[column, column + 1 : stop], apart[column])
 
     def again(self) -> bool:
         """Goes over all scales and all codes; whether that made the error smaller."""
-        before, codes, made, fits = self.error(), self.codes.clone(), self.made.clone(), list(self.fits)
+        before, units, made, fits = self.error(), self.units.clone(), self.made.clone(), list(self.fits)
         self._rescale()
         for start, stop in self._blocks():
             own = self.gram[start:stop, start:stop]
             pull = self.gram[start:stop] @ (self.weight - self.made)
             for column in range(start, stop):
-                place, fit = column - start, self.fits[column // self.size]
-                old = self.made[column].clone()
-                wanted = old + pull[place] / own[place, place]
-                self.codes[column] = self.grid.codes(wanted, fit)[0]
-                self.made[column] = fit.values(self.codes[column])[0]
+                place, old = column - start, self.made[column].clone()
+                self._round(column, old + pull[place] / own[place, place])
                 pull.addr_(own[place], self.made[column] - old, alpha=-1)
         if self.error() < before:
             return True
-        self.codes, self.made, self.fits = codes, made, fits
+        self.units, self.made, self.fits = units, made, fits
         return False
 
     def error(self) -> float:
         apart = self.weight - self.made
         return float((self.gram @ apart).mul_(apart).sum(dtype=torch.float64))
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """codes [K, N], scales and zero points [groups, N]."""
-        return self.codes, torch.cat([fit.scale for fit in self.fits]), torch.cat([fit.zero for fit in self.fits])
+    def _round(self, column: int, wanted: torch.Tensor) -> None:
+        now = self.fits[self._group[column]]
+        self.units[column] = self.grid.nearest(wanted, now)[0]
+        torch.mul(self.units[column], now.scale[0], out=self.made[column])
 
     def _rescale(self) -> None:
         """The best scale of each group for its codes and for what all other groups are."""
-        for number, fit in enumerate(self.fits):
-            group = slice(number * self.size, (number + 1) * self.size)
-            shifted = self.codes[group] - fit.zero
-            along = self.gram[group, group] @ shifted
-            below = (along * shifted).sum(0, keepdim=True)
-            pull = (self.gram[group] @ (self.weight - self.made)).mul_(shifted).sum(0, keepdim=True)
-            scale = fit.scale + torch.where(below > 0, pull / below, torch.zeros(1))
-            scale = torch.where(scale * fit.scale > 0, stored(scale), fit.scale)
-            self.fits[number] = Fit(scale, fit.zero)
-            self.made[group] = self.fits[number].values(self.codes[group])
+        for number, (group, now) in enumerate(zip(self.groups, self.fits, strict=True)):
+            units = self.units[group]
+            below = (self.gram[group, group] @ units).mul_(units).sum(0, keepdim=True)
+            pull = (self.gram[group] @ (self.weight - self.made)).mul_(units).sum(0, keepdim=True)
+            new = rescaled(self.grid, now, pull.addcmul_(below, now.scale), below)
+            new = Fit(torch.where(new.scale * now.scale > 0, new.scale, now.scale), now.zero)
+            self.fits[number] = new
+            torch.mul(units, new.scale, out=self.made[group])
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
-        """Of whole groups where these are short."""
-        columns = len(self.weight)
-        step = max(self.size, _BLOCK // self.size * self.size) if self.size <= _BLOCK else _BLOCK
-        for start in range(0, columns, step):
-            yield start, min(start + step, columns)
+        """Of whole groups where these are short, else parts of one."""
+        start = stop = 0
+        for group in self.groups:
+            if group.stop - start > _BLOCK and stop > start:
+                yield start, stop
+                start = stop
+            while group.stop - start > _BLOCK:
+                yield start, start + _BLOCK
+                start += _BLOCK
+            stop = group.stop
+            if group.stop - group.start > _BLOCK and stop > start:  # the last part of a long one
+                yield start, stop
+                start = stop
+        if stop > start:
+            yield start, stop
 
 
-def _inverse(gram: torch.Tensor) -> torch.Tensor:
-    """The upper triangular U of the inverse U^T U. Where rounding leaves the matrix without one, more is added to its diagonal."""
-    more, mean = 0.0, float(gram.diagonal().mean())
+def _upper(gram: torch.Tensor) -> torch.Tensor:
+    """The upper triangular U of gram = U U^T. Where rounding leaves the matrix without one, more is added to its diagonal, in place."""
+    mean, more = float(gram.diagonal().mean()), DAMPING
     while more < _MOST_DAMPING:
-        damped = gram + torch.diag(torch.full((len(gram),), more * mean))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                found: torch.Tensor = upper
-                return found
-        more = max(DAMPING, 2 * more)
+            found: torch.Tensor = lower.flip(0, 1)
+            return found
+        gram.diagonal().add_(more * mean)
+        more *= 2
     raise ValueError("what the layer sees is not finite")
