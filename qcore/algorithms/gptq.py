@@ -70,7 +70,10 @@ def _order(diagonal: torch.Tensor, size: int, *, whole: bool) -> tuple[torch.Ten
 
 
 class _Solver:
-    """weight: [K, N] in the order that columns are taken in. gram: [K, K] alike, damped. groups: in that order too."""
+    """weight: [K, N] in the order that columns are taken in. gram: [K, K] alike, damped. groups: in that order too.
+
+    pull: the matrix times what weights are apart, [K, N], always up to date after `first`. error: of outputs, squared, as the last pass left it.
+    """
 
     def __init__(self, weight: torch.Tensor, gram: torch.Tensor, grid: Grid, groups: list[slice]) -> None:
         self.weight, self.gram, self.grid, self.groups = weight, gram, grid, groups
@@ -97,42 +100,47 @@ class _Solver:
                 self._round(column, self.weight[column] + pending[place] / upper[column, column])
                 torch.sub(self.weight[column], self.made[column], out=apart[column])
                 pending[place + 1 :].addr_(upper[column, column + 1 : stop], apart[column])
+        self.pull = self.gram @ apart
+        self.error = self._error()
 
     def again(self) -> bool:
-        """Goes over all scales and all codes; whether that made the error smaller."""
-        before, units, made, fits = self.error(), self.units.clone(), self.made.clone(), list(self.fits)
-        self._rescale()
+        """Goes over all scales and all codes, each for what all others are; whether that made the error smaller."""
+        before, kept = self.error, (self.units.clone(), self.made.clone(), list(self.fits))
         for start, stop in self._blocks():
-            own = self.gram[start:stop, start:stop]
-            pull = self.gram[start:stop] @ (self.weight - self.made)
+            for number in range(self._group[start], self._group[stop - 1] + 1):
+                if self.groups[number].start >= start:
+                    self._rescale(number)
+            old, own, pull = self.made[start:stop].clone(), self.gram[start:stop, start:stop], self.pull[start:stop].clone()  # fmt: skip
             for column in range(start, stop):
-                place, old = column - start, self.made[column].clone()
-                self._round(column, old + pull[place] / own[place, place])
-                pull.addr_(own[place], self.made[column] - old, alpha=-1)
-        if self.error() < before:
+                place = column - start
+                self._round(column, old[place] + pull[place] / own[place, place])
+                pull[place + 1 :].addr_(own[place, place + 1 :], self.made[column] - old[place], alpha=-1)
+            self.pull.addmm_(self.gram[:, start:stop], self.made[start:stop] - old, alpha=-1)
+        self.error = self._error()
+        if self.error < before:
             return True
-        self.units, self.made, self.fits = units, made, fits
+        self.units, self.made, self.fits = kept
         return False
 
-    def error(self) -> float:
-        apart = self.weight - self.made
-        return float((self.gram @ apart).mul_(apart).sum(dtype=torch.float64))
+    def _error(self) -> float:
+        return float(((self.weight - self.made) * self.pull).sum(dtype=torch.float64))
 
     def _round(self, column: int, wanted: torch.Tensor) -> None:
         now = self.fits[self._group[column]]
         self.units[column] = self.grid.nearest(wanted, now)[0]
         torch.mul(self.units[column], now.scale[0], out=self.made[column])
 
-    def _rescale(self) -> None:
-        """The best scale of each group for its codes and for what all other groups are."""
-        for number, (group, now) in enumerate(zip(self.groups, self.fits, strict=True)):
-            units = self.units[group]
-            below = (self.gram[group, group] @ units).mul_(units).sum(0, keepdim=True)
-            pull = (self.gram[group] @ (self.weight - self.made)).mul_(units).sum(0, keepdim=True)
-            new = rescaled(self.grid, now, pull.addcmul_(below, now.scale), below)
-            new = Fit(torch.where(new.scale * now.scale > 0, new.scale, now.scale), now.zero)
-            self.fits[number] = new
-            torch.mul(units, new.scale, out=self.made[group])
+    def _rescale(self, number: int) -> None:
+        """The best scale of a group for its codes and for what all other groups are."""
+        group, now = self.groups[number], self.fits[number]
+        units = self.units[group]
+        below = (self.gram[group, group] @ units).mul_(units).sum(0, keepdim=True)
+        above = (self.pull[group] * units).sum(0, keepdim=True).addcmul_(below, now.scale)
+        new = rescaled(self.grid, now, above, below)
+        self.fits[number] = Fit(torch.where(new.scale * now.scale > 0, new.scale, now.scale), now.zero)
+        apart = units * self.fits[number].scale - self.made[group]
+        self.made[group] += apart
+        self.pull.addmm_(self.gram[:, group], apart, alpha=-1)
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
         """Of whole groups where these are short, else parts of one."""
