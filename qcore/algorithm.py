@@ -22,6 +22,8 @@ class Algorithm:
 
     accepts: the schemes that it can make. calibrated: it needs activations to look at. implementation:
     `module:function`, a `Quantize`, or a `QuantizeSeen` where it is calibrated. note: one sentence on what it does.
+    scaling: `module:function`, a `Factors`: columns are scaled by these before, and what makes their inputs is divided. Of algorithms that are joined, as in `smoothquant+gptq`,
+    all scale and the last one makes the weights.
     """
 
     name: str
@@ -29,23 +31,30 @@ class Algorithm:
     implementation: str
     calibrated: bool = False
     note: str = ""
+    scaling: str = ""
 
     def load(self) -> Quantize:
         """Imports the implementation, of an algorithm that is not calibrated."""
-        implementation: Quantize = self._implementation()
+        implementation: Quantize = _imported(self.implementation)
         return implementation
 
     def load_calibrated(self) -> QuantizeSeen:
         """Imports the implementation, of any algorithm; one that is not calibrated does not look at what was seen."""
         if self.calibrated:
-            implementation: QuantizeSeen = self._implementation()
+            implementation: QuantizeSeen = _imported(self.implementation)
             return implementation
         plain = self.load()
         return lambda weight, scheme, seen: plain(weight, scheme)
 
-    def _implementation(self) -> Any:
-        module, _, name = self.implementation.partition(":")
-        return getattr(importlib.import_module(module), name)
+    def load_scaling(self) -> Factors:
+        """Imports what it scales by, of an algorithm that scales."""
+        scaling: Factors = _imported(self.scaling)
+        return scaling
+
+
+def _imported(name: str) -> Any:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 class Quantize(Protocol):
@@ -61,4 +70,12 @@ class QuantizeSeen(Protocol):
 
     def __call__(self, weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
         """weight: float [N, K], of a layer whose inputs in calibration were `seen`. Raises Refused (scheme-unsupported, shape-unsupported)."""
+        ...
+
+
+class Factors(Protocol):
+    """What `scaling` is."""
+
+    def __call__(self, weight: torch.Tensor, scheme: Scheme, seen: Seen) -> torch.Tensor:
+        """weight: float [N, K], those of all layers that have one input. [K], all positive."""
         ...

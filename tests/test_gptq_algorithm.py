@@ -39,7 +39,7 @@ def published(weights: torch.Tensor, scheme: Scheme, inputs: Seen) -> torch.Tens
     for column in range(weights.shape[1]):
         if column % size == 0:
             group = slice(column, column + size)
-            now = fit(grid, left[:, group].T, gram.diagonal()[group, None])
+            now = fit(grid, left[:, group].T, gram.diagonal()[group])
         made[:, column] = (grid.nearest(left[:, column], now) * now.scale)[0]
         error = (left[:, column] - made[:, column]) / after[column, column]
         left[:, column:] -= error[:, None] * after[column, column:]

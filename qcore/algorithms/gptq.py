@@ -85,7 +85,7 @@ class _Solver:
     def first(self) -> None:
         """Each column rounded to nearest, for what makes up for the errors of those before it. With the matrix as U U^T, U upper triangular, the squared error is
         the sum of those of the columns of (weight - made) U, of which each is the first that its own column is in."""
-        upper, importance = _upper(self.gram), self.gram.diagonal()[:, None]
+        upper, importance = _upper(self.gram), self.gram.diagonal()
         apart = torch.empty_like(self.weight)
         for start, stop in self._blocks():
             pending = upper[:start, start:stop].T @ apart[:start]

@@ -65,14 +65,15 @@ class Grid(Protocol):
 
 
 def fit(grid: Grid, values: torch.Tensor, importance: torch.Tensor) -> Fit:
-    """values: float32 [g, N], a group of each of N rows. importance: [g, 1], not negative."""
+    """values: float32 [g, N], a group of each of N rows. importance: of its columns, [g], not negative, or [g, g], the sum of x x^T over what they are multiplied with."""
     best: Fit | None = None
     least = torch.empty(0)
     for start in grid.starts(values):
         now = start
         for last in (False,) * _ROUNDS + (True,):
             units = grid.nearest(values, now)
-            error = grid.pooled((units * now.scale).sub_(values).square_().mul_(importance).sum(0, keepdim=True))
+            apart = (units * now.scale).sub_(values)
+            error = grid.pooled((weighted(importance, apart) * apart).sum(0, keepdim=True))
             if best is None:
                 best, least = now, error
             else:
@@ -80,11 +81,15 @@ def fit(grid: Grid, values: torch.Tensor, importance: torch.Tensor) -> Fit:
                 best = Fit(torch.where(better, now.scale, best.scale), torch.where(better, now.zero, best.zero))
                 least = torch.where(better, error, least)
             if not last:
-                weighted = units * importance
-                below = (weighted * units).sum(0, keepdim=True)
-                now = rescaled(grid, now, (weighted * values).sum(0, keepdim=True), below)
+                along = weighted(importance, units)
+                now = rescaled(grid, now, (along * values).sum(0, keepdim=True), along.mul_(units).sum(0, keepdim=True))
     assert best is not None
     return best
+
+
+def weighted(importance: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """values: [g, N]; importance as in `fit`."""
+    return importance[:, None] * values if importance.dim() == 1 else importance @ values
 
 
 def rescaled(grid: Grid, now: Fit, above: torch.Tensor, below: torch.Tensor) -> Fit:

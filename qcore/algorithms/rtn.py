@@ -18,21 +18,24 @@ def rtn(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
 
     Raises Refused (scheme-unsupported).
     """
-    alike = torch.ones(weight.shape[1], 1)
+    alike = torch.ones(weight.shape[1])
     return rounded(weight, scheme, alike, lambda grid, values, importance: grid.span(values))
 
 
 def rounded(
     weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor, find: Callable[[Grid, torch.Tensor, torch.Tensor], Fit]
 ) -> QuantizedTensor:  # fmt: skip
-    """The nearest codes under the scales that `find` gives for each group: its columns [g, N], and importance [K, 1] of these."""
+    """The nearest codes under the scales that `find` gives for each group: its columns [g, N], and their importance, part of [K] or [K, K]."""
     weight = weight.to(torch.float32)
     grid, size = (
         grid_of(scheme.weight, weight),
         columns_of_a_scale(scheme.weight.scales[0].granularity, weight.shape[1]),
     )
     groups = weight.T.contiguous().split(size)
-    fits = [find(grid, *group) for group in zip(groups, importance.split(size), strict=True)]
+    parts = importance.split(size)
+    if importance.dim() == 2:
+        parts = tuple(part[:, at * size : at * size + size] for at, part in enumerate(parts))
+    fits = [find(grid, group, part) for group, part in zip(groups, parts, strict=True)]
     units = torch.cat([grid.nearest(group, fit) for group, fit in zip(groups, fits, strict=True)])
     scale, zero = (torch.cat([getattr(fit, part) for fit in fits]).T.contiguous() for part in ("scale", "zero"))
     return quantized_tensor(scheme, grid, units.T.contiguous(), scale, zero)

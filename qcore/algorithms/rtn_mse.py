@@ -12,4 +12,4 @@ from qcore.tensor import QuantizedTensor
 
 def rtn_mse(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
     """weight: float [N, K]. Scales of integers are float16 where that holds them. Raises Refused (scheme-unsupported)."""
-    return rounded(weight, scheme, torch.ones(weight.shape[1], 1), fit)
+    return rounded(weight, scheme, torch.ones(weight.shape[1]), fit)

@@ -6,14 +6,20 @@ from dataclasses import dataclass
 
 import torch
 
+_OF_A_CALL = 16
+_OF_ALL = 512
+
 
 @dataclass(frozen=True)
 class Seen:
-    """gram: float32 [K, K], the sum of x x^T over all rows x of the input. largest: float32 [K], the largest magnitude of each column. rows: how many there were."""
+    """gram: float32 [K, K], the sum of x x^T over all rows x of the input. rows: how many there were. largest, typical: float32 [K], the largest magnitude of each column, and the mean
+    of its magnitudes. sample: float32 [S, K], some of the rows, at most 512."""
 
     gram: torch.Tensor
-    largest: torch.Tensor
     rows: int
+    largest: torch.Tensor
+    typical: torch.Tensor
+    sample: torch.Tensor
 
     def error(self, weight: torch.Tensor, made: torch.Tensor) -> float:
         """How far the layer's outputs are from its own, for both weights [N, K] on these inputs: the squared distance in parts of the squared outputs."""
@@ -21,14 +27,20 @@ class Seen:
         distance, size = ((part @ self.gram).mul_(part).sum(dtype=torch.float64) for part in (apart, whole))
         return float(distance / size) if size else 0.0
 
+    def divided(self, factors: torch.Tensor) -> Seen:
+        """Of inputs whose columns are divided by factors [K], all positive."""
+        gram = (self.gram / factors).div_(factors[:, None])
+        return Seen(gram, self.rows, self.largest / factors, self.typical / factors, self.sample / factors)
+
 
 class Watch:
     """Adds up what a layer of K columns sees."""
 
     def __init__(self, columns: int) -> None:
         self.gram = torch.zeros(columns, columns)
-        self.largest = torch.zeros(columns)
         self.rows = 0
+        self._largest, self._sum = torch.zeros(columns), torch.zeros(columns)
+        self._sample: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor) -> None:
         """x: [..., K]."""
@@ -36,8 +48,13 @@ class Watch:
         if not len(rows):
             return
         self.gram.addmm_(rows.T, rows)
-        torch.maximum(self.largest, rows.abs().amax(0), out=self.largest)
+        sizes = rows.abs()
+        torch.maximum(self._largest, sizes.amax(0), out=self._largest)
+        self._sum += sizes.sum(0)
         self.rows += len(rows)
+        if len(self._sample) * _OF_A_CALL < _OF_ALL:
+            self._sample.append(rows[:: -(-len(rows) // _OF_A_CALL)].clone())
 
     def seen(self) -> Seen:
-        return Seen(self.gram, self.largest, self.rows)
+        sample = torch.cat(self._sample) if self._sample else torch.zeros(0, len(self.gram))
+        return Seen(self.gram, self.rows, self._largest, self._sum / max(self.rows, 1), sample)

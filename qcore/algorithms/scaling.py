@@ -1,0 +1,55 @@
+"""Factors of a layer's columns: its weights are multiplied by them, and what makes its inputs is divided, which leaves outputs as they are until either is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from qcore.algorithms.rtn import rtn
+from qcore.algorithms.seen import Seen
+from qcore.elements import Float
+from qcore.kernels.activations import quantize_input
+from qcore.scheme import Scheme, TensorScheme
+from qcore.tensor import TORCH_FLOATS
+
+_ROWS = 512
+"""Of a weight that the search looks at, evenly spread."""
+
+
+def least_error(candidates: Iterable[torch.Tensor], weight: torch.Tensor, scheme: Scheme, seen: Seen) -> torch.Tensor:
+    """The factors [K] under which outputs have the least error once weights [N, K] are rounded to nearest and inputs as the scheme has them; ones where none is better."""
+    weight = weight[:: -(-len(weight) // _ROWS)].to(torch.float32)
+    best = torch.ones(weight.shape[1])
+    least = _error(best, weight, scheme, seen)
+    for candidate in candidates:
+        factors = candidate.clamp(1e-4, 1e4)
+        factors = factors / (factors.amax() * factors.amin()).sqrt()
+        error = _error(factors, weight, scheme, seen)
+        if error < least:
+            best, least = factors, error
+    return best
+
+
+def input_scale(scheme: TensorScheme, largest: float) -> torch.Tensor:
+    """[1] float32, one scale for all inputs: the largest magnitude becomes the largest number."""
+    element = scheme.element
+    top = (
+        float(torch.finfo(TORCH_FLOATS[element.format]).max)
+        if isinstance(element, Float)
+        else float((1 << scheme.bits - 1) - 1)
+    )
+    return torch.tensor([largest / top]).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _error(factors: torch.Tensor, weight: torch.Tensor, scheme: Scheme, seen: Seen) -> float:
+    """Of the rounding of weights, and of that of inputs, in parts of the squared outputs."""
+    scaled = weight * factors
+    error = seen.error(weight, rtn(scaled, Scheme(scheme.weight)).dequantize() / factors)
+    if scheme.input is None or not len(seen.sample):
+        return error
+    x = seen.sample / factors
+    scale = None if scheme.input.dynamic else input_scale(scheme.input, float((seen.largest / factors).amax()))
+    apart = (quantize_input(x, scheme.input, scale) - x) @ scaled.T
+    outputs = float((seen.sample @ weight.T).square().sum(dtype=torch.float64))
+    return error + float(apart.square().sum(dtype=torch.float64)) / (outputs or 1.0)
