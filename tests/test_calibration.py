@@ -19,6 +19,7 @@ from golden_checkpoints import FOLDERS
 from mixtures import Mixture
 from qcore.algorithms.seen import Seen
 from qcore.calibration import run
+from qcore.calibration.block import Block
 from qcore.calibration.run import BlockDone, quantize
 from qcore.checkpoint.in_flight import UNTOUCHED
 from qcore.evaluation import evaluate
@@ -73,13 +74,13 @@ def test_nearer_than_the_real_tools(tmp_path: Path) -> None:
 def test_layers_see_what_the_whole_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first block's, of the model as it was; and the second's, behind the first as it is quantized."""
     found: list[dict[str, Seen]] = []
-    real = run._Run._seen
+    real = Block._seen
 
-    def kept(self: Any, number: int, layers: Any) -> dict[str, Seen]:
-        found.append(real(self, number, layers))
+    def kept(self: Any, texts: Any) -> dict[str, Seen]:
+        found.append(real(self, texts))
         return found[-1].copy()
 
-    monkeypatch.setattr(run._Run, "_seen", kept)
+    monkeypatch.setattr(Block, "_seen", kept)
     out = made(tmp_path / "out")
     tokens = torch.tensor(qcore.open_checkpoint(BASE).load_tokenizer()(READ)["input_ids"])
     count = min(16, len(tokens) // 256)
@@ -164,6 +165,19 @@ def test_schemes(tmp_path: Path, scheme: str) -> None:
     layer = checkpoint.layer("model.layers.0.mlp.down_proj")
     assert (layer.input_scale is not None) == scheme.endswith("static")
     assert divergence(path) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("scheme", "algorithm", "plain"),
+    [("W4A16-g128-asym", "awq", "rtn"), ("W4A16-g128-sym", "awq+gptq", "awq"), ("W8A8", "smoothquant", "rtn"), ("W8A8", "smoothquant+gptq", "smoothquant"), ("NVFP4", "gptq", "rtn")],
+)  # fmt: skip
+def test_columns_are_scaled_before(tmp_path: Path, scheme: str, algorithm: str, plain: str) -> None:
+    """Each is nearer to the model than what it builds on."""
+    one, other = (
+        quantize(BASE, scheme, name, READ, out=tmp_path / name, samples=8, seqlen=256).paths[0]
+        for name in (algorithm, plain)
+    )
+    assert divergence(one) < divergence(other)
 
 
 def test_an_algorithm_without_calibration_takes_input_scales_from_it(tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from qcore.algorithms.gptq import DAMPING, gptq
+from qcore.algorithms.gptq import gptq
 from qcore.algorithms.grids import fit, grid_of
 from qcore.algorithms.rtn import rtn
 from qcore.algorithms.rtn_mse import rtn_mse
-from qcore.algorithms.seen import Seen, Watch
+from qcore.algorithms.seen import DAMPING, Seen, Watch
 from qcore.scheme import Scheme
 
 ROWS, COLUMNS = 96, 384

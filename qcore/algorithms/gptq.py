@@ -14,13 +14,11 @@ import torch
 
 from qcore.algorithms.grids import Fit, Grid, columns_of_a_scale, fit, grid_of, rescaled
 from qcore.algorithms.put_together import quantized_tensor
-from qcore.algorithms.seen import Seen
+from qcore.algorithms.seen import DAMPING, Seen, damped
 from qcore.elements import Group
 from qcore.scheme import Scheme
 from qcore.tensor import QuantizedTensor
 
-DAMPING = 0.01
-"""What is added to the diagonal, in parts of its mean."""
 _MOST_DAMPING = 1e6
 """Of a matrix of finite numbers less is enough."""
 _PASSES = 3
@@ -34,11 +32,8 @@ def gptq(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
     granularity = scheme.weight.scales[0].granularity
     weight = weight.to(torch.float32)
     size = columns_of_a_scale(granularity, weight.shape[1])
-    gram = seen.gram + torch.zeros(1)  # a copy
-    diagonal = gram.diagonal()
-    unseen = diagonal == 0
-    diagonal += DAMPING * diagonal.mean() + unseen  # what was never seen is rounded to nearest
-    order, groups = _order(diagonal, size, whole=scheme.weight.ordered)
+    gram = damped(seen.gram)  # what was never seen is rounded to nearest
+    order, groups = _order(gram.diagonal(), size, whole=scheme.weight.ordered)
     grid = grid_of(scheme.weight, weight)
     solver = _Solver(weight[:, order].T.contiguous(), gram[order[:, None], order], grid, groups)
     solver.first()

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 import torch
 
+from qcore.algorithms.grids import largest_of, whole_scale
 from qcore.algorithms.rtn import rtn
 from qcore.algorithms.seen import Seen
-from qcore.elements import Float
+from qcore.elements import Float, PerTensor
 from qcore.kernels.activations import quantize_input
 from qcore.scheme import Scheme, TensorScheme
-from qcore.tensor import TORCH_FLOATS
 
 _ROWS = 512
 """Of a weight that the search looks at, evenly spread."""
@@ -32,13 +32,11 @@ def least_error(candidates: Iterable[torch.Tensor], weight: torch.Tensor, scheme
 
 
 def input_scale(scheme: TensorScheme, largest: float) -> torch.Tensor:
-    """[1] float32, one scale for all inputs: the largest magnitude becomes the largest number."""
+    """[1] float32, one scale for all inputs, or for all scales of inputs (NVFP4): the largest magnitude becomes the largest number."""
     element = scheme.element
-    top = (
-        float(torch.finfo(TORCH_FLOATS[element.format]).max)
-        if isinstance(element, Float)
-        else float((1 << scheme.bits - 1) - 1)
-    )
+    top = largest_of(element.format) if isinstance(element, Float) else float((1 << scheme.bits - 1) - 1)
+    if len(scheme.scales) > 1:
+        return torch.tensor([whole_scale(largest, top)])
     return torch.tensor([largest / top]).clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -49,7 +47,8 @@ def _error(factors: torch.Tensor, weight: torch.Tensor, scheme: Scheme, seen: Se
     if scheme.input is None or not len(seen.sample):
         return error
     x = seen.sample / factors
-    scale = None if scheme.input.dynamic else input_scale(scheme.input, float((seen.largest / factors).amax()))
+    whole = isinstance(scheme.input.scales[-1].granularity, PerTensor)
+    scale = input_scale(scheme.input, float((seen.largest / factors).amax())) if whole else None
     apart = (quantize_input(x, scheme.input, scale) - x) @ scaled.T
     outputs = float((seen.sample @ weight.T).square().sum(dtype=torch.float64))
     return error + float(apart.square().sum(dtype=torch.float64)) / (outputs or 1.0)

@@ -25,6 +25,8 @@ class Blocks:
         self.prefix, self.blocks = _blocks_of(self.model, checkpoint)
         places = Places(self.model)
         self._reads = _reads(places, checkpoint)
+        self.named = {str(places.parameter(name)): name for name in checkpoint.parameters}
+        """The checkpoint's names of the model's unquantized parameters."""
         self._places = {module: places.parameter(f"{module}.weight") for module in checkpoint.layers}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -65,6 +67,17 @@ class Blocks:
         finally:
             setattr(holder, leaf, kept)
             _clear(self.model)
+
+    def stored(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        """A parameter as the checkpoint would hold it: its name there, and its values in the dtype of the file."""
+        name = self.named[next(name for name, own in self.model.named_parameters() if own is parameter)]
+        return {name: parameter.detach().to(self.checkpoint.parameter(name).dtype)}
+
+    def dtype_of(self, module: torch.nn.Module) -> torch.dtype:
+        """That the checkpoint holds a module's weight in."""
+        place = next(name for name, own in self.model.named_modules() if own is module)
+        dtype: torch.dtype = self.checkpoint.parameter(self.named[f"{place}.weight"]).dtype
+        return dtype
 
     def run(self, number: int, states: torch.Tensor) -> torch.Tensor:
         """What the block makes of [1, tokens, hidden]."""

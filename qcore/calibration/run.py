@@ -10,28 +10,26 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcore.algorithms.seen import Seen
 from qcore.calibration import SAMPLES, SEQLEN
+from qcore.calibration.block import Block
 from qcore.calibration.blocks import Blocks, unknown
 from qcore.calibration.states import StatesWriter, read_states
 from qcore.calibration.texts import windows_of
-from qcore.calibration.watching import Watching
 from qcore.calibration.work import Work
 from qcore.checkpoint.calibrated import Calibrated
 from qcore.checkpoint.finite import all_finite
-from qcore.checkpoint.in_flight import UNTOUCHED, nothing_left
+from qcore.checkpoint.in_flight import UNTOUCHED, chain_of, nothing_left
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.writer import taken, writing
 from qcore.convert import check_written, convert
-from qcore.discovery import registry
-from qcore.elements import Float, Group, Int, PerChannel, PerTensor
+from qcore.elements import Float, Int, PerTensor
 from qcore.method import quantizable
 from qcore.refusal import Refusal, Refused, bad_file
-from qcore.tensor import TORCH_FLOATS, LayerTensors, QuantizedTensor
+from qcore.tensor import TORCH_FLOATS
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +114,7 @@ class _Run:
     def __init__(self, source: Checkpoint, asked: Calibrated, work: Work) -> None:
         self.source, self.work = source, work
         self.blocks = Blocks(source)
-        self.algorithm = next(row for row in registry().algorithms if row.name == asked.algorithm)
+        self.algorithms = chain_of(asked.algorithm)
         self.plan = asked.targets(source.layers)
         inside = {module for number in range(len(self.blocks)) for module in self.blocks.linears(number)}
         if not self.plan:
@@ -142,66 +140,19 @@ class _Run:
     def _block(self, number: int, samples: int) -> float:
         """Its mean error."""
         self.blocks.fill(number)
-        layers = {module: layer for module, layer in self.blocks.linears(number).items() if module in self.plan}
-        for module, layer in layers.items():
-            quantizable(layer.weight.data, self.source.stored[f"{module}.weight"])
-        seen = self._seen(number, layers)
-        made: dict[str, LayerTensors] = {}
-        errors: dict[str, float] = {}
-        for together in self._together(layers, seen):
-            own, packed = seen[together[0]], self._quantized(together, layers, seen)
-            for module, weight in zip(together, packed, strict=True):
-                dense = weight.dequantize()
-                errors[module] = own.error(layers[module].weight.data, dense)
-                made[module] = LayerTensors(weight, input_scale=_input_scale(self._scheme(module), own))
-                layers[module].weight.data = dense
-        seen.clear()
+        layers = self.blocks.linears(number)
+        schemes = {module: entry.scheme for module, entry in self.plan.items() if module in layers and entry.scheme}
+        for module in schemes:
+            quantizable(layers[module].weight.data, self.source.stored[f"{module}.weight"])
+        made = Block(self.blocks, number, schemes, self.algorithms).quantized(
+            lambda: read_states(self.work.states(number))
+        )
         if number + 1 < len(self.blocks):
             states = (self.blocks.run(number, part) for part in read_states(self.work.states(number)))
             self._write(number + 1, samples, states)
-        self.work.keep(number, made, errors)
+        self.work.keep(number, made)
         self.blocks.clear(number)
-        return sum(errors.values()) / max(len(errors), 1)
-
-    def _together(self, layers: Mapping[str, torch.nn.Linear], seen: Mapping[str, Seen]) -> list[list[str]]:
-        """Layers that have one input and one scheme whose scales are of single rows: they are quantized as one, in the time of one."""
-        found: dict[tuple[object, ...], list[str]] = {}
-        for module in layers:
-            scheme = self._scheme(module)
-            by_rows = all(isinstance(level.granularity, Group | PerChannel) for level in scheme.weight.scales)
-            found.setdefault((id(seen[module]), scheme, "" if by_rows else module), []).append(module)
-        return list(found.values())
-
-    def _quantized(
-        self, modules: list[str], layers: Mapping[str, torch.nn.Linear], seen: Mapping[str, Seen]
-    ) -> list[QuantizedTensor]:
-        """The layers' weights."""
-        import torch
-
-        weights = [layers[module].weight.data for module in modules]
-        whole = torch.cat(weights) if len(weights) > 1 else weights[0]
-        packed = self.algorithm.load_calibrated()(whole, self._scheme(modules[0]), seen[modules[0]])
-        ends = list(accumulate(len(weight) for weight in weights))
-        return [packed.rows(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
-
-    def _scheme(self, module: str) -> Scheme:
-        scheme = self.plan[module].scheme
-        assert scheme is not None
-        return scheme
-
-    def _seen(self, number: int, layers: Mapping[str, torch.nn.Linear]) -> dict[str, Seen]:
-        """What each layer sees of all samples; those that have one input see it once."""
-        with Watching(layers) as watching:
-            for states in read_states(self.work.states(number)):
-                self.blocks.run(number, states)
-        seen = watching.seen()
-        for module, own in seen.items():
-            if not own.rows:
-                raise unknown(self.source, f"{module}, which no text reaches")
-        grams = {id(own): (module, own.gram) for module, own in seen.items()}
-        if broken := next((module for module, gram in grams.values() if not all_finite(gram)), ""):
-            raise self._not_finite(broken)
-        return seen
+        return sum(made.errors.values()) / max(len(made.errors), 1)
 
     def _write(self, number: int, samples: int, states: Iterator[torch.Tensor]) -> None:
         """What a block is given, onto the disk. Raises Refused (bad-content) where it is not finite."""
@@ -219,7 +170,7 @@ class _Run:
 
 
 def _check_inputs(scheme: Scheme) -> None:
-    """Raises Refused (scheme-unsupported) where inputs have stored scales that `_input_scale` does not find."""
+    """Raises Refused (scheme-unsupported) where inputs have stored scales that calibration does not find."""
     given = scheme.input
     if given is None or given.dynamic:
         return
@@ -234,20 +185,6 @@ def _check_inputs(scheme: Scheme) -> None:
     ):
         raise Refused(Refusal("scheme-unsupported", "notimpl", str(scheme), "scales of such inputs are not found by calibration",
                               f"found {given}, expected signed integers or 8-bit floats under one scale", "Choose another scheme, or one whose inputs have scales of run time."))  # fmt: skip
-
-
-def _input_scale(scheme: Scheme, seen: Seen) -> torch.Tensor | None:
-    """[1] float32, where a scheme has inputs under one stored scale: their largest magnitude becomes the largest number."""
-    given = scheme.input
-    if given is None or given.dynamic:
-        return None
-    import torch
-
-    if isinstance(given.element, Float):
-        top = float(torch.finfo(TORCH_FLOATS[given.element.format]).max)
-    else:
-        top = float((1 << given.bits - 1) - 1)
-    return (seen.largest.amax() / top).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
 
 
 def _request(source: Checkpoint, asked: Calibrated, windows: torch.Tensor) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The folder beside the output in which a calibrated run keeps what it has done, so that a killed one can go on.
 
 state.json              what was asked for, and how many blocks are done
-block-00003.safetensors the quantized layers of a block in the canonical layout, NAME.codes, NAME.scales.0, ...; its metadata has their schemes, shapes and errors
+block-00003.safetensors the quantized layers of a block in the canonical layout, NAME.codes, NAME.scales.0, ..., and parameters that have changed, by their names; its metadata has the
+                        layers' schemes, shapes and errors, and which parameters these are
 states-00004.safetensors    what the next block is given
 """
 
@@ -21,9 +22,7 @@ from qcore.checkpoint.writer import flush, writing
 from qcore.refusal import Refusal, Refused
 
 if TYPE_CHECKING:
-    import torch
-
-    from qcore.tensor import LayerTensors
+    from qcore.calibration.block import Made
 
 _STATE = "state.json"
 
@@ -72,14 +71,14 @@ class Work:
     def block(self, number: int) -> Path:
         return self.folder / f"block-{number:05}.safetensors"
 
-    def keep(self, number: int, layers: Mapping[str, LayerTensors], errors: Mapping[str, float]) -> None:
-        """A block's layers; with the states of the next one on the disk, it is done."""
+    def keep(self, number: int, made: Made) -> None:
+        """What has become of a block; with the states of the next one on the disk, it is done."""
         import torch
         from safetensors.torch import save_file
 
-        tensors: dict[str, torch.Tensor] = {}
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in made.changed.items()}
         facts: dict[str, dict[str, Any]] = {}
-        for name, layer in layers.items():
+        for name, layer in made.layers.items():
             weight = layer.weight
             parts = {
                 "codes": weight.codes,
@@ -94,11 +93,11 @@ class Work:
                 for part, tensor in parts.items()
                 if tensor is not None
             }
-            facts[name] = {"scheme": str(weight.scheme), "shape": list(weight.shape), "error": errors.get(name)}
+            facts[name] = {"scheme": str(weight.scheme), "shape": list(weight.shape), "error": made.errors.get(name)}
         partial = self.block(number).with_suffix(".partial")
         with writing(partial):
             try:
-                save_file(tensors, partial, {"layers": json.dumps(facts)})
+                save_file(tensors, partial, {"layers": json.dumps(facts), "changed": json.dumps(sorted(made.changed))})
             except Exception as error:  # safetensors has its own for what the system says
                 if isinstance(error, OSError):
                     raise

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcore.checkpoint.in_flight import InFlight
+from qcore.checkpoint.in_flight import InFlight, chain_of
 from qcore.checkpoint.safetensors import SafetensorsSource
 from qcore.discovery import registry
 from qcore.method import ModulePlan
@@ -32,16 +32,14 @@ class Calibrated(InFlight):
     @classmethod
     def wanted(cls, scheme: str, algorithm: str, ignore: Sequence[str], folder: Path) -> Calibrated:
         """Of a scheme's words and an algorithm's name; without one, of the first that makes its weights, those that are calibrated first. Raises Refused (bad-argument, bad-scheme, scheme-unsupported)."""
-        rows, parsed = registry().algorithms, Scheme.parse(scheme)
-        if algorithm and algorithm not in {row.name for row in rows}:
-            raise Refused(Refusal("bad-argument", "usage", "algorithm", "there is no algorithm of this name", f"found {algorithm!r}",
-                                  f"Name one of: {', '.join(row.name for row in rows)}."))  # fmt: skip
-        found = [row for row in sorted(rows, key=lambda row: not row.calibrated) if algorithm in ("", row.name)]
+        parsed = Scheme.parse(scheme)
+        rows = sorted(registry().algorithms, key=lambda row: not row.calibrated or bool(row.scaling))
+        chains = [chain_of(algorithm)] if algorithm else [[row] for row in rows]
         refused = ("", "")
-        for row in found:
-            reasons = row.accepts.refuse(Scheme(parsed.weight))
+        for chain in chains:
+            reasons = chain[-1].accepts.refuse(Scheme(parsed.weight))
             if reasons is None:
-                return cls(row.name, parsed, tuple(ignore), folder)
+                return cls("+".join(row.name for row in chain), parsed, tuple(ignore), folder)
             refused = reasons
         raise Refused(Refusal("scheme-unsupported", "notimpl", scheme, "the algorithm does not make weights of this scheme",
                               f"found {refused[0]}, expected {refused[1]}", "Choose another scheme or algorithm."))  # fmt: skip
@@ -55,6 +53,15 @@ class Calibrated(InFlight):
             for module, facts in json.loads(source.metadata["layers"]).items():
                 found[module] = (source, facts)
         return found
+
+    @cached_property
+    def _changed(self) -> dict[str, SafetensorsSource]:
+        """By name, the file that has a parameter."""
+        sources = map(SafetensorsSource.open, sorted(self.folder.glob("block-*.safetensors")))
+        return {name: source for source in sources for name in json.loads(source.metadata["changed"])}
+
+    def parameter(self, name: str) -> torch.Tensor | None:
+        return self._changed[name].read(name) if name in self._changed else None
 
     def targets(self, plan: Mapping[str, ModulePlan]) -> dict[str, ModulePlan]:
         """The layers of a checkpoint's plan that a run is to make."""

@@ -71,6 +71,10 @@ class InFlight:
         """A layer that the plan has quantized, as `made` has it."""
         return made(entry, read(), bias, info)
 
+    def parameter(self, name: str) -> torch.Tensor | None:
+        """One outside quantized layers, where it is not what the file has."""
+        return None
+
     def _entry(self, module: str, entry: ModulePlan) -> ModulePlan:
         if entry.scheme is not None or is_embedding(module):
             return entry
@@ -87,6 +91,19 @@ def made(entry: ModulePlan, weight: torch.Tensor, bias: torch.Tensor | None, inf
     assert entry.scheme is not None
     algorithm = next(row for row in registry().algorithms if row.name == entry.algorithm)
     return LayerTensors(algorithm.load()(quantizable(weight, info), entry.scheme), bias)
+
+
+def chain_of(words: str) -> list[Algorithm]:
+    """The algorithms of a name, or of several joined by +: all but the last prepare, and the last makes the weights. Raises Refused (bad-argument)."""
+    rows = {row.name: row for row in registry().algorithms}
+    names = words.split("+")
+    if unknown := next((name for name in names if name not in rows), None):
+        raise Refused(Refusal("bad-argument", "usage", "algorithm", "there is no algorithm of this name", f"found {unknown!r}",
+                              f"Name one of {', '.join(rows)}, or several joined by +, the last of which makes the weights."))  # fmt: skip
+    if idle := next((name for name in names[:-1] if not rows[name].scaling), None):
+        raise Refused(Refusal("bad-argument", "usage", "algorithm", "before + stands what prepares weights for another algorithm", f"found {idle!r}",
+                              f"Name one of {', '.join(row.name for row in rows.values() if row.scaling)} there."))  # fmt: skip
+    return [rows[name] for name in names]
 
 
 def nothing_left(path: str | Path, method: str, ignore: Sequence[str]) -> Refused:

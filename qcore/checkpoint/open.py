@@ -138,7 +138,7 @@ class Checkpoint:
         entry, bias = self.layers[module], f"{module}.bias"
         if entry.algorithm:
             name = f"{module}.weight"
-            given = self._method.read_parameter(self.files, bias) if bias in self.stored else None
+            given = self._parameter(bias) if bias in self.stored else None
             read = partial(self._method.read_parameter, self.files, name)
             if self._in_flight is None:  # the checkpoint asks for it itself
                 return made(entry, read(), given, self.stored[name])
@@ -152,7 +152,7 @@ class Checkpoint:
 
     def parameter(self, name: str) -> torch.Tensor:
         """One tensor of `parameters`, in the dtype of the file."""
-        return self._decoded(name, lambda: self._method.read_parameter(self.files, name))
+        return self._decoded(name, lambda: self._parameter(name))
 
     def dequantize(self, module: str) -> torch.Tensor:
         """float32 [out_features, in_features], exactly what the format defines; plain weights are widened."""
@@ -167,6 +167,10 @@ class Checkpoint:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer, with its chat template if it has one."""
         return self._method.load_tokenizer(self.files)
+
+    def _parameter(self, name: str) -> torch.Tensor:
+        changed = None if self._in_flight is None else self._in_flight.parameter(name)
+        return self._method.read_parameter(self.files, name) if changed is None else changed
 
     def _decoded(self, name: str, decode: Callable[[], T]) -> T:
         """Shapes that headers cannot tell are checked when the parts are put together."""
