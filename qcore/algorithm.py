@@ -23,7 +23,7 @@ class Algorithm:
     accepts: the schemes that it can make. calibrated: it needs activations to look at. implementation:
     `module:function`, a `Quantize`, or a `QuantizeSeen` where it is calibrated. note: one sentence on what it does.
     scaling: `module:function`, a `Factors`: columns are scaled by these before, and what makes their inputs is divided. Of algorithms that are joined, as in `smoothquant+gptq`,
-    all scale and the last one makes the weights.
+    all scale and the last one makes the weights. tuned: the roundings of what it makes are learned block by block after (qcore/calibration/tuning.py).
     """
 
     name: str
@@ -32,6 +32,7 @@ class Algorithm:
     calibrated: bool = False
     note: str = ""
     scaling: str = ""
+    tuned: bool = False
 
     def load(self) -> Quantize:
         """Imports the implementation, of an algorithm that is not calibrated."""

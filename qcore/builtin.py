@@ -61,6 +61,8 @@ def qcore_algorithms() -> Sequence[Algorithm]:
                   note="the nearest codes under the scales of least squared error; needs no calibration"),
         Algorithm("gptq", replace(_SEARCHED, ordered=True), "qcore.algorithms.gptq:gptq",
                   calibrated=True, note="columns one after the other, each making up for the errors before it; then codes and scales once more"),
+        Algorithm("auto_round", replace(_SEARCHED, ordered=True), "qcore.algorithms.gptq:gptq", calibrated=True, tuned=True,
+                  note="begins with gptq's weights; then roundings and scales are learned by the signs of gradients, block by block"),
         Algorithm("awq", _SEARCHED, "qcore.algorithms.awq:awq", calibrated=True, scaling="qcore.algorithms.awq:factors",
                   note="columns with large inputs are scaled up, groups cut off where outputs gain by it; then the nearest codes"),
         Algorithm("smoothquant", _SEARCHED, "qcore.algorithms.awq:awq", calibrated=True, scaling="qcore.algorithms.smoothquant:factors",

@@ -227,6 +227,16 @@ def grid_of(scheme: TensorScheme, weight: torch.Tensor) -> Grid:
     return IntegerGrid(element.bits, scheme.zero is not None, scales)
 
 
+def local_step(grid: Grid, units: torch.Tensor) -> torch.Tensor:
+    """How far the numbers around these units lie apart, in units."""
+    if isinstance(grid, IntegerGrid):
+        return torch.ones_like(units)
+    assert isinstance(grid, FloatGrid)
+    exponent, mantissa = (int(digit) for digit in grid.format[1:4:2])
+    least = 2 - (1 << exponent - 1)
+    return torch.exp2(units.abs().clamp(min=2.0**least).log2().floor() - mantissa)
+
+
 def whole_scale(largest: float, top: float) -> float:
     """The tensor's scale above e4m3fn ones: a power of two, so that files that divide by it and files that multiply hold the same numbers."""
     return float(2.0 ** math.ceil(math.log2((largest or 1.0) / (448.0 * top))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qcore.algorithms.grids import Grid
+from qcore.algorithms.grids import Grid, columns_of_a_scale
 from qcore.bits import pack
 from qcore.elements import Float, Int, Level, PerTensor, Tile
 from qcore.scheme import Scheme, TensorScheme
@@ -35,6 +35,22 @@ def quantized_tensor(
     return QuantizedTensor(scheme, tuple(units.shape), codes, scales, zeros, index)
 
 
+def taken_apart(packed: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """units [N, K], scale and zero [N, groups], and int64 [K], the group of each column: what `quantized_tensor` made it of."""
+    weight, (rows, columns) = packed.scheme.weight, packed.shape
+    scale = _each_row(packed._scale(), weight.scales[0], rows)
+    zero = torch.zeros_like(scale)
+    values = packed.values()
+    if isinstance(weight.element, Int):
+        middle = float(1 << weight.element.bits - 1)
+        own = packed.zeros.to(torch.float32) if packed.zeros is not None else torch.zeros(1, 1)
+        own = _each_row(own, weight.scales[0], rows).expand(scale.shape)
+        zero = own + middle if weight.element.signed else own
+        values = values + (middle if weight.element.signed else 0.0)
+    groups = packed.index.long() if packed.index is not None else _groups(weight, columns, scale.shape[1])
+    return values - zero[:, groups], scale, zero, groups
+
+
 def _floats(units: torch.Tensor, format: str) -> torch.Tensor:
     if format in TORCH_FLOATS:
         return units.to(TORCH_FLOATS[format])
@@ -55,7 +71,7 @@ def _scales(scale: torch.Tensor, weight: TensorScheme, grid: Grid) -> tuple[torc
 
 def _groups(weight: TensorScheme, columns: int, groups: int) -> torch.Tensor:
     """The group of each column."""
-    size = getattr(weight.scales[0].granularity, "size", columns)
+    size = columns_of_a_scale(weight.scales[0].granularity, columns)
     return (torch.arange(columns) // size).clamp_(max=groups - 1)
 
 
@@ -64,3 +80,10 @@ def _kept(part: torch.Tensor, level: Level) -> torch.Tensor:
     if isinstance(level.granularity, PerTensor):
         return part[:1]
     return part[:: level.granularity.rows].contiguous() if isinstance(level.granularity, Tile) else part
+
+
+def _each_row(part: torch.Tensor, level: Level, rows: int) -> torch.Tensor:
+    """The inverse of `_kept`."""
+    if isinstance(level.granularity, Tile):
+        return part.repeat_interleave(level.granularity.rows, 0)[:rows]
+    return part.expand(rows, part.shape[1])

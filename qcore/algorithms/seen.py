@@ -29,39 +29,16 @@ class Seen:
         nothing = torch.zeros(columns)
         return cls(torch.eye(columns), 0, nothing, nothing, torch.zeros(0, columns))
 
-    def error(self, weight: torch.Tensor, made: torch.Tensor, lack: Lack | None = None) -> float:
-        """How far the layer's outputs are from its own, for both weights [N, K] on these inputs: the squared distance in parts of the squared outputs. lack: what its own have beyond `weight`."""
-        apart, whole = weight - made.to(torch.float32), weight.to(torch.float32)
-        distance, size = (float((part @ self.gram).mul_(part).sum(dtype=torch.float64)) for part in (apart, whole))
-        if lack is not None:
-            distance += 2 * lack.along(apart) + lack.squares
-            size += 2 * lack.along(whole) + lack.squares
-        return distance / size if size > 0 else 0.0
+    def error(self, weight: torch.Tensor, made: torch.Tensor) -> float:
+        """How far the layer's outputs are from its own, for both weights [N, K] on these inputs: the squared distance in parts of the squared outputs."""
+        apart, whole = made.to(torch.float32) - weight, weight.to(torch.float32)
+        distance, size = ((part @ self.gram).mul_(part).sum(dtype=torch.float64) for part in (apart, whole))
+        return float(distance / size) if size else 0.0
 
     def divided(self, factors: torch.Tensor) -> Seen:
         """Of inputs whose columns are divided by factors [K], all positive."""
         gram = (self.gram / factors).div_(factors[:, None])
         return Seen(gram, self.rows, self.largest / factors, self.typical / factors, self.sample / factors)
-
-
-class Lack:
-    """What a layer's outputs lack of those that it should have, beside its inputs x: the sum of lack x^T, [N, K], and of their squares."""
-
-    def __init__(self, total: torch.Tensor) -> None:
-        self.total, self.squares = total, 0.0
-
-    @classmethod
-    def none(cls, weight: torch.Tensor) -> Lack:
-        return cls(torch.zeros_like(weight, dtype=torch.float32))
-
-    def add(self, lack: torch.Tensor, x: torch.Tensor) -> None:
-        """[rows, N] and [rows, K]."""
-        self.total.addmm_(lack.T, x)
-        self.squares += float(lack.square().sum(dtype=torch.float64))
-
-    def along(self, weight: torch.Tensor) -> float:
-        """The sum of its products with the outputs of a weight [N, K]."""
-        return float((self.total * weight).sum(dtype=torch.float64))
 
 
 def damped(gram: torch.Tensor) -> torch.Tensor:
@@ -70,14 +47,6 @@ def damped(gram: torch.Tensor) -> torch.Tensor:
     diagonal = copy.diagonal()
     diagonal += DAMPING * diagonal.mean() + (diagonal == 0)
     return copy
-
-
-def aimed(weight: torch.Tensor, seen: Seen, lack: Lack | None) -> torch.Tensor:
-    """The weight [N, K] whose outputs come the nearest to what those of `weight` should be."""
-    if lack is None:
-        return weight
-    more: torch.Tensor = torch.linalg.solve(damped(seen.gram), lack.total.T).T
-    return weight + more
 
 
 class Watch:

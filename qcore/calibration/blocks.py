@@ -79,10 +79,16 @@ class Blocks:
         dtype: torch.dtype = self.checkpoint.parameter(self.named[f"{place}.weight"]).dtype
         return dtype
 
-    def run(self, number: int, states: torch.Tensor) -> torch.Tensor:
-        """What the block makes of [1, tokens, hidden]."""
+    def run(self, number: int, states: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """What the block makes of [1, tokens, hidden]. weights: in place of its linear layers', by the checkpoint's names."""
         args, named = self._calls[number]
-        out = self.blocks[number](states, *args, **named)
+        block = self.blocks[number]
+        if weights:
+            start = len(f"{self.prefix}.{number}.")
+            others = {str(self._places[module])[start:]: weight for module, weight in weights.items()}
+            out = torch.func.functional_call(block, others, (states, *args), named)
+        else:
+            out = block(states, *args, **named)
         found: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return found
 

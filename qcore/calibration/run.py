@@ -14,11 +14,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcore.calibration import SAMPLES, SEQLEN
+from qcore.calibration import ITERATIONS, SAMPLES, SEQLEN
 from qcore.calibration.block import Block
 from qcore.calibration.blocks import Blocks, unknown
-from qcore.calibration.states import StatesWriter, read_states
+from qcore.calibration.states import States, StatesWriter
 from qcore.calibration.texts import windows_of
+from qcore.calibration.tuning import Tuning
 from qcore.calibration.work import Work
 from qcore.checkpoint.calibrated import Calibrated
 from qcore.checkpoint.finite import all_finite
@@ -65,13 +66,15 @@ def quantize(
     ignore: Sequence[str] = UNTOUCHED,
     samples: int = SAMPLES,
     seqlen: int = SEQLEN,
+    iterations: int = ITERATIONS,
     resume: bool = False,
     done: Callable[[BlockDone], None] | None = None,
 ) -> Quantized:
     """Writes `model` in a scheme into the new folder `out`, or with several formats into one of its name for each inside of it.
 
     algorithm: its name; without one the first that makes the scheme, with a text of those that look at it. calibration: a text, or several; without one no layer is looked at, as
-    `Checkpoint.quantized` has it. ignore: as there. samples, seqlen: windows of the text, and tokens of one. resume: go on where a run with the same words was stopped; else what
+    `Checkpoint.quantized` has it. ignore: as there. samples, seqlen: windows of the text, and tokens of one. iterations: steps in which each block's roundings are learned, by
+    algorithms that do. resume: go on where a run with the same words was stopped; else what
     it left is refused. done: called after each block.
 
     Raises Refused: unknown-format, bad-scheme, scheme-unsupported, bad-argument, output-exists, cannot-write, unknown-architecture, and all that reading and converting give.
@@ -90,8 +93,8 @@ def quantize(
         raise taken(out)
     text = calibration if isinstance(calibration, str) else "\n\n".join(calibration)
     windows = windows_of(source, text, samples, seqlen)
-    with Work(asked.folder, _request(source, asked, windows), resume=resume) as work:
-        _Run(source, asked, work).blocks_of(windows, done)
+    with Work(asked.folder, _request(source, asked, windows, iterations), resume=resume) as work:
+        _Run(source, asked, work, Tuning(iterations)).blocks_of(windows, done)
         errors = asked.errors()
         paths = _written(made, formats, out, resume=resume)
         work.remove()
@@ -111,8 +114,8 @@ def _written(made: Checkpoint, formats: Sequence[str], out: Path, *, resume: boo
 class _Run:
     """The blocks of one run, each read, watched, quantized and kept."""
 
-    def __init__(self, source: Checkpoint, asked: Calibrated, work: Work) -> None:
-        self.source, self.work = source, work
+    def __init__(self, source: Checkpoint, asked: Calibrated, work: Work, tuning: Tuning) -> None:
+        self.source, self.work, self.tuning = source, work, tuning
         self.blocks = Blocks(source)
         self.algorithms = chain_of(asked.algorithm)
         self.plan = asked.targets(source.layers)
@@ -144,12 +147,10 @@ class _Run:
         schemes = {module: entry.scheme for module, entry in self.plan.items() if module in layers and entry.scheme}
         for module in schemes:
             quantizable(layers[module].weight.data, self.source.stored[f"{module}.weight"])
-        made = Block(self.blocks, number, schemes, self.algorithms).quantized(
-            lambda: read_states(self.work.states(number))
-        )
+        states = States(self.work.states(number))
+        made = Block(self.blocks, number, schemes, self.algorithms, self.work, self.tuning).quantized(states)
         if number + 1 < len(self.blocks):
-            states = (self.blocks.run(number, part) for part in read_states(self.work.states(number)))
-            self._write(number + 1, samples, states)
+            self._write(number + 1, samples, (self.blocks.run(number, part) for part in states))
         self.work.keep(number, made)
         self.blocks.clear(number)
         return sum(made.errors.values()) / max(len(made.errors), 1)
@@ -187,7 +188,7 @@ def _check_inputs(scheme: Scheme) -> None:
                               f"found {given}, expected signed integers or 8-bit floats under one scale", "Choose another scheme, or one whose inputs have scales of run time."))  # fmt: skip
 
 
-def _request(source: Checkpoint, asked: Calibrated, windows: torch.Tensor) -> dict[str, Any]:
+def _request(source: Checkpoint, asked: Calibrated, windows: torch.Tensor, iterations: int) -> dict[str, Any]:
     """All that decides the result."""
     files = sorted({info.file for info in source.files.source.tensors.values()})
     return {
@@ -195,4 +196,5 @@ def _request(source: Checkpoint, asked: Calibrated, windows: torch.Tensor) -> di
         "config": hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest(),
         "scheme": str(asked.scheme), "algorithm": asked.algorithm, "ignore": list(asked.ignore),
         "calibration": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "windows": list(windows.shape),
+        "iterations": iterations,
     }  # fmt: skip

@@ -54,8 +54,25 @@ class StatesWriter:
                 self.partial.rename(self.path)
 
 
-def read_states(path: Path) -> Iterator[torch.Tensor]:
-    """[1, tokens, hidden] of each sample. Raises Refused where the file is damaged."""
-    source = SafetensorsSource.open(path)
-    for sample in range(source.tensors[_NAME].shape[0]):
-        yield source.read_rows(_NAME, sample, sample + 1)
+class States:
+    """Those of a file, [1, tokens, hidden] of each sample. Raises Refused where it is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self._source = SafetensorsSource.open(path)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Samples, tokens, hidden."""
+        samples, tokens, hidden = self._source.tensors[_NAME].shape
+        return samples, tokens, hidden
+
+    def __len__(self) -> int:
+        return self._source.tensors[_NAME].shape[0]
+
+    def __getitem__(self, sample: int) -> torch.Tensor:
+        if not 0 <= sample < len(self):
+            raise IndexError(sample)
+        return self._source.read_rows(_NAME, sample, sample + 1)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self[sample] for sample in range(len(self)))

@@ -4,6 +4,7 @@ state.json              what was asked for, and how many blocks are done
 block-00003.safetensors the quantized layers of a block in the canonical layout, NAME.codes, NAME.scales.0, ..., and parameters that have changed, by their names; its metadata has the
                         layers' schemes, shapes and errors, and which parameters these are
 states-00004.safetensors    what the next block is given
+wanted-00004.safetensors    what a block gave before it was quantized, where its roundings are learned
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ class Work:
         """The file of what a block is given."""
         return self.folder / f"states-{number:05}.safetensors"
 
+    def wanted(self, number: int) -> Path:
+        """The file of what a block gave before it was quantized."""
+        return self.folder / f"wanted-{number:05}.safetensors"
+
     def block(self, number: int) -> Path:
         return self.folder / f"block-{number:05}.safetensors"
 
@@ -106,7 +111,8 @@ class Work:
             partial.rename(self.block(number))
         self._say(number + 1)
         with writing(self.folder):
-            self.states(number).unlink(missing_ok=True)
+            for path in (self.states(number), self.wanted(number)):
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """All of it, once the result is there."""

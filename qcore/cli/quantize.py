@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qcore.calibration import SAMPLES, SEQLEN
+from qcore.calibration import ITERATIONS, SAMPLES, SEQLEN
 from qcore.cli import options
 from qcore.cli.output import mebibytes, note, print_json, progress_bar
 from qcore.refusal import Refusal, Refused
@@ -46,6 +46,9 @@ def quantize_command(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of the calibration text, at most.")] = SAMPLES,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = SEQLEN,
+    iterations: Annotated[
+        int, typer.Option(min=0, help="Steps in which auto_round learns each block's roundings.")
+    ] = ITERATIONS,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a calibrated run was stopped.")] = False,
     ignore: Annotated[
         list[str] | None,
@@ -84,11 +87,11 @@ def quantize_command(
     _check(formats, calibration is not None, {
         "--imatrix": (imatrix, True), "--tensor-type": (tensor_type, True),
         "--algorithm": (algorithm, False), "--ignore": (ignore, False), "--calibration": (calibration, False),
-    }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != SAMPLES, "--seqlen": seqlen != SEQLEN})  # fmt: skip
+    }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != SAMPLES, "--seqlen": seqlen != SEQLEN, "--iterations": iterations != ITERATIONS})  # fmt: skip
     errors: Mapping[str, float] = {}
     if calibration is not None:
         source, made = _calibrated(
-            path, scheme, algorithm, calibration, out, formats, ignore, samples, seqlen, resume=resume
+            path, scheme, algorithm, calibration, out, formats, ignore, samples, seqlen, iterations, resume=resume
         )
         written, errors = [*made.paths], made.errors
     elif formats == ["gguf"]:
@@ -132,7 +135,7 @@ def _check(
 
 def _calibrated(
     path: str, scheme: str, algorithm: str, text: pathlib.Path, out: pathlib.Path, formats: list[str],
-    ignore: list[str] | None, samples: int, seqlen: int, *, resume: bool,
+    ignore: list[str] | None, samples: int, seqlen: int, iterations: int, *, resume: bool,
 ) -> tuple[Checkpoint, Quantized]:  # fmt: skip
     import time
 
@@ -154,7 +157,7 @@ def _calibrated(
     source = open_checkpoint(path)
     written = quantize(
         source, scheme, algorithm, read_text(text), out=out, format=formats,
-        ignore=UNTOUCHED if ignore is None else ignore, samples=samples, seqlen=seqlen, resume=resume, done=say,
+        ignore=UNTOUCHED if ignore is None else ignore, samples=samples, seqlen=seqlen, iterations=iterations, resume=resume, done=say,
     )  # fmt: skip
     return source, written
 
