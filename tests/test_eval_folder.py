@@ -166,7 +166,8 @@ def test_names_do_not_cover_each_other_or_points() -> None:
     axes.scatter(*zip(*points, strict=True), s=20)
     axes.set_yscale("log")
     axes.margins(0.08)
-    place_labels(axes, [f"checkpoint-{i}" for i in range(40)], points, [(x, y / 1.2, y * 1.2) for x, y in points])
+    bars = [((x, y / 1.2), (x, y * 1.2)) for x, y in points]
+    place_labels(axes, [f"checkpoint-{i}" for i in range(40)], points, bars)
     figure.set_dpi(150)
     figure.draw_without_rendering()
     boxes = [child.get_window_extent() for child in axes.get_children() if isinstance(child, Annotation)]

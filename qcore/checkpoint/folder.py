@@ -9,7 +9,7 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 def checkpoints_in(path: str | Path) -> list[Path]:
     """The checkpoints that a folder holds, by name: its folders with a config.json or weights, and its GGUF files, of which a split one counts once.
-    None where the folder is a checkpoint itself, or is none. Nothing is opened, so that a damaged one is among them."""
+    Empty where the folder is a checkpoint itself, or holds none. Nothing is opened, so that a damaged one is among them."""
     folder = Path(path)
     try:
         entries = (

@@ -11,15 +11,16 @@ _DISTANCES = (7, 14, 24, 36, 50, 66, 84, 104, 126, 150)
 _DIRECTIONS = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 45, 315, 135, 225, 20, 340, 160, 200))
 _MARKER = 5
 
+Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 """left, bottom, right, top in pixels."""
 
 
 def place_labels(
-    axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]], bars: Sequence[tuple[float, float, float]]
+    axes: Any, names: Sequence[str], points: Sequence[Point], lines: Sequence[tuple[Point, Point]]
 ) -> None:
-    """points: x, y in data. bars: x, low, high in data, which names are kept off as well. Each name, from the left, has the nearest place that is free, or else the
-    one that covers least. Afterwards the picture's layout stays as it is."""
+    """points: x, y in data. lines: from one such point to another, upright or level, which names are kept off as well. Each name, from the left, has the nearest
+    place that is free, or else the one that covers least. Afterwards the picture's layout stays as it is."""
     figure = axes.figure
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -28,9 +29,9 @@ def place_labels(
     inside = (frame.x0, frame.y0, frame.x1, frame.y1)
     pixels = [tuple(axes.transData.transform(xy)) for xy in points]
     taken: list[Box] = [(x - _MARKER, y - _MARKER, x + _MARKER, y + _MARKER) for x, y in pixels]
-    for x, low, high in bars:
-        (left, bottom), (_, top) = axes.transData.transform([(x, low), (x, high)])
-        taken.append((left - 1, bottom, left + 1, top))
+    for ends in lines:
+        (x0, y0), (x1, y1) = axes.transData.transform(ends)
+        taken.append((min(x0, x1) - 1, min(y0, y1) - 1, max(x0, x1) + 1, max(y0, y1) + 1))
     if (legend := axes.get_legend()) is not None:
         extent = legend.get_window_extent()
         taken.append((extent.x0, extent.y0, extent.x1, extent.y1))
@@ -52,7 +53,7 @@ def place_labels(
             axes.plot(ends[:, 0], ends[:, 1], color="gray", linewidth=0.5, zorder=1, scalex=False, scaley=False)
 
 
-def _beside(point: tuple[float, float], size: tuple[float, float], distance: float, angle: float) -> Box:
+def _beside(point: Point, size: tuple[float, float], distance: float, angle: float) -> Box:
     """The box of this size whose edge is so far from the point in this direction."""
     width, height = size
     x = point[0] + math.cos(angle) * (distance + width / 2)

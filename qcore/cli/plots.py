@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,14 +61,14 @@ def draw_comparison(measured: Sequence[Mapping[str, Any]], quality: str, file: P
     bars = []
     for facts, (x, y) in zip(measured, points, strict=True):
         low, high = facts.get(f"{quality}_ci95", (y, y))
-        bars.append((x, max(low, floor), max(high, floor)))
-    for best, color, label in ((False, _BLUE, None), (True, _RED, "Pareto front")):
-        chosen = [i for i, facts in enumerate(measured) if facts["pareto"] == best]
-        xs, ys = [points[i][0] for i in chosen], [points[i][1] for i in chosen]
-        axes.vlines(xs, [bars[i][1] for i in chosen], [bars[i][2] for i in chosen], color=color, linewidth=1.2)
-        axes.scatter(xs, ys, color=color, s=22, label=label, zorder=3)
+        bars.append(((x, max(low, floor)), (x, max(high, floor))))
+    colors = [_RED if facts["pareto"] else _BLUE for facts in measured]
+    for (x, y), ((_, low), (_, high)), color in zip(points, bars, colors, strict=True):
+        axes.plot([x, x], [low, high], color=color, linewidth=1.2)
+        axes.plot(x, y, color=color, marker="o", markersize=5)
     front = sorted(point for point, facts in zip(points, measured, strict=True) if facts["pareto"])
-    axes.plot(*zip(*front, strict=True), color=_RED, linewidth=1, alpha=0.6, drawstyle="steps-post")
+    corners = [corner for (x, y), (right, _) in pairwise(front) for corner in ((x, y), (right, y))] + front[-1:]
+    axes.plot(*zip(*corners, strict=True), color=_RED, linewidth=1, alpha=0.6, label="Pareto front")
     axes.set_yscale("log" if reference else "linear")
     axes.margins(0.08)
     axes.set_xlabel("size of all tensors, MiB")
@@ -76,7 +77,7 @@ def draw_comparison(measured: Sequence[Mapping[str, Any]], quality: str, file: P
     axes.set_title(f"{len(measured)} checkpoints{compared}, {measured[0]['tokens']} tokens, intervals of 95 %")
     axes.legend(frameon=False, loc="upper right")
     names = [f"{facts['name']} (0)" if facts[quality] <= 0 else facts["name"] for facts in measured]
-    place_labels(axes, names, points, bars)
+    place_labels(axes, names, points, [*bars, *pairwise(corners)])
     _save(figure, file)
 
 
