@@ -6,12 +6,13 @@ The text is cut into windows of `context` tokens that do not overlap; every toke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcore.kept_logits import KeptLogits
 from qcore.refusal import Refusal, Refused
 
 if TYPE_CHECKING:
@@ -61,38 +62,57 @@ class Evaluation:
         return low, high
 
 
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[bool]:
+    """Of each point, whether none other is as low in both and lower in one; never where one is not finite."""
+    known = list(points)
+    finite = [math.isfinite(x) and math.isfinite(y) for x, y in known]
+    lower = [any(x <= a and y <= b and (x, y) != (a, b) for x, y in known) for a, b in known]
+    return [there and not beaten for there, beaten in zip(finite, lower, strict=True)]
+
+
 @torch.no_grad()  # torch-xla refuses the tensors of inference mode
 def evaluate(
     model: PreTrainedModel,
     tokens: list[int],
     *,
-    reference: PreTrainedModel | None = None,
+    reference: PreTrainedModel | KeptLogits | None = None,
     context: int = 512,
+    keep: KeptLogits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Scores `tokens`. Raises Refused (bad-argument) where there is nothing to score or the vocabularies differ."""
+    """Scores `tokens`. keep: takes the model's logits, to be the reference of others on the same tokens in the same context.
+
+    Raises Refused: bad-argument where there is nothing to score or the vocabularies differ, cannot-write where the disk is full.
+    """
     if len(tokens) < 2 or context < 2:
         raise Refused(Refusal("bad-argument", "usage", "text", "there is nothing to score",
                               f"found {len(tokens)} tokens in windows of {context}, expected at least 2",
                               "Give a longer text."))  # fmt: skip
-    if reference is not None and reference.config.vocab_size != model.config.vocab_size:
-        sizes = f"found {model.config.vocab_size} and {reference.config.vocab_size} tokens"
+    if reference is not None and (size := _vocabulary(reference)) != model.config.vocab_size:
+        sizes = f"found {model.config.vocab_size} and {size} tokens"
         raise Refused(Refusal("bad-argument", "usage", "reference", "the models have different vocabularies", sizes,
                               "Compare with the model that the checkpoint was made from."))  # fmt: skip
+    if keep is not None:
+        keep.vocabulary, keep.tokens = model.config.vocab_size, tokens
     losses, divergences, agreements = [], [], []
     windows: list[int] = []
     for start in range(0, len(tokens) - 1, context):
         window = torch.tensor([tokens[start : start + context]], device=model.device)
         if window.shape[1] < 2:
             break
-        logits = model(input_ids=window, use_cache=False).logits[0, :-1]
-        others = None if reference is None else reference(input_ids=window, use_cache=False).logits[0, :-1]
+        logits = _logits(model, window)
+        if keep is not None:
+            keep.add(logits, len(tokens) - start)
+        others = None
+        if reference is not None:
+            kept = isinstance(reference, KeptLogits)
+            others = reference.window(len(windows)) if kept else _logits(reference, window)
         for row in range(0, logits.shape[0], _ROWS):
             part = logits[row : row + _ROWS].float().log_softmax(-1)
             targets = window[0, 1:][row : row + _ROWS]
             losses.append(-part.gather(-1, targets[:, None])[:, 0].cpu())
             if others is not None:
-                true = others[row : row + _ROWS].float().log_softmax(-1)
+                true = others[row : row + _ROWS].to(part.device).float().log_softmax(-1)
                 divergences.append((true.exp() * (true - part)).sum(-1).clamp(min=0).cpu())
                 agreements.append((true.argmax(-1) == part.argmax(-1)).cpu())
         windows.append(logits.shape[0])
@@ -105,3 +125,13 @@ def evaluate(
         torch.cat(agreements) if compared else None,
         tuple(windows),
     )
+
+
+def _logits(model: Any, window: torch.Tensor) -> torch.Tensor:
+    """[tokens - 1, vocabulary]: of all tokens but the last, which has none to foretell."""
+    logits: torch.Tensor = model(input_ids=window, use_cache=False).logits[0, :-1]
+    return logits
+
+
+def _vocabulary(reference: PreTrainedModel | KeptLogits) -> Any:
+    return reference.vocabulary if isinstance(reference, KeptLogits) else reference.config.vocab_size

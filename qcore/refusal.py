@@ -89,6 +89,7 @@ CODES: dict[str, str] = {
     "plugin-disabled": "The plugin is switched off by an environment variable.",
     # Requests
     "bad-argument": "An argument has a value that the command does not take.",
+    "task-unavailable": "A task for a model, or its data, cannot be had, or must not be run.",
     "missing-package": "An optional package that this command needs is not installed.",
 }
 """Every code and its meaning, documented in docs/refusals.md from this table."""

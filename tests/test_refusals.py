@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hostile import cases
 from makers import dense_llama, gptq_tensors, write
 from qcore.cli import evaluate, options
 from qcore.convert import convert, writer_of
+from qcore.integrations.lm_eval import _loaded
 from qcore.method import Method
 from qcore.model.devices import find_device
 from qcore.model.probe import failed, wrong_answer
@@ -87,6 +89,13 @@ def no_matplotlib(folder: Path) -> None:
         evaluate.evaluate_command(str(checkpoint(folder)), text=folder / "t.txt", plot=folder / "p.png")
 
 
+def offline() -> None:
+    def load(names: list[str]) -> None:
+        raise ConnectionError("the hub cannot be reached")
+
+    _loaded(SimpleNamespace(load=load), ["hellaswag"])
+
+
 def cell(folder: Path, *records: object) -> Refusal | None:
     sim = Sim("cuda", columns_of("cuda"), [kernel("fast", "hopper")], records=records, evidence=folder / "e.json")  # type: ignore[arg-type]
     return matrix(sim_registry(sim)).cell("gptq", "hopper").refusal
@@ -149,6 +158,7 @@ TRIGGERS: dict[str, Callable[[Path], object]] = {
     "plugin-api": other_api,
     "plugin-disabled": disabled,
     "bad-argument": lambda folder: options.checked_dtype("float7"),
+    "task-unavailable": lambda folder: offline(),
     "missing-package": no_matplotlib,
 }
 CORPUS = {case.code: case for case in reversed(cases())}

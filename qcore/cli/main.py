@@ -10,10 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from qcore.cli import bench, convert, doctor, evaluate, explain, inspect, matrix, plugins, quantize, run, verify
-from qcore.cli.output import note, print_refusal
+from qcore.cli.output import DONE, FAULT, INTERRUPTED, USAGE, exit_status, note, print_refusal
 from qcore.refusal import Refused
-
-DONE, FAULT, USAGE, REFUSED, BAD_FILE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 # The base of all of typer's complaints about a command line; newer versions bundle the click that it comes from.
 _UsageError: Any = typer.BadParameter.__base__
@@ -70,7 +68,7 @@ def main() -> None:
         _exit(code if isinstance(code, int) else DONE)
     except Refused as error:
         print_refusal(error.refusal, as_json="--json" in sys.argv)
-        _exit({"bad-file": BAD_FILE, "usage": USAGE}.get(error.refusal.kind, REFUSED))
+        _exit(exit_status(error.refusal))
     except typer.Exit as stop:
         _exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):

@@ -11,6 +11,14 @@ from typing import Any
 
 from qcore.refusal import Refusal, Refused
 
+DONE, FAULT, USAGE, REFUSED, BAD_FILE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+"""What commands exit with."""
+
+
+def exit_status(refusal: Refusal) -> int:
+    """Of a command that ends with this refusal."""
+    return {"bad-file": BAD_FILE, "usage": USAGE}.get(refusal.kind, REFUSED)
+
 
 def print_json(document: Any) -> None:
     """One document on stdout."""

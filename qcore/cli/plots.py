@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcore.cli.labels import place_labels
 from qcore.refusal import Refusal, Refused
 
 if TYPE_CHECKING:
@@ -47,6 +49,35 @@ def draw_evaluation(evaluation: Evaluation, file: Path, name: str) -> None:
         axes.set_xlabel("-ln p of a token, nats")
     axes.set_ylabel("tokens")
     axes.set_title(f"{name}: {values.numel()} tokens")
+    _save(figure, file)
+
+
+def draw_comparison(measured: Sequence[Mapping[str, Any]], quality: str, file: Path, reference: str | None) -> None:
+    """Of checkpoints, as `qcore eval` gives them in JSON: size against `quality` (kld_mean, or perplexity) with its interval. The Pareto front is joined by a line. Raises Refused (missing-package, bad-argument)."""
+    figure, axes = pyplot().subplots(figsize=(10, 6.5), layout="constrained")
+    least = min((facts[quality] for facts in measured if facts[quality] > 0), default=1e-9)
+    floor = least / 3 if quality == "kld_mean" else 0.0
+    points = [(facts["size_bytes"] / 2**20, max(facts[quality], floor)) for facts in measured]
+    bars = []
+    for facts, (x, y) in zip(measured, points, strict=True):
+        low, high = facts.get(f"{quality}_ci95", (y, y))
+        bars.append(((x, max(low, floor)), (x, max(high, floor))))
+    colors = [_RED if facts["pareto"] else _BLUE for facts in measured]
+    for (x, y), ((_, low), (_, high)), color in zip(points, bars, colors, strict=True):
+        axes.plot([x, x], [low, high], color=color, linewidth=1.2)
+        axes.plot(x, y, color=color, marker="o", markersize=5)
+    front = sorted(point for point, facts in zip(points, measured, strict=True) if facts["pareto"])
+    corners = [corner for (x, y), (right, _) in pairwise(front) for corner in ((x, y), (right, y))] + front[-1:]
+    axes.plot(*zip(*corners, strict=True), color=_RED, linewidth=1, alpha=0.6, label="Pareto front")
+    axes.set_yscale("log" if reference else "linear")
+    axes.margins(0.08)
+    axes.set_xlabel("size of all tensors, MiB")
+    axes.set_ylabel("KL(reference || model), mean of a token, nats" if reference else "perplexity")
+    compared = f" beside {reference}" if reference else ""
+    axes.set_title(f"{len(measured)} checkpoints{compared}, {measured[0]['tokens']} tokens, intervals of 95 %")
+    axes.legend(frameon=False, loc="upper right")
+    names = [f"{facts['name']} (0)" if facts[quality] <= 0 else facts["name"] for facts in measured]
+    place_labels(axes, names, points, [*bars, *pairwise(corners)])
     _save(figure, file)
 
 

@@ -1,0 +1,1 @@
+"""Models that qcore loads in other projects' tools."""
