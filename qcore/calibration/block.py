@@ -35,6 +35,19 @@ class Made:
     errors: dict[str, float] = field(default_factory=dict)
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def error(self) -> float:
+        """The mean of the layers'."""
+        return sum(self.errors.values()) / max(len(self.errors), 1)
+
+    @property
+    def bits(self) -> float:
+        """Per weight of the layers, all that is stored of them."""
+        weights = [layer.weight for layer in self.layers.values()]
+        return sum(8 * weight.nbytes for weight in weights) / max(
+            sum(weight.shape[0] * weight.shape[1] for weight in weights), 1
+        )
+
 
 class Block:
     """One that has its weights. work: the folder that what blocks gave can wait in. schemes: of the layers that are to be quantized, by the checkpoint's names. algorithms: all scale, and the last makes the weights."""

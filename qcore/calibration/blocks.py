@@ -68,6 +68,26 @@ class Blocks:
             setattr(holder, leaf, kept)
             _clear(self.model)
 
+    def fill_outside(self) -> None:
+        """All but the blocks have their weights, until `clear_outside`."""
+        self._fill(lambda name: not name.startswith(f"{self.prefix}."))
+
+    def clear_outside(self) -> None:
+        _clear(self.model)
+
+    def logits(self, window: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """[tokens, vocabulary], of what the last block gives [1, tokens, hidden] for a window of tokens [tokens]; after `fill_outside`."""
+        holder, leaf = self.model.get_submodule(self.prefix.rpartition(".")[0]), self.prefix.rpartition(".")[2]
+        kept = getattr(holder, leaf)
+        try:
+            passing = [_Passing(block, as_tuple=self._as_tuple) for block in self.blocks]
+            passing[-1].instead = states
+            setattr(holder, leaf, torch.nn.ModuleList(passing))
+            found: torch.Tensor = self.model(input_ids=window[None], use_cache=False).logits[0]
+        finally:
+            setattr(holder, leaf, kept)
+        return found
+
     def stored(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         """A parameter as the checkpoint would hold it: its name there, and its values in the dtype of the file."""
         name = self.named[next(name for name, own in self.model.named_parameters() if own is parameter)]
@@ -101,6 +121,7 @@ class Blocks:
             states = [one.given[0] for one in passing]
             if all(part.shape == states[0].shape for part in states):
                 self._states: torch.Tensor = states[0]
+                self._as_tuple = whole
                 return [(one.given[1], one.given[2]) for one in passing]
         raise self._unknown("blocks whose results are no hidden states")
 
@@ -128,12 +149,13 @@ class Blocks:
 
 
 class _Passing(torch.nn.Module):
-    """In the place of a block: gives back the states that it is given, and keeps what else it is."""
+    """In the place of a block: gives back the states that it is given, or others instead, and keeps what else it is given."""
 
     def __init__(self, block: torch.nn.Module, *, as_tuple: bool) -> None:
         super().__init__()
         self.__dict__["block"] = block  # no submodule, so that nothing of it is looked for here
         self.as_tuple = as_tuple
+        self.instead: torch.Tensor | None = None
         self.given: tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]
 
     def __getattr__(self, name: str) -> Any:
@@ -144,6 +166,7 @@ class _Passing(torch.nn.Module):
 
     def forward(self, states: torch.Tensor, *args: Any, **named: Any) -> Any:
         self.given = (states, args, named)
+        states = states if self.instead is None else self.instead
         return (states,) if self.as_tuple else states
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcore.calibration import ITERATIONS, SAMPLES, SEQLEN
-from qcore.calibration.block import Block
+from qcore.calibration.block import Block, Made
 from qcore.calibration.blocks import Blocks, unknown
+from qcore.calibration.mixing import mixable, mixed
 from qcore.calibration.states import States, StatesWriter
 from qcore.calibration.texts import windows_of
 from qcore.calibration.tuning import Tuning
@@ -40,11 +41,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockDone:
-    """Said of each block. number: of `blocks`, from 1. error: the mean of its layers'."""
+    """Said of each block. number: of `blocks`, from 1. error: the mean of its layers'. bits: per weight of its layers, all that is stored of them."""
 
     number: int
     blocks: int
     error: float
+    bits: float
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def quantize(
     samples: int = SAMPLES,
     seqlen: int = SEQLEN,
     iterations: int = ITERATIONS,
+    target_bpw: float | None = None,
     resume: bool = False,
     done: Callable[[BlockDone], None] | None = None,
 ) -> Quantized:
@@ -74,8 +77,8 @@ def quantize(
 
     algorithm: its name; without one the first that makes the scheme, with a text of those that look at it. calibration: a text, or several; without one no layer is looked at, as
     `Checkpoint.quantized` has it. ignore: as there. samples, seqlen: windows of the text, and tokens of one. iterations: steps in which each block's roundings are learned, by
-    algorithms that do. resume: go on where a run with the same words was stopped; else what
-    it left is refused. done: called after each block.
+    algorithms that do. target_bpw: layers get schemes like the one that is named, of as many bits each as lose the least with so many bits per weight of all, scales and
+    zero points among them. resume: go on where a run with the same words was stopped; else what it left is refused. done: called after each block.
 
     Raises Refused: unknown-format, bad-scheme, scheme-unsupported, bad-argument, output-exists, cannot-write, unknown-architecture, and all that reading and converting give.
     """
@@ -86,17 +89,20 @@ def quantize(
         return Quantized(_written(made, formats, out, resume=False), {})
     asked = Calibrated.wanted(scheme, algorithm, ignore, out.with_name(f"{out.name}.work"))
     _check_inputs(asked.scheme)
-    made = source.overlaid(asked)
     for name in formats:
-        check_written(made, name)
+        check_written(source.overlaid(asked), name)
+    schemes = mixable(source, asked, formats) if target_bpw is not None else ()
     if not (resume and len(formats) > 1) and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise taken(out)
     text = calibration if isinstance(calibration, str) else "\n\n".join(calibration)
     windows = windows_of(source, text, samples, seqlen)
-    with Work(asked.folder, _request(source, asked, windows, iterations), resume=resume) as work:
-        _Run(source, asked, work, Tuning(iterations)).blocks_of(windows, done)
+    with Work(asked.folder, _request(source, asked, windows, iterations, target_bpw), resume=resume) as work:
+        blocks = Blocks(source)
+        if target_bpw is not None:
+            asked = mixed(source, blocks, asked, windows, schemes, target_bpw, work)
+        _Run(source, blocks, asked, work, Tuning(iterations)).blocks_of(windows, done)
         errors = asked.errors()
-        paths = _written(made, formats, out, resume=resume)
+        paths = _written(source.overlaid(asked), formats, out, resume=resume)
         work.remove()
     return Quantized(paths, errors)
 
@@ -114,9 +120,8 @@ def _written(made: Checkpoint, formats: Sequence[str], out: Path, *, resume: boo
 class _Run:
     """The blocks of one run, each read, watched, quantized and kept."""
 
-    def __init__(self, source: Checkpoint, asked: Calibrated, work: Work, tuning: Tuning) -> None:
-        self.source, self.work, self.tuning = source, work, tuning
-        self.blocks = Blocks(source)
+    def __init__(self, source: Checkpoint, blocks: Blocks, asked: Calibrated, work: Work, tuning: Tuning) -> None:
+        self.source, self.blocks, self.work, self.tuning = source, blocks, work, tuning
         self.algorithms = chain_of(asked.algorithm)
         self.plan = asked.targets(source.layers)
         inside = {module for number in range(len(self.blocks)) for module in self.blocks.linears(number)}
@@ -136,12 +141,11 @@ class _Run:
                 for _ in self.blocks.first(windows[:1]):
                     pass  # what else blocks are given is known then
             for number in range(self.work.done, len(self.blocks)):
-                error = self._block(number, len(windows))
+                made = self._block(number, len(windows))
                 if done is not None:
-                    done(BlockDone(number + 1, len(self.blocks), error))
+                    done(BlockDone(number + 1, len(self.blocks), made.error, made.bits))
 
-    def _block(self, number: int, samples: int) -> float:
-        """Its mean error."""
+    def _block(self, number: int, samples: int) -> Made:
         self.blocks.fill(number)
         layers = self.blocks.linears(number)
         schemes = {module: entry.scheme for module, entry in self.plan.items() if module in layers and entry.scheme}
@@ -153,7 +157,7 @@ class _Run:
             self._write(number + 1, samples, (self.blocks.run(number, part) for part in states))
         self.work.keep(number, made)
         self.blocks.clear(number)
-        return sum(made.errors.values()) / max(len(made.errors), 1)
+        return made
 
     def _write(self, number: int, samples: int, states: Iterator[torch.Tensor]) -> None:
         """What a block is given, onto the disk. Raises Refused (bad-content) where it is not finite."""
@@ -188,7 +192,9 @@ def _check_inputs(scheme: Scheme) -> None:
                               f"found {given}, expected signed integers or 8-bit floats under one scale", "Choose another scheme, or one whose inputs have scales of run time."))  # fmt: skip
 
 
-def _request(source: Checkpoint, asked: Calibrated, windows: torch.Tensor, iterations: int) -> dict[str, Any]:
+def _request(
+    source: Checkpoint, asked: Calibrated, windows: torch.Tensor, iterations: int, target_bpw: float | None
+) -> dict[str, Any]:
     """All that decides the result."""
     files = sorted({info.file for info in source.files.source.tensors.values()})
     return {
@@ -196,5 +202,5 @@ def _request(source: Checkpoint, asked: Calibrated, windows: torch.Tensor, itera
         "config": hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest(),
         "scheme": str(asked.scheme), "algorithm": asked.algorithm, "ignore": list(asked.ignore),
         "calibration": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "windows": list(windows.shape),
-        "iterations": iterations,
+        "iterations": iterations, "target_bpw": target_bpw,
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """The folder beside the output in which a calibrated run keeps what it has done, so that a killed one can go on.
 
 state.json              what was asked for, and how many blocks are done
+mixture.json           the scheme of each layer, where they are chosen
 block-00003.safetensors the quantized layers of a block in the canonical layout, NAME.codes, NAME.scales.0, ..., and parameters that have changed, by their names; its metadata has the
                         layers' schemes, shapes and errors, and which parameters these are
 states-00004.safetensors    what the next block is given
@@ -13,7 +14,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -114,6 +115,13 @@ class Work:
             for path in (self.states(number), self.wanted(number)):
                 path.unlink(missing_ok=True)
 
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` gives, in JSON's types; made when it is first asked for, and kept."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            self._write(path, make())
+        return read_json(path)
+
     def remove(self) -> None:
         """All of it, once the result is there."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -130,8 +138,11 @@ class Work:
 
     def _say(self, done: int) -> None:
         self.done = done
-        partial = self.folder / f"{_STATE}.partial"
+        self._write(self.folder / _STATE, {"asked": self.asked, "blocks": done})
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        partial = path.with_suffix(".partial")
         with writing(partial):
-            partial.write_text(json.dumps({"asked": self.asked, "blocks": done}, indent=1), encoding="utf-8")
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
             flush(partial)
-            partial.rename(self.folder / _STATE)
+            partial.rename(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibrated(InFlight):
-    """folder: the run's, which is there as long as layers are read."""
+    """folder: the run's, which is there as long as layers are read. mixed: schemes of layers that have one of their own."""
 
     folder: Path = Path()
+    mixed: Mapping[str, Scheme] = field(default_factory=dict)
 
     @classmethod
     def wanted(cls, scheme: str, algorithm: str, ignore: Sequence[str], folder: Path) -> Calibrated:
@@ -102,4 +103,6 @@ class Calibrated(InFlight):
 
     def _entry(self, module: str, entry: ModulePlan) -> ModulePlan:
         found = super()._entry(module, entry)
-        return replace(found, reason=f"made by {self.algorithm}") if found.algorithm else found
+        if not found.algorithm:
+            return found
+        return replace(found, scheme=self.mixed.get(module, found.scheme), reason=f"made by {self.algorithm}")

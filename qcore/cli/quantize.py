@@ -49,6 +49,14 @@ def quantize_command(
     iterations: Annotated[
         int, typer.Option(min=0, help="Steps in which auto_round learns each block's roundings.")
     ] = ITERATIONS,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            max=9,
+            help="Bits per weight of all layers together: each gets those that lose least, in schemes like the one that is named. With --calibration.",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a calibrated run was stopped.")] = False,
     ignore: Annotated[
         list[str] | None,
@@ -87,11 +95,22 @@ def quantize_command(
     _check(formats, calibration is not None, {
         "--imatrix": (imatrix, True), "--tensor-type": (tensor_type, True),
         "--algorithm": (algorithm, False), "--ignore": (ignore, False), "--calibration": (calibration, False),
-    }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != SAMPLES, "--seqlen": seqlen != SEQLEN, "--iterations": iterations != ITERATIONS})  # fmt: skip
+    }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != SAMPLES, "--seqlen": seqlen != SEQLEN, "--iterations": iterations != ITERATIONS, "--target-bpw": target_bpw is not None})  # fmt: skip
     errors: Mapping[str, float] = {}
     if calibration is not None:
         source, made = _calibrated(
-            path, scheme, algorithm, calibration, out, formats, ignore, samples, seqlen, iterations, resume=resume
+            path,
+            scheme,
+            algorithm,
+            calibration,
+            out,
+            formats,
+            ignore,
+            samples,
+            seqlen,
+            iterations,
+            target_bpw,
+            resume=resume,
         )
         written, errors = [*made.paths], made.errors
     elif formats == ["gguf"]:
@@ -135,7 +154,7 @@ def _check(
 
 def _calibrated(
     path: str, scheme: str, algorithm: str, text: pathlib.Path, out: pathlib.Path, formats: list[str],
-    ignore: list[str] | None, samples: int, seqlen: int, iterations: int, *, resume: bool,
+    ignore: list[str] | None, samples: int, seqlen: int, iterations: int, target_bpw: float | None, *, resume: bool,
 ) -> tuple[Checkpoint, Quantized]:  # fmt: skip
     import time
 
@@ -152,12 +171,12 @@ def _calibrated(
         first = first or done.number
         each = (time.monotonic() - began) / (done.number - first + 1)
         left = each * (done.blocks - done.number)
-        note(f"block {done.number} of {done.blocks}: error {done.error:.3g}, {left:.0f} s left, {peak_rss_mib():.0f} MiB at most")  # fmt: skip
+        note(f"block {done.number} of {done.blocks}: error {done.error:.3g}, {done.bits:.2f} bits per weight, {left:.0f} s left, {peak_rss_mib():.0f} MiB at most")  # fmt: skip
 
     source = open_checkpoint(path)
     written = quantize(
         source, scheme, algorithm, read_text(text), out=out, format=formats,
-        ignore=UNTOUCHED if ignore is None else ignore, samples=samples, seqlen=seqlen, iterations=iterations, resume=resume, done=say,
+        ignore=UNTOUCHED if ignore is None else ignore, samples=samples, seqlen=seqlen, iterations=iterations, target_bpw=target_bpw, resume=resume, done=say,
     )  # fmt: skip
     return source, written
 
