@@ -15,6 +15,11 @@ class Seen:
     largest: torch.Tensor
     rows: int
 
+    @classmethod
+    def nothing(cls, columns: int) -> Seen:
+        """Of a layer that no text reached: all columns count alike, so that its weight is rounded to nearest."""
+        return cls(torch.eye(columns), torch.zeros(columns), 0)
+
     def error(self, weight: torch.Tensor, made: torch.Tensor) -> float:
         """How far the layer's outputs are from its own, for both weights [N, K] on these inputs: the squared distance in parts of the squared outputs."""
         apart, whole = made.to(torch.float32) - weight, weight.to(torch.float32)

@@ -14,11 +14,12 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcore.algorithms.seen import Seen, Watch
+from qcore.algorithms.seen import Seen
 from qcore.calibration import SAMPLES, SEQLEN
 from qcore.calibration.blocks import Blocks, unknown
 from qcore.calibration.states import StatesWriter, read_states
 from qcore.calibration.texts import windows_of
+from qcore.calibration.watching import Watching
 from qcore.calibration.work import Work
 from qcore.checkpoint.calibrated import Calibrated
 from qcore.checkpoint.finite import all_finite
@@ -190,39 +191,17 @@ class _Run:
 
     def _seen(self, number: int, layers: Mapping[str, torch.nn.Linear]) -> dict[str, Seen]:
         """What each layer sees of all samples; those that have one input see it once."""
-        watches: dict[str, Watch] = {}
-        inputs: list[tuple[torch.Tensor, Watch]] = []
-
-        def first(module: str, x: torch.Tensor) -> None:
-            known = next((watch for given, watch in inputs if given is x), None)
-            watches[module] = known or Watch(x.shape[-1])
-            if known is None:
-                inputs.append((x, watches[module]))
-                watches[module].add(x)
-                leaders[module] = watches[module]
-
-        leaders: dict[str, Watch] = {}
-        for place, states in enumerate(read_states(self.work.states(number))):
-            hooks = []
-            for module, layer in layers.items():
-                if place == 0:
-                    hooks.append(
-                        layer.register_forward_pre_hook(lambda _, given, module=module: first(module, given[0]))
-                    )
-                elif module in leaders:
-                    hooks.append(
-                        layer.register_forward_pre_hook(lambda _, given, watch=leaders[module]: watch.add(given[0]))
-                    )
-            self.blocks.run(number, states)
-            for hook in hooks:
-                hook.remove()
-            inputs.clear()
-        if missed := layers.keys() - watches.keys():
-            raise unknown(self.source, f"{min(missed)}, which no text reaches")
-        if broken := next((module for module, watch in watches.items() if not all_finite(watch.gram)), ""):
+        with Watching(layers) as watching:
+            for states in read_states(self.work.states(number)):
+                self.blocks.run(number, states)
+        seen = watching.seen()
+        for module, own in seen.items():
+            if not own.rows:
+                raise unknown(self.source, f"{module}, which no text reaches")
+        grams = {id(own): (module, own.gram) for module, own in seen.items()}
+        if broken := next((module for module, gram in grams.values() if not all_finite(gram)), ""):
             raise self._not_finite(broken)
-        seen = {id(watch): watch.seen() for watch in watches.values()}
-        return {module: seen[id(watch)] for module, watch in watches.items()}
+        return seen
 
     def _write(self, number: int, samples: int, states: Iterator[torch.Tensor]) -> None:
         """What a block is given, onto the disk. Raises Refused (bad-content) where it is not finite."""
