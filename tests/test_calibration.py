@@ -16,7 +16,6 @@ import torch
 import qcore
 from commands import command
 from golden_checkpoints import FOLDERS
-from mixtures import Mixture
 from qcore.algorithms.seen import Seen
 from qcore.calibration import run
 from qcore.calibration.run import BlockDone, quantize
@@ -202,16 +201,6 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(Refused, match=message):
         quantize(BASE, **{**given, **changes})
     assert not any(tmp_path.iterdir())
-
-
-def test_models_that_are_not_calibrated_are_refused(tmp_path: Path) -> None:
-    """Mixtures of experts are stacked in the model."""
-    mixture = Mixture("mixtral")
-    path = mixture.write(tmp_path / "mixture", mixture.tensors(), None)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BASE / name, path)
-    with pytest.raises(Refused, match="a mixture's experts"):
-        quantize(path, "W4A16-g32-sym", "gptq", "some words that are read", out=tmp_path / "out")
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qcore.algorithms.seen import Seen
 from qcore.calibration import SAMPLES, SEQLEN
 from qcore.calibration.blocks import Blocks, unknown
+from qcore.calibration.experts import portions, shared
 from qcore.calibration.states import StatesWriter, read_states
 from qcore.calibration.texts import windows_of
 from qcore.calibration.watching import Watching
@@ -29,7 +30,7 @@ from qcore.checkpoint.writer import taken, writing
 from qcore.convert import check_written, convert
 from qcore.discovery import registry
 from qcore.elements import Float, Group, Int, PerChannel, PerTensor
-from qcore.method import quantizable
+from qcore.method import is_expert, quantizable
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.tensor import TORCH_FLOATS, LayerTensors, QuantizedTensor
 
@@ -50,10 +51,12 @@ class BlockDone:
 
 @dataclass(frozen=True)
 class Quantized:
-    """paths: what was written, one of each format. errors: of each layer that was calibrated, the squared distance of its outputs in parts of the squared outputs."""
+    """paths: what was written, one of each format. errors: of each layer that was calibrated, the squared distance of its outputs in parts of the squared outputs. unseen: layers of
+    experts that no token was sent to, which are rounded to nearest."""
 
     paths: tuple[Path, ...]
     errors: Mapping[str, float]
+    unseen: tuple[str, ...] = ()
 
 
 def quantize(
@@ -94,10 +97,10 @@ def quantize(
     windows = windows_of(source, text, samples, seqlen)
     with Work(asked.folder, _request(source, asked, windows), resume=resume) as work:
         _Run(source, asked, work).blocks_of(windows, done)
-        errors = asked.errors()
+        errors, unseen = asked.errors(), asked.unseen()
         paths = _written(made, formats, out, resume=resume)
         work.remove()
-    return Quantized(paths, errors)
+    return Quantized(paths, errors, unseen)
 
 
 def _written(made: Checkpoint, formats: Sequence[str], out: Path, *, resume: bool) -> tuple[Path, ...]:
@@ -145,17 +148,24 @@ class _Run:
         layers = {module: layer for module, layer in self.blocks.linears(number).items() if module in self.plan}
         for module, layer in layers.items():
             quantizable(layer.weight.data, self.source.stored[f"{module}.weight"])
-        seen = self._seen(number, layers)
-        made: dict[str, LayerTensors] = {}
+        weights: dict[str, QuantizedTensor] = {}
+        tops: dict[str, torch.Tensor] = {}
         errors: dict[str, float] = {}
-        for together in self._together(layers, seen):
-            own, packed = seen[together[0]], self._quantized(together, layers, seen)
-            for module, weight in zip(together, packed, strict=True):
-                dense = weight.dequantize()
-                errors[module] = own.error(layers[module].weight.data, dense)
-                made[module] = LayerTensors(weight, input_scale=_input_scale(self._scheme(module), own))
-                layers[module].weight.data = dense
-        seen.clear()
+        for portion in portions(layers):
+            seen = self._seen(number, portion)
+            for together in self._together(portion, seen):
+                packed, own = self._quantized(together, portion, seen), seen[together[0]]
+                for module, weight in zip(together, packed, strict=True):
+                    dense = weight.dequantize()
+                    if own.rows:
+                        errors[module] = own.error(layers[module].weight.data, dense)
+                    weights[module], tops[module] = weight, own.largest.amax()
+                    layers[module].weight.data = dense
+                    del seen[module]
+        made = {
+            module: LayerTensors(weights[module], input_scale=_input_scale(self._scheme(module), top))
+            for module, top in shared(tops).items()
+        }
         if number + 1 < len(self.blocks):
             states = (self.blocks.run(number, part) for part in read_states(self.work.states(number)))
             self._write(number + 1, samples, states)
@@ -180,7 +190,7 @@ class _Run:
 
         weights = [layers[module].weight.data for module in modules]
         whole = torch.cat(weights) if len(weights) > 1 else weights[0]
-        packed = self.algorithm.load_calibrated()(whole, self._scheme(modules[0]), seen[modules[0]])
+        packed = self.algorithm.load_calibrated()(whole, self._scheme(modules[0]), seen[modules[0]].steadied())
         ends = list(accumulate(len(weight) for weight in weights))
         return [packed.rows(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
 
@@ -196,7 +206,7 @@ class _Run:
                 self.blocks.run(number, states)
         seen = watching.seen()
         for module, own in seen.items():
-            if not own.rows:
+            if not own.rows and not is_expert(module):
                 raise unknown(self.source, f"{module}, which no text reaches")
         grams = {id(own): (module, own.gram) for module, own in seen.items()}
         if broken := next((module for module, gram in grams.values() if not all_finite(gram)), ""):
@@ -236,8 +246,8 @@ def _check_inputs(scheme: Scheme) -> None:
                               f"found {given}, expected signed integers or 8-bit floats under one scale", "Choose another scheme, or one whose inputs have scales of run time."))  # fmt: skip
 
 
-def _input_scale(scheme: Scheme, seen: Seen) -> torch.Tensor | None:
-    """[1] float32, where a scheme has inputs under one stored scale: their largest magnitude becomes the largest number."""
+def _input_scale(scheme: Scheme, largest: torch.Tensor) -> torch.Tensor | None:
+    """[1] float32, where a scheme has inputs under one stored scale: their largest magnitude [] becomes the largest number."""
     given = scheme.input
     if given is None or given.dynamic:
         return None
@@ -247,7 +257,7 @@ def _input_scale(scheme: Scheme, seen: Seen) -> torch.Tensor | None:
         top = float(torch.finfo(TORCH_FLOATS[given.element.format]).max)
     else:
         top = float((1 << given.bits - 1) - 1)
-    return (seen.largest.amax() / top).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
+    return (largest / top).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
 
 
 def _request(source: Checkpoint, asked: Calibrated, windows: torch.Tensor) -> dict[str, Any]:
