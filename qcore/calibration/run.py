@@ -31,6 +31,7 @@ from qcore.convert import check_written, convert
 from qcore.discovery import registry
 from qcore.elements import Float, Group, Int, PerChannel, PerTensor
 from qcore.method import is_expert, quantizable
+from qcore.model.memory import give_back
 from qcore.refusal import Refusal, Refused, bad_file
 from qcore.tensor import TORCH_FLOATS, LayerTensors, QuantizedTensor
 
@@ -162,6 +163,7 @@ class _Run:
                     weights[module], tops[module] = weight, own.largest.amax()
                     layers[module].weight.data = dense
                     del seen[module]
+                give_back()
         made = {
             module: LayerTensors(weights[module], input_scale=_input_scale(self._scheme(module), top))
             for module, top in shared(tops).items()
@@ -171,6 +173,7 @@ class _Run:
             self._write(number + 1, samples, states)
         self.work.keep(number, made, errors)
         self.blocks.clear(number)
+        give_back()
         return sum(errors.values()) / max(len(errors), 1)
 
     def _together(self, layers: Mapping[str, torch.nn.Linear], seen: Mapping[str, Seen]) -> list[list[str]]:
