@@ -230,6 +230,12 @@ def is_expert(module: str) -> bool:
     return re.search(r"(^|\.)experts\.", module) is not None
 
 
+def is_router(module: str) -> bool:
+    """Whether the module chooses or weighs a mixture's experts: so transformers' models name those, and checkpoints do. They stay unquantized: a token that is sent to another expert
+    is more than an error of rounding, and they are small."""
+    return re.search(r"(^|\.)(gate|router|router_gate|shared_expert_gate)(\.|$)", module) is not None
+
+
 def left_whole(plan: Mapping[str, ModulePlan]) -> list[str]:
     """The linear layers that a writer has to name as unquantized: those of the plan, and lm_head, which a plan does not have
     where it is tied to the embedding."""

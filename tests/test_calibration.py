@@ -16,7 +16,6 @@ import torch
 import qcore
 from commands import command
 from golden_checkpoints import FOLDERS
-from mixtures import Mixture
 from qcore.algorithms.seen import Seen
 from qcore.calibration import run
 from qcore.calibration.block import Block
@@ -76,8 +75,8 @@ def test_layers_see_what_the_whole_model_has(tmp_path: Path, monkeypatch: pytest
     found: list[dict[str, Seen]] = []
     real = Block._seen
 
-    def kept(self: Any, texts: Any) -> dict[str, Seen]:
-        found.append(real(self, texts))
+    def kept(self: Any, layers: Any, states: Any) -> dict[str, Seen]:
+        found.append(real(self, layers, states))
         return found[-1].copy()
 
     monkeypatch.setattr(Block, "_seen", kept)
@@ -215,16 +214,6 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(Refused, match=message):
         quantize(BASE, **{**given, **changes})
     assert not any(tmp_path.iterdir())
-
-
-def test_models_that_are_not_calibrated_are_refused(tmp_path: Path) -> None:
-    """Mixtures of experts are stacked in the model."""
-    mixture = Mixture("mixtral")
-    path = mixture.write(tmp_path / "mixture", mixture.tensors(), None)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BASE / name, path)
-    with pytest.raises(Refused, match="a mixture's experts"):
-        quantize(path, "W4A16-g32-sym", "gptq", "some words that are read", out=tmp_path / "out")
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 import qcore
 from commands import command
 from makers import dense_llama, write
+from mixtures import Mixture
 from qcore.algorithms.codebook import codebook, dynamic8, llm_int8
 from qcore.bits import unpack
 from qcore.model.linear import QuantizedLinear
@@ -193,3 +194,14 @@ def test_the_command_line_takes_the_request(tmp_path: Path) -> None:
     path = write(tmp_path, dense_llama())
     done = command("run", path, "-p", "x", "--quantize", "bitsandbytes:nf5", "--json")
     assert done.returncode == 2 and json.loads(done.stdout)["refusal"]["code"] == "bad-scheme", done.stderr
+
+
+def test_routers_are_never_quantized(tmp_path: Path) -> None:
+    mixture = Mixture("qwen2_moe")
+    checkpoint = qcore.open_checkpoint(mixture.write(tmp_path / "base", mixture.tensors())).quantized(
+        "W4A16-g32-sym", ()
+    )
+    kept = {module for module, scheme in checkpoint.plan.items() if scheme is None}
+    routers = {f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in ("gate", "shared_expert_gate")}
+    assert kept == {*routers, "model.embed_tokens"}
+    assert all("a mixture's router" in checkpoint.layers[module].reason for module in routers)

@@ -1,8 +1,12 @@
 """What layers see: sums of their inputs, one for those that always have the same."""
 
+import pytest
 import torch
 
+from qcore.algorithms.gptq import gptq
+from qcore.algorithms.seen import Seen, Watch
 from qcore.calibration.watching import Watching
+from qcore.scheme import Scheme
 
 
 def layers(*names: str) -> dict[str, torch.nn.Linear]:
@@ -67,3 +71,31 @@ def test_layers_that_only_some_windows_reach() -> None:
         seen[f"3.{part}"].rows == 0 and torch.equal(seen[f"3.{part}"].gram, torch.eye(4))
         for part in ("gate", "up", "down")
     )
+
+
+@pytest.mark.parametrize(("order", "least"), [(0.0, 0.0), (1.0, 0.05), (1.5, 0.4)])
+def test_few_rows_never_make_a_layer_worse_than_nearest(order: float, least: float) -> None:
+    """Of inputs whose directions' variances fall as 1 / n^order: at most what rounding to nearest leaves, less by as much as `least`; as they are, few rows of white noise double it."""
+    torch.manual_seed(0)
+    columns, scheme = 128, Scheme.parse("W4A16-g64-sym")
+    weight = torch.randn(32, columns)
+    directions = torch.linalg.qr(torch.randn(columns, columns))[0]
+    sizes = (torch.arange(columns) + 1.0) ** (-order / 2)
+
+    def seen(rows: int) -> Seen:
+        watch = Watch(columns)
+        watch.add(torch.randn(rows, columns) * sizes @ directions)
+        return watch.seen()
+
+    def error(given: Seen) -> float:
+        return held.error(weight, gptq(weight, scheme, given).dequantize())
+
+    held = seen(2000)
+    nearest = error(Seen.nothing(columns))
+    for rows in (8, 64, 200):
+        few = seen(rows)
+        assert error(few.steadied()) <= (1.001 - least) * nearest
+        if order == 0.0 and rows >= 64:
+            assert error(few) > 1.4 * nearest
+    many = seen(2 * columns)
+    assert many.steadied() is many and Seen.nothing(columns).steadied().rows == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,6 +10,8 @@ DAMPING = 0.01
 """What is added to the diagonal of sums before they are divided by, in parts of its mean."""
 _OF_A_CALL = 16
 _OF_ALL = 512
+_ROWS = 2
+"""For each column: with more, an estimate of the inputs' second moments needs no steadying."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,24 @@ class Seen:
         """Of a layer that no text reached: all columns count alike, so that its weight is rounded to nearest."""
         nothing = torch.zeros(columns)
         return cls(torch.eye(columns), 0, nothing, nothing, torch.zeros(0, columns))
+
+    def steadied(self) -> Seen:
+        """With a Gram matrix drawn towards a multiple of the identity where there are few rows for the columns, as experts have that few tokens reach, so far as their sizes are
+        likely to be chance: of inputs without any order, weights are then rounded to nearest.
+
+        Source: oracle approximating shrinkage (Chen, Wiesel, Eldar and Hero, arXiv 0907.4698, formula 23).
+        """
+        columns = len(self.gram)
+        if not 0 < self.rows < _ROWS * columns:
+            return self
+        trace = float(self.gram.trace())
+        squares, mean = float(self.gram.square().sum(dtype=torch.float64)), trace / columns
+        above = (1 - 2 / columns) * squares + trace**2
+        below = (self.rows + 1 - 2 / columns) * (squares - trace * mean)
+        part = min(above / below, 1.0) if below > 0 else 1.0
+        gram = self.gram * (1 - part)
+        gram.diagonal().add_(part * mean)
+        return replace(self, gram=gram)
 
     def error(self, weight: torch.Tensor, made: torch.Tensor) -> float:
         """How far the layer's outputs are from its own, for both weights [N, K] on these inputs: the squared distance in parts of the squared outputs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,17 @@ import torch
 from qcore.algorithms.auto_round import Rounding
 from qcore.algorithms.scaling import input_scale
 from qcore.algorithms.seen import Seen
+from qcore.calibration.blocks import not_finite, unknown
+from qcore.calibration.experts import portions, shared
 from qcore.calibration.folding import Folding, scale, tied
 from qcore.calibration.states import States, StatesWriter
 from qcore.calibration.trace import Trace
 from qcore.calibration.tuning import Tuning, tune
 from qcore.calibration.watching import Watching
+from qcore.checkpoint.finite import all_finite
 from qcore.elements import Group, PerChannel, PerTensor
+from qcore.method import is_expert
+from qcore.model.memory import give_back
 from qcore.tensor import LayerTensors, QuantizedTensor
 
 if TYPE_CHECKING:
@@ -65,17 +70,33 @@ class Block:
         self.layers = {module: layer for module, layer in blocks.linears(number).items() if module in schemes}
         self.quantize = algorithms[-1].load_calibrated()
         self.tuning, self.made = tuning, Made()
+        self._packed: dict[str, QuantizedTensor] = {}
+        self._tops: dict[str, torch.Tensor] = {}
+        self._roundings: dict[str, Rounding] = {}
 
     def quantized(self, states: States) -> Made:
-        """Its layers have the quantized weights from now on. states: what it is given of all windows."""
-        seen = self._seen(states)
-        if any(algorithm.scaling for algorithm in self.algorithms):
-            self._scale(seen, Folding(self.blocks, self.number, states[0], Trace(self.blocks, self.number, states[0])))
-        own = {module: layer.weight.data for module, layer in self.layers.items()}
+        """Its layers have the quantized weights from now on. states: what it is given of all windows. Raises Refused (unknown-architecture, bad-content)."""
         wanted = self._wanted(states) if self.algorithms[-1].tuned else None
-        self._quantize(seen)
-        if wanted is not None:
-            self._tune(own, seen, states, wanted)
+        for portion in portions(self.layers):
+            seen = self._seen(portion, states)
+            if any(algorithm.scaling for algorithm in self.algorithms):
+                trace = Trace(self.blocks, self.number, states[0])
+                self._scale(portion, seen, Folding(self.blocks, self.number, states[0], trace))
+            for modules in self._together(portion, seen):
+                self._quantize(modules, seen[modules[0]])
+                for module in modules:
+                    del seen[module]
+                give_back()
+        if wanted is not None and tune(self.blocks, self.number, self._roundings, states, wanted, self.tuning):
+            for module, rounding in self._roundings.items():
+                self._packed[module] = rounding.quantized()
+        for module, top in shared(self._tops).items():
+            given = self.schemes[module].input
+            whole = given is not None and isinstance(
+                given.scales[-1].granularity, PerTensor
+            )  # NVFP4's above others too
+            scale = input_scale(given, float(top)) if given is not None and whole else None
+            self.made.layers[module] = LayerTensors(self._packed[module], input_scale=scale)
         return self.made
 
     def _wanted(self, states: States) -> States:
@@ -86,52 +107,50 @@ class Block:
                 writer.add(self.blocks.run(self.number, part)[0])
         return States(path)
 
-    def _tune(self, own: Mapping[str, torch.Tensor], seen: Mapping[str, Seen], states: States, wanted: States) -> None:
-        roundings = {
-            module: Rounding(own[module], layer.weight, seen[module]) for module, layer in self.made.layers.items()
-        }
-        if not tune(self.blocks, self.number, roundings, states, wanted, self.tuning):
-            return
-        for module, rounding in roundings.items():
-            packed = rounding.quantized()
-            self.made.layers[module] = replace(self.made.layers[module], weight=packed)
-            self.made.errors[module] = seen[module].error(own[module], packed.dequantize())
-
-    def _seen(self, states: States) -> dict[str, Seen]:
-        with Watching(self.layers) as watching:
+    def _seen(self, layers: Mapping[str, torch.nn.Linear], states: States) -> dict[str, Seen]:
+        """What each layer sees of all samples; those that have one input see it once."""
+        with Watching(layers) as watching:
             for part in states:
                 self.blocks.run(self.number, part)
-        return watching.seen()
-
-    def _quantize(self, seen: Mapping[str, Seen]) -> None:
-        """Those that have one input and one scheme whose scales are of single rows as one, in the time of one."""
-        together: dict[tuple[object, ...], list[str]] = {}
+        seen = watching.seen()
         for module, own in seen.items():
+            if not own.rows and not is_expert(module):
+                raise unknown(self.blocks.checkpoint, f"{module}, which no text reaches")
+        grams = {id(own): (module, own.gram) for module, own in seen.items()}
+        if broken := next((module for module, gram in grams.values() if not all_finite(gram)), ""):
+            raise not_finite(self.blocks.checkpoint, broken)
+        return seen
+
+    def _together(self, layers: Mapping[str, torch.nn.Linear], seen: Mapping[str, Seen]) -> list[list[str]]:
+        """Layers that have one input and one scheme whose scales are of single rows: they are quantized as one, in the time of one."""
+        found: dict[tuple[object, ...], list[str]] = {}
+        for module in layers:
             scheme = self.schemes[module]
             by_rows = isinstance(scheme.weight.scales[0].granularity, Group | PerChannel)
-            together.setdefault((id(own), scheme, "" if by_rows else module), []).append(module)
-        for modules in together.values():
-            own, scheme = seen[modules[0]], self.schemes[modules[0]]
-            weights = [self.layers[module].weight.data for module in modules]
-            packed = self.quantize(torch.cat(weights) if len(weights) > 1 else weights[0], scheme, own)
-            ends = accumulate(map(len, weights))
-            for module, weight, end in zip(modules, weights, ends, strict=True):
-                self._keep(module, packed.rows(end - len(weight), end), own)
+            found.setdefault((id(seen[module]), scheme, "" if by_rows else module), []).append(module)
+        return list(found.values())
 
-    def _keep(self, module: str, packed: QuantizedTensor, seen: Seen) -> None:
-        layer, dense = self.layers[module], packed.dequantize()
-        self.made.errors[module] = seen.error(layer.weight.data, dense)
-        given = self.schemes[module].input
-        scales = given is not None and isinstance(given.scales[-1].granularity, PerTensor)  # also that above NVFP4's
-        top = input_scale(given, float(seen.largest.amax())) if given is not None and scales else None
-        self.made.layers[module] = LayerTensors(packed, input_scale=top)
-        layer.weight.data = dense
+    def _quantize(self, modules: list[str], seen: Seen) -> None:
+        weights = [self.layers[module].weight.data for module in modules]
+        steadied = seen.steadied()
+        whole = self.quantize(
+            torch.cat(weights) if len(weights) > 1 else weights[0], self.schemes[modules[0]], steadied
+        )
+        for module, weight, end in zip(modules, weights, accumulate(map(len, weights)), strict=True):
+            packed = whole.rows(end - len(weight), end)
+            dense = packed.dequantize()
+            if seen.rows:
+                self.made.errors[module] = seen.error(weight, dense)
+            if self.algorithms[-1].tuned:
+                self._roundings[module] = Rounding(weight, packed, steadied)
+            self._packed[module], self._tops[module] = packed, seen.largest.amax()
+            self.layers[module].weight.data = dense
 
-    def _scale(self, seen: dict[str, Seen], folding: Folding) -> None:
+    def _scale(self, layers: Mapping[str, torch.nn.Linear], seen: dict[str, Seen], folding: Folding) -> None:
         """Columns of layers, by what the algorithms find, where that can be folded into what is before; `seen` is of the new columns then."""
         scalings = [algorithm.load_scaling() for algorithm in self.algorithms if algorithm.scaling]
-        names = {id(layer): name for name, layer in self.layers.items()}
-        left = dict(self.layers)
+        names = {id(layer): name for name, layer in layers.items()}
+        left = dict(layers)
         while left:
             module, layer = left.popitem()
             ran = folding.trace.of(layer)

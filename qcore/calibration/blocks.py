@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcore.calibration.experts import Unstacked
 from qcore.checkpoint.kv_scales import spelled
 from qcore.model.places import Places, Slot
 from qcore.model.skeleton import skeleton
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class Blocks:
-    """Raises Refused: what making the model gives, and unknown-architecture where it has no blocks in a row, or experts that are stacked."""
+    """Raises Refused: what making the model gives, and unknown-architecture where it has no blocks in a row, or experts stacked otherwise than the model has them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.model: Any = skeleton(checkpoint, torch.float32)
         self.prefix, self.blocks = _blocks_of(self.model, checkpoint)
-        places = Places(self.model)
+        places = Unstacked(self.model, Places(self.model), checkpoint)
         self._reads = _reads(places, checkpoint)
         self.named = {str(places.parameter(name)): name for name in checkpoint.parameters}
         """The checkpoint's names of the model's unquantized parameters."""
@@ -177,6 +178,12 @@ def unknown(checkpoint: Checkpoint, what: str) -> Refused:
     )  # fmt: skip
 
 
+def not_finite(checkpoint: Checkpoint, where: str) -> Refused:
+    return bad_file("bad-content", "what the model gives a part of it is not finite", file=checkpoint.path, tensor=where, field="input",
+                    found="NaN or infinity", expected="finite numbers",
+                    fix="Check that the model reads the text sensibly before it is quantized.")  # fmt: skip
+
+
 def _blocks_of(model: Any, checkpoint: Checkpoint) -> tuple[str, torch.nn.ModuleList]:
     """The decoder blocks, and their name."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -186,13 +193,13 @@ def _blocks_of(model: Any, checkpoint: Checkpoint) -> tuple[str, torch.nn.Module
     raise unknown(checkpoint, f"no list of {count} decoder blocks in {type(model).__name__}")
 
 
-def _reads(places: Places, checkpoint: Checkpoint) -> Mapping[str, Callable[[], torch.Tensor]]:
+def _reads(places: Unstacked, checkpoint: Checkpoint) -> Mapping[str, Callable[[], torch.Tensor]]:
     """How to read each tensor of the model, by its name."""
     found: dict[str, Callable[[], torch.Tensor]] = {}
 
     def add(place: str | Slot, read: Callable[[], torch.Tensor]) -> None:
-        if isinstance(place, Slot) or place.rpartition(".")[0] in places.experts:
-            raise unknown(checkpoint, "a mixture's experts, stacked")
+        if isinstance(place, Slot):
+            raise unknown(checkpoint, f"{place.part} of all experts in {place.module} as one tensor")
         found[place] = read
 
     for name in checkpoint.parameters:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcore.calibration import ITERATIONS, SAMPLES, SEQLEN
 from qcore.calibration.block import Block, Made
-from qcore.calibration.blocks import Blocks, unknown
+from qcore.calibration.blocks import Blocks, not_finite, unknown
 from qcore.calibration.mixing import mixable, mixed
 from qcore.calibration.states import States, StatesWriter
 from qcore.calibration.texts import windows_of
@@ -30,7 +30,8 @@ from qcore.checkpoint.writer import taken, writing
 from qcore.convert import check_written, convert
 from qcore.elements import Float, Int, PerTensor
 from qcore.method import quantizable
-from qcore.refusal import Refusal, Refused, bad_file
+from qcore.model.memory import give_back
+from qcore.refusal import Refusal, Refused
 from qcore.tensor import TORCH_FLOATS
 
 if TYPE_CHECKING:
@@ -51,10 +52,12 @@ class BlockDone:
 
 @dataclass(frozen=True)
 class Quantized:
-    """paths: what was written, one of each format. errors: of each layer that was calibrated, the squared distance of its outputs in parts of the squared outputs."""
+    """paths: what was written, one of each format. errors: of each layer that was calibrated, the squared distance of its outputs in parts of the squared outputs. unseen: layers of
+    experts that no token was sent to, which are rounded to nearest."""
 
     paths: tuple[Path, ...]
     errors: Mapping[str, float]
+    unseen: tuple[str, ...] = ()
 
 
 def quantize(
@@ -101,10 +104,10 @@ def quantize(
         if target_bpw is not None:
             asked = mixed(source, blocks, asked, windows, schemes, target_bpw, work)
         _Run(source, blocks, asked, work, Tuning(iterations)).blocks_of(windows, done)
-        errors = asked.errors()
+        errors, unseen = asked.errors(), asked.unseen()
         paths = _written(source.overlaid(asked), formats, out, resume=resume)
         work.remove()
-    return Quantized(paths, errors)
+    return Quantized(paths, errors, unseen)
 
 
 def _written(made: Checkpoint, formats: Sequence[str], out: Path, *, resume: bool) -> tuple[Path, ...]:
@@ -157,6 +160,7 @@ class _Run:
             self._write(number + 1, samples, (self.blocks.run(number, part) for part in states))
         self.work.keep(number, made)
         self.blocks.clear(number)
+        give_back()
         return made
 
     def _write(self, number: int, samples: int, states: Iterator[torch.Tensor]) -> None:
@@ -165,13 +169,8 @@ class _Run:
         with StatesWriter(self.work.states(number), (samples, *first.shape[1:])) as writer:
             for part in chain((first,), states):
                 if not all_finite(part):
-                    raise self._not_finite(f"{self.blocks.prefix}.{number}")
+                    raise not_finite(self.source, f"{self.blocks.prefix}.{number}")
                 writer.add(part[0])
-
-    def _not_finite(self, where: str) -> Refused:
-        return bad_file("bad-content", "what the model gives a part of it is not finite", file=self.source.path, tensor=where, field="input",
-                        found="NaN or infinity", expected="finite numbers",
-                        fix="Check that the model reads the text sensibly before it is quantized.")  # fmt: skip
 
 
 def _check_inputs(scheme: Scheme) -> None:

@@ -75,7 +75,11 @@ class Calibrated(InFlight):
 
     def errors(self) -> dict[str, float]:
         """Of each layer that is made, the squared distance of its outputs in parts of the squared outputs."""
-        return {module: facts["error"] for module, (_, facts) in self._made.items()}
+        return {module: facts["error"] for module, (_, facts) in self._made.items() if facts["error"] is not None}
+
+    def unseen(self) -> tuple[str, ...]:
+        """Layers that are made without anything known of their inputs."""
+        return tuple(module for module, (_, facts) in self._made.items() if facts["error"] is None)
 
     def layer(
         self, module: str, entry: ModulePlan, read: Callable[[], torch.Tensor], bias: torch.Tensor | None, info: TensorInfo

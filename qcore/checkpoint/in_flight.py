@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from qcore.algorithm import Algorithm
 from qcore.checkpoint.source import TensorInfo
 from qcore.discovery import registry
-from qcore.method import ModulePlan, in_flight, is_embedding, quantizable
+from qcore.method import ModulePlan, in_flight, is_embedding, is_router, quantizable
 from qcore.refusal import Refusal, Refused
 from qcore.scheme import Scheme
 
@@ -42,7 +42,7 @@ NAMED: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class InFlight:
-    """What is asked for: every unquantized linear layer that none of `ignore` names, in this scheme."""
+    """What is asked for: every unquantized linear layer that is no router and that none of `ignore` names, in this scheme."""
 
     algorithm: str
     scheme: Scheme
@@ -78,6 +78,8 @@ class InFlight:
     def _entry(self, module: str, entry: ModulePlan) -> ModulePlan:
         if entry.scheme is not None or is_embedding(module):
             return entry
+        if is_router(module):
+            return replace(entry, reason=f"{entry.reason}; a mixture's router")
         if named := next((part for part in self.ignore if _names(part, module)), None):
             return replace(entry, reason=f"{entry.reason}; {named!r} is kept from being quantized while loading")
         return in_flight(self.algorithm, self.scheme, "quantized while loading, as asked", entry.shape)

@@ -97,6 +97,7 @@ def quantize_command(
         "--algorithm": (algorithm, False), "--ignore": (ignore, False), "--calibration": (calibration, False),
     }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != SAMPLES, "--seqlen": seqlen != SEQLEN, "--iterations": iterations != ITERATIONS, "--target-bpw": target_bpw is not None})  # fmt: skip
     errors: Mapping[str, float] = {}
+    unseen: Sequence[str] = ()
     if calibration is not None:
         source, made = _calibrated(
             path,
@@ -112,7 +113,9 @@ def quantize_command(
             target_bpw,
             resume=resume,
         )
-        written, errors = [*made.paths], made.errors
+        written, errors, unseen = [*made.paths], made.errors, made.unseen
+        if unseen:
+            note(f"{len(unseen)} layers of experts that no token of the text was sent to are rounded to nearest: {', '.join(unseen[:3])}{', ...' if unseen[3:] else ''}")  # fmt: skip
     elif formats == ["gguf"]:
         source, written = _gguf(path, scheme, out, imatrix, tensor_type)
     else:
@@ -123,7 +126,7 @@ def quantize_command(
         layers = [{"module": module, "error": error} for module, error in errors.items()]
         print_json({
             **_facts(written[0], formats[0], scheme),
-            "outputs": [_facts(*one, scheme) for one in zip(written, formats, strict=True)], "layers": layers,
+            "outputs": [_facts(*one, scheme) for one in zip(written, formats, strict=True)], "layers": layers, "unseen": list(unseen),
         })  # fmt: skip
         return
     for one in written:
