@@ -1,5 +1,7 @@
 """GPTQ: the error of outputs against rounding to nearest and the published algorithm, every order of columns, and inputs that a text leaves out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,7 +82,7 @@ def test_columns_that_no_text_has_are_rounded_to_nearest() -> None:
     inputs.gram[5], inputs.gram[:, 5] = 0, 0
     made = gptq(weight(), Scheme.parse("W8A16-channel-sym"), inputs).dequantize()
     assert (made[:, 5] - weight()[:, 5]).abs().amax() <= weight().abs().amax() / 254
-    nothing = Seen(torch.zeros(COLUMNS, COLUMNS), torch.zeros(COLUMNS), 0)
+    nothing = replace(Seen.nothing(COLUMNS), gram=torch.zeros(COLUMNS, COLUMNS))
     made = gptq(weight(), Scheme.parse("W8A16-channel-sym"), nothing).dequantize()
     assert (made - weight()).abs().amax() <= weight().abs().amax() / 127
 

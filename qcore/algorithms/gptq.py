@@ -23,6 +23,8 @@ _MOST_DAMPING = 1e6
 """Of a matrix of finite numbers less is enough."""
 _PASSES = 3
 """Over all codes and scales, after the first."""
+_AT_ONCE = 1 << 22
+"""Weights that are solved together, whole rows of them; some copies are held of each."""
 _BLOCK = 128
 """Columns whose error reaches the others together."""
 
@@ -35,20 +37,25 @@ def gptq(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
     gram = damped(seen.gram)  # what was never seen is rounded to nearest
     order, groups = _order(gram.diagonal(), size, whole=scheme.weight.ordered)
     grid = grid_of(scheme.weight, weight)
-    solver = _Solver(weight[:, order].T.contiguous(), gram[order[:, None], order], grid, groups)
-    solver.first()
-    for _ in range(_PASSES):
-        if not solver.again():
-            break
-    places = order.argsort()
-    scale, zero = (torch.cat([getattr(now, part) for now in solver.fits]) for part in ("scale", "zero"))
+    gram = gram[order[:, None], order]
+    upper = _upper(gram)
+    rows = max(1, _AT_ONCE // weight.shape[1]) if grid.scales.together == 1 else len(weight)
+    units, fits = torch.empty_like(weight), []
+    for start in range(0, len(weight), rows):
+        solver = _Solver(weight[start : start + rows, order].T.contiguous(), gram, upper, grid, groups)
+        solver.solve()
+        units[start : start + rows, order] = solver.units.T
+        fits.append(solver.fits)
+    scale, zero = (
+        torch.cat([torch.cat([getattr(now, part) for now in own]) for own in fits], 1) for part in ("scale", "zero")
+    )
     index = None
     if scheme.weight.ordered:
-        index = (places // size).to(torch.int32)
+        index = (order.argsort() // size).to(torch.int32)
     elif isinstance(granularity, Group):  # groups were taken in another order
         own = torch.stack([order[group][0] for group in groups]).argsort()
         scale, zero = scale[own], zero[own]
-    return quantized_tensor(scheme, grid, solver.units[places].T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), index)  # fmt: skip
+    return quantized_tensor(scheme, grid, units, scale.T.contiguous(), zero.T.contiguous(), index)  # fmt: skip
 
 
 def _order(diagonal: torch.Tensor, size: int, *, whole: bool) -> tuple[torch.Tensor, list[slice]]:
@@ -65,22 +72,30 @@ def _order(diagonal: torch.Tensor, size: int, *, whole: bool) -> tuple[torch.Ten
 
 
 class _Solver:
-    """weight: [K, N] in the order that columns are taken in. gram: [K, K] alike, damped. groups: in that order too.
+    """weight: [K, N] in the order that columns are taken in. gram: [K, K] alike, damped, and upper as `_upper` gives it. groups: in that order too.
 
     pull: the matrix times what weights are apart, [K, N], always up to date after `first`. error: of outputs, squared, as the last pass left it.
     """
 
-    def __init__(self, weight: torch.Tensor, gram: torch.Tensor, grid: Grid, groups: list[slice]) -> None:
-        self.weight, self.gram, self.grid, self.groups = weight, gram, grid, groups
+    def __init__(
+        self, weight: torch.Tensor, gram: torch.Tensor, upper: torch.Tensor, grid: Grid, groups: list[slice]
+    ) -> None:
+        self.weight, self.gram, self.upper, self.grid, self.groups = weight, gram, upper, grid, groups
         self.units = torch.empty_like(weight)
         self.made = torch.empty_like(weight)
         self.fits: list[Fit] = []
         self._group = [number for number, group in enumerate(groups) for _ in range(group.stop - group.start)]
 
+    def solve(self) -> None:
+        self.first()
+        for _ in range(_PASSES):
+            if not self.again():
+                break
+
     def first(self) -> None:
         """Each column rounded to nearest, for what makes up for the errors of those before it. With the matrix as U U^T, U upper triangular, the squared error is
         the sum of those of the columns of (weight - made) U, of which each is the first that its own column is in."""
-        upper, importance = _upper(self.gram), self.gram.diagonal()
+        upper, importance = self.upper, self.gram.diagonal()
         apart = torch.empty_like(self.weight)
         for start, stop in self._blocks():
             pending = upper[:start, start:stop].T @ apart[:start]
