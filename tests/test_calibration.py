@@ -186,6 +186,13 @@ def test_an_algorithm_without_calibration_takes_input_scales_from_it(tmp_path: P
     assert divergence(path) < 0.01
 
 
+def test_the_output_layer_is_quantized_where_nothing_keeps_it(tmp_path: Path) -> None:
+    path = made(tmp_path / "out", ignore=())
+    assert qcore.open_checkpoint(path).plan["lm_head"] is not None
+    nearest = quantize(BASE, "W4A16-g128-sym", "rtn", out=tmp_path / "rtn", ignore=()).paths[0]
+    assert divergence(path) < 0.3 * divergence(nearest)
+
+
 def test_layers_may_be_left_out_by_an_expression(tmp_path: Path) -> None:
     path = made(tmp_path / "out", ignore=(*UNTOUCHED, r"re:.*layers\.1\."))
     plan = qcore.open_checkpoint(path).plan
@@ -204,7 +211,6 @@ def test_layers_may_be_left_out_by_an_expression(tmp_path: Path) -> None:
         ({"scheme": "W4A16-nf4-flat64"}, "does not make weights of this scheme"),
         ({"scheme": "W4A16-g96-sym"}, "cannot hold this layer"),
         ({"scheme": "W8A8-int8-channel-sym/int8-tensor-asym"}, "not found by calibration"),
-        ({"ignore": ()}, "lm_head, which is in no decoder block"),
         ({"ignore": ("re:.*",)}, "no layer of it is left"),
         ({"format": "magic"}, "no checkpoint format of this name"),
     ],

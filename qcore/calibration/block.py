@@ -70,13 +70,14 @@ class Block:
         self.layers = {module: layer for module, layer in blocks.linears(number).items() if module in schemes}
         self.quantize = algorithms[-1].load_calibrated()
         self.tuning, self.made = tuning, Made()
+        self.tuned = algorithms[-1].tuned and number < len(blocks)  # logits of all windows are too many to keep
         self._packed: dict[str, QuantizedTensor] = {}
         self._tops: dict[str, torch.Tensor] = {}
         self._roundings: dict[str, Rounding] = {}
 
     def quantized(self, states: States) -> Made:
         """Its layers have the quantized weights from now on. states: what it is given of all windows. Raises Refused (unknown-architecture, bad-content)."""
-        wanted = self._wanted(states) if self.algorithms[-1].tuned else None
+        wanted = self._wanted(states) if self.tuned else None
         for portion in portions(self.layers):
             seen = self._seen(portion, states)
             if any(algorithm.scaling for algorithm in self.algorithms):
@@ -141,7 +142,7 @@ class Block:
             dense = packed.dequantize()
             if seen.rows:
                 self.made.errors[module] = seen.error(weight, dense)
-            if self.algorithms[-1].tuned:
+            if self.tuned:
                 self._roundings[module] = Rounding(weight, packed, steadied)
             self._packed[module], self._tops[module] = packed, seen.largest.amax()
             self.layers[module].weight.data = dense

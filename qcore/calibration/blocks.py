@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class Blocks:
-    """Raises Refused: what making the model gives, and unknown-architecture where it has no blocks in a row, or experts stacked otherwise than the model has them."""
+    """Numbers are those of decoder blocks, from 0; the one behind the last is all that is in none, the output layer among it.
+
+    Raises Refused: what making the model gives, and unknown-architecture where it has no blocks in a row, or experts stacked otherwise than the model has them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -36,18 +38,20 @@ class Blocks:
 
     def linears(self, number: int) -> dict[str, torch.nn.Linear]:
         """The linear layers of a block, by the checkpoint's names of them."""
-        start = f"{self.prefix}.{number}."
-        own = {module: str(place) for module, place in self._places.items() if str(place).startswith(start)}
+        own = {module: str(place) for module, place in self._places.items() if self._belongs(str(place), number)}
         found = {module: self.model.get_submodule(place.rpartition(".")[0]) for module, place in own.items()}
         return {module: layer for module, layer in found.items() if isinstance(layer, torch.nn.Linear)}
 
+    def modules(self, number: int) -> list[torch.nn.Module]:
+        return [module for name, module in self.model.named_modules() if self._belongs(f"{name}.", number)]
+
     def fill(self, number: int) -> None:
         """A block has its weights from now on."""
-        self._fill(lambda name: name.startswith(f"{self.prefix}.{number}."))
+        self._fill(lambda name: self._belongs(name, number))
 
     def clear(self, number: int) -> None:
         """Its weights are gone again."""
-        _clear(self.blocks[number])
+        _clear(self.blocks[number] if number < len(self) else self.model)
 
     def first(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
         """What the first block is given of each window of tokens [windows, tokens]: [1, tokens, hidden]. Once it has been asked for one, `run` knows what else blocks are given."""
@@ -69,26 +73,6 @@ class Blocks:
             setattr(holder, leaf, kept)
             _clear(self.model)
 
-    def fill_outside(self) -> None:
-        """All but the blocks have their weights, until `clear_outside`."""
-        self._fill(lambda name: not name.startswith(f"{self.prefix}."))
-
-    def clear_outside(self) -> None:
-        _clear(self.model)
-
-    def logits(self, window: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """[tokens, vocabulary], of what the last block gives [1, tokens, hidden] for a window of tokens [tokens]; after `fill_outside`."""
-        holder, leaf = self.model.get_submodule(self.prefix.rpartition(".")[0]), self.prefix.rpartition(".")[2]
-        kept = getattr(holder, leaf)
-        try:
-            passing = [_Passing(block, as_tuple=self._as_tuple) for block in self.blocks]
-            passing[-1].instead = states
-            setattr(holder, leaf, torch.nn.ModuleList(passing))
-            found: torch.Tensor = self.model(input_ids=window[None], use_cache=False).logits[0]
-        finally:
-            setattr(holder, leaf, kept)
-        return found
-
     def stored(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         """A parameter as the checkpoint would hold it: its name there, and its values in the dtype of the file."""
         name = self.named[next(name for name, own in self.model.named_parameters() if own is parameter)]
@@ -101,17 +85,36 @@ class Blocks:
         return dtype
 
     def run(self, number: int, states: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """What the block makes of [1, tokens, hidden]. weights: in place of its linear layers', by the checkpoint's names."""
+        """What the block makes of [1, tokens, hidden]; logits, what is behind the last one. weights: in place of its linear layers', by the checkpoint's names."""
+        others = {str(self._places[module]): weight for module, weight in (weights or {}).items()}
+        if number == len(self):
+            return self._behind(states, others)
         args, named = self._calls[number]
-        block = self.blocks[number]
-        if weights:
-            start = len(f"{self.prefix}.{number}.")
-            others = {str(self._places[module])[start:]: weight for module, weight in weights.items()}
-            out = torch.func.functional_call(block, others, (states, *args), named)
-        else:
-            out = block(states, *args, **named)
+        start = len(f"{self.prefix}.{number}.")
+        others = {place[start:]: weight for place, weight in others.items()}
+        out = torch.func.functional_call(self.blocks[number], others, (states, *args), named)
         found: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return found
+
+    def _behind(self, states: torch.Tensor, others: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits [1, tokens, vocabulary] of what the last block gives: the model, with passing blocks, of which the last gives these states."""
+        holder, leaf = self.model.get_submodule(self.prefix.rpartition(".")[0]), self.prefix.rpartition(".")[2]
+        kept = getattr(holder, leaf)
+        try:
+            passing = [_Passing(block, as_tuple=self._as_tuple) for block in self.blocks]
+            passing[-1].instead = states
+            setattr(holder, leaf, torch.nn.ModuleList(passing))
+            given = {"input_ids": torch.zeros(1, states.shape[1], dtype=torch.long), "use_cache": False}
+            found: torch.Tensor = torch.func.functional_call(self.model, others, (), given).logits
+        finally:
+            setattr(holder, leaf, kept)
+        return found
+
+    def _belongs(self, name: str, number: int) -> bool:
+        """Whether a tensor, or a module with a point behind its name, is a block's, or of none for the number behind the last."""
+        if number == len(self):
+            return not name.startswith(f"{self.prefix}.")
+        return name.startswith(f"{self.prefix}.{number}.")
 
     def _recorded(self, holder: Any, leaf: str, window: torch.Tensor) -> list[Any]:
         """What each block is given beside the states, for a window [tokens]."""

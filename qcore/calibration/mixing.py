@@ -147,12 +147,15 @@ def measured(blocks: Blocks, windows: torch.Tensor, modules: Collection[str], sc
         apart.append(_distance(trace, middle))
         plain = trace
         blocks.clear(number)
-    blocks.fill_outside()
-    logits = [blocks.logits(window, part) for window, part in zip(windows, plain, strict=True)]
+    last = len(blocks)
+    blocks.fill(last)
+    logits = [blocks.run(last, part) for part in plain]
     slopes = [
-        sum(_divergence(own, blocks.logits(window, part)) for own, window, part in zip(logits, windows, states, strict=True)) / (distance or 1.0)
+        sum(_divergence(own, blocks.run(last, part)) for own, part in zip(logits, states, strict=True))
+        / (distance or 1.0)
         for states, distance in zip(behind, apart, strict=True)
-    ]  # fmt: skip
+    ]
+    blocks.clear(last)
     return [
         replace(unit, costs=tuple(cost * slope for cost in unit.costs))
         for units, slope in zip(found, slopes, strict=True)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockDone:
-    """Said of each block. number: of `blocks`, from 1. error: the mean of its layers'. bits: per weight of its layers, all that is stored of them."""
+    """Said of each block, the output layer as the last where it is quantized. number: of `blocks`, from 1. error: the mean of its layers'. bits: per weight of its layers, all that is stored of them."""
 
     number: int
     blocks: int
@@ -127,11 +127,12 @@ class _Run:
         self.source, self.blocks, self.work, self.tuning = source, blocks, work, tuning
         self.algorithms = chain_of(asked.algorithm)
         self.plan = asked.targets(source.layers)
-        inside = {module for number in range(len(self.blocks)) for module in self.blocks.linears(number)}
         if not self.plan:
             raise nothing_left(source.path, source.method, asked.ignore)
-        if outside := sorted(self.plan.keys() - inside):
+        known = {module: number for number in range(len(blocks) + 1) for module in blocks.linears(number)}
+        if outside := sorted(self.plan.keys() - known.keys()):
             raise unknown(source, f"{outside[0]}, which is in no decoder block; ignore it")
+        self.count = len(blocks) + any(known[module] == len(blocks) for module in self.plan)
 
     def blocks_of(self, windows: torch.Tensor, done: Callable[[BlockDone], None] | None) -> None:
         """All that are not done yet, for windows of tokens."""
@@ -143,10 +144,10 @@ class _Run:
             else:
                 for _ in self.blocks.first(windows[:1]):
                     pass  # what else blocks are given is known then
-            for number in range(self.work.done, len(self.blocks)):
+            for number in range(self.work.done, self.count):
                 made = self._block(number, len(windows))
                 if done is not None:
-                    done(BlockDone(number + 1, len(self.blocks), made.error, made.bits))
+                    done(BlockDone(number + 1, self.count, made.error, made.bits))
 
     def _block(self, number: int, samples: int) -> Made:
         self.blocks.fill(number)
@@ -156,7 +157,7 @@ class _Run:
             quantizable(layers[module].weight.data, self.source.stored[f"{module}.weight"])
         states = States(self.work.states(number))
         made = Block(self.blocks, number, schemes, self.algorithms, self.work, self.tuning).quantized(states)
-        if number + 1 < len(self.blocks):
+        if number + 1 < self.count:
             self._write(number + 1, samples, (self.blocks.run(number, part) for part in states))
         self.work.keep(number, made)
         self.blocks.clear(number)

@@ -23,8 +23,7 @@ class Trace:
 
     def __init__(self, blocks: Blocks, number: int, states: torch.Tensor) -> None:
         self.ran: list[Ran] = []
-        block = blocks.blocks[number]
-        hooks = [module.register_forward_hook(self._add) for module in block.modules() if module._parameters.get("weight") is not None]  # fmt: skip
+        hooks = [module.register_forward_hook(self._add) for module in blocks.modules(number) if module._parameters.get("weight") is not None]  # fmt: skip
         self.output = blocks.run(number, states)
         for hook in hooks:
             hook.remove()
