@@ -8,6 +8,8 @@ import torch
 
 DAMPING = 0.01
 """What is added to the diagonal of sums before they are divided by, in parts of its mean."""
+_STEP = 256
+"""Columns whose products with all that follow are added up together."""
 _OF_A_CALL = 16
 _OF_ALL = 512
 _ROWS = 2
@@ -73,7 +75,7 @@ class Watch:
     """Adds up what a layer of K columns sees."""
 
     def __init__(self, columns: int) -> None:
-        self.gram = torch.zeros(columns, columns)
+        self._upper = torch.zeros(columns, columns)
         self.rows = 0
         self._largest, self._sum = torch.zeros(columns), torch.zeros(columns)
         self._sample: list[torch.Tensor] = []
@@ -83,7 +85,8 @@ class Watch:
         rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
         if not len(rows):
             return
-        self.gram.addmm_(rows.T, rows)
+        for start in range(0, rows.shape[1], _STEP):  # the other half is the same
+            self._upper[start : start + _STEP, start:].addmm_(rows[:, start : start + _STEP].T, rows[:, start:])
         sizes = rows.abs()
         torch.maximum(self._largest, sizes.amax(0), out=self._largest)
         self._sum += sizes.sum(0)
@@ -92,5 +95,8 @@ class Watch:
             self._sample.append(rows[:: -(-len(rows) // _OF_A_CALL)].clone())
 
     def seen(self) -> Seen:
-        sample = torch.cat(self._sample) if self._sample else torch.zeros(0, len(self.gram))
-        return Seen(self.gram, self.rows, self._largest, self._sum / max(self.rows, 1), sample)
+        sample = torch.cat(self._sample) if self._sample else torch.zeros(0, len(self._upper))
+        gram = self._upper
+        for start in range(0, len(gram), _STEP):
+            gram[start + _STEP :, start : start + _STEP] = gram[start : start + _STEP, start + _STEP :].T
+        return Seen(gram, self.rows, self._largest, self._sum / max(self.rows, 1), sample)
