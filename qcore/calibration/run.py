@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcore import __version__
 from qcore.calibration import ITERATIONS, SAMPLES, SEQLEN
 from qcore.calibration.block import Block, Made
 from qcore.calibration.blocks import Blocks, not_finite, unknown
@@ -198,7 +199,7 @@ def _request(
     """All that decides the result."""
     files = sorted({info.file for info in source.files.source.tensors.values()})
     return {
-        "model": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "qcore": __version__, "model": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "config": hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest(),
         "scheme": str(asked.scheme), "algorithm": asked.algorithm, "ignore": list(asked.ignore),
         "calibration": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "windows": list(windows.shape),
