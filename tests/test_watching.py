@@ -49,6 +49,15 @@ def test_layers_that_part_later_keep_what_they_saw_together() -> None:
     torch.testing.assert_close(seen["b"].gram, one.T @ one + third.T @ third)
 
 
+def test_what_comes_behind_the_last_layer_does_not_run() -> None:
+    own, ran = layers("a", "b"), []
+    with Watching(own) as watching:
+        for reached in (("a",), ("a", "b")):
+            watching.read(lambda reached=reached: ran.append([own[name](torch.ones(3, 4)) for name in reached]))
+    assert len(ran) == 1
+    assert [watching.seen()[name].rows for name in own] == [6, 3]
+
+
 def test_layers_that_only_some_windows_reach() -> None:
     """As experts: gate and up of each have one input, in whichever window it is."""
     own = layers("1.gate", "1.up", "1.down", "2.gate", "2.up", "2.down", "3.gate", "3.up", "3.down")

@@ -112,7 +112,7 @@ class Block:
         """What each layer sees of all samples; those that have one input see it once."""
         with Watching(layers) as watching:
             for part in states:
-                self.blocks.run(self.number, part)
+                watching.read(lambda part=part: self.blocks.run(self.number, part))  # type: ignore[misc]
         seen = watching.seen()
         for module, own in seen.items():
             if not own.rows and not is_expert(module):

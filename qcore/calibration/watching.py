@@ -7,7 +7,8 @@ nothing has to be known of a block, and layers that one window reaches and anoth
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 
 import torch
@@ -16,13 +17,14 @@ from qcore.algorithms.seen import Seen, Watch
 
 
 class Watching:
-    """Watches layers from `with` to its end; they are called in between. layers: by the names that `seen` has for them."""
+    """Watches layers from `with` to its end; they are called in between, by `read`. layers: by the names that `seen` has for them."""
 
     def __init__(self, layers: Mapping[str, torch.nn.Linear]) -> None:
         self.layers = layers
         everything = _Alike(set(layers))
         self._alike = dict.fromkeys(layers, everything)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._missing: set[str] | None = None
 
     def __enter__(self) -> Watching:
         for module, layer in self.layers.items():
@@ -39,6 +41,13 @@ class Watching:
         self._hooks.clear()
         for alike in {id(alike): alike for alike in self._alike.values()}.values():
             self._settle(alike)
+
+    def read(self, run: Callable[[], object]) -> None:
+        """Runs what calls the layers, to the point where each has been called."""
+        self._missing = set(self.layers)
+        with suppress(_EnoughError):
+            run()
+        self._missing = None
 
     def seen(self) -> dict[str, Seen]:
         """What each layer saw, one object for those that saw the same. A layer that saw nothing has no rows, and all columns count alike."""
@@ -58,6 +67,10 @@ class Watching:
         alike.had.add(module)
         if alike.had == alike.members:
             self._settle(alike)
+        if self._missing is not None:
+            self._missing.discard(module)
+            if not self._missing:
+                raise _EnoughError
 
     def _settle(self, alike: _Alike) -> None:
         """Counts an input that no more layers get; those that had it are a group of their own where others did not."""
@@ -72,6 +85,10 @@ class Watching:
             had.watch = Watch(alike.given.shape[-1])
         had.watch.add(alike.given)
         alike.given, alike.had = None, set()
+
+
+class _EnoughError(Exception):
+    """What comes behind the last layer need not run."""
 
 
 class _Alike:
