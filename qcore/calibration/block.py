@@ -24,16 +24,18 @@ if TYPE_CHECKING:
     from qcore.algorithm import Algorithm
     from qcore.calibration.blocks import Blocks
     from qcore.calibration.work import Work
+    from qcore.checkpoint.kv_scales import KvScales
     from qcore.scheme import Scheme
 
 
 @dataclass
 class Made:
-    """Of one block. layers: quantized. errors: of each, the squared distance of its outputs in parts of the squared outputs. changed: other parameters that are new, by the checkpoint's names."""
+    """Of one block. layers: quantized. errors: of each, the squared distance of its outputs in parts of the squared outputs. changed: other parameters that are new, by the checkpoint's names. kv_scales: of what its attention modules cache, where that is asked for."""
 
     layers: dict[str, LayerTensors] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
+    kv_scales: dict[str, KvScales] = field(default_factory=dict)
 
 
 class Block:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcore.calibration import ITERATIONS, SAMPLES, SEQLEN
-from qcore.calibration.block import Block
+from qcore.calibration.block import Block, Made
 from qcore.calibration.blocks import Blocks, unknown
+from qcore.calibration.caching import Caching, check_cache
 from qcore.calibration.states import States, StatesWriter
 from qcore.calibration.texts import windows_of
 from qcore.calibration.tuning import Tuning
@@ -24,6 +25,7 @@ from qcore.calibration.work import Work
 from qcore.checkpoint.calibrated import Calibrated
 from qcore.checkpoint.finite import all_finite
 from qcore.checkpoint.in_flight import UNTOUCHED, chain_of, nothing_left
+from qcore.checkpoint.kv_scales import calibrated_scheme
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.writer import taken, writing
 from qcore.convert import check_written, convert
@@ -67,24 +69,29 @@ def quantize(
     samples: int = SAMPLES,
     seqlen: int = SEQLEN,
     iterations: int = ITERATIONS,
+    kv_cache: str | None = None,
     resume: bool = False,
     done: Callable[[BlockDone], None] | None = None,
 ) -> Quantized:
-    """Writes `model` in a scheme into the new folder `out`, or with several formats into one of its name for each inside of it.
+    """Writes `model` in a scheme (none leaves its weights as they are) into the new folder `out`, or with several formats into one of its name for each inside of it.
 
     algorithm: its name; without one the first that makes the scheme, with a text of those that look at it. calibration: a text, or several; without one no layer is looked at, as
     `Checkpoint.quantized` has it. ignore: as there. samples, seqlen: windows of the text, and tokens of one. iterations: steps in which each block's roundings are learned, by
-    algorithms that do. resume: go on where a run with the same words was stopped; else what
+    algorithms that do. kv_cache: of qcore.checkpoint.kv_scales.CALIBRATED, one whose scales are found too. resume: go on where a run with the same words was stopped; else what
     it left is refused. done: called after each block.
 
     Raises Refused: unknown-format, bad-scheme, scheme-unsupported, bad-argument, output-exists, cannot-write, unknown-architecture, and all that reading and converting give.
     """
+    cache = calibrated_scheme(kv_cache)
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     formats, out = [format] if isinstance(format, str) else list(format), Path(out)
     if calibration is None:
+        if cache is not None:
+            raise Refused(Refusal("bad-argument", "usage", "kv_cache", "scales of a kv cache are found by calibration",
+                                  fix="Give a text to calibrate with, or leave it out."))  # fmt: skip
         made = source.quantized(f"{algorithm}:{scheme}" if algorithm else scheme, ignore)
         return Quantized(_written(made, formats, out, resume=False), {})
-    asked = Calibrated.wanted(scheme, algorithm, ignore, out.with_name(f"{out.name}.work"))
+    asked = Calibrated.wanted(scheme, algorithm, ignore, out.with_name(f"{out.name}.work"), cache)
     _check_inputs(asked.scheme)
     made = source.overlaid(asked)
     for name in formats:
@@ -117,10 +124,13 @@ class _Run:
     def __init__(self, source: Checkpoint, asked: Calibrated, work: Work, tuning: Tuning) -> None:
         self.source, self.work, self.tuning = source, work, tuning
         self.blocks = Blocks(source)
-        self.algorithms = chain_of(asked.algorithm)
+        self.algorithms = chain_of(asked.algorithm) if asked.algorithm else []
         self.plan = asked.targets(source.layers)
         inside = {module for number in range(len(self.blocks)) for module in self.blocks.linears(number)}
-        if not self.plan:
+        self.kv_cache = asked.kv_cache
+        if self.kv_cache is not None:
+            check_cache(self.blocks, self.kv_cache)
+        if asked.scheme is not None and not self.plan:
             raise nothing_left(source.path, source.method, asked.ignore)
         if outside := sorted(self.plan.keys() - inside):
             raise unknown(source, f"{outside[0]}, which is in no decoder block; ignore it")
@@ -148,9 +158,17 @@ class _Run:
         for module in schemes:
             quantizable(layers[module].weight.data, self.source.stored[f"{module}.weight"])
         states = States(self.work.states(number))
-        made = Block(self.blocks, number, schemes, self.algorithms, self.work, self.tuning).quantized(states)
-        if number + 1 < len(self.blocks):
-            self._write(number + 1, samples, (self.blocks.run(number, part) for part in states))
+        made = Made()
+        if schemes:
+            made = Block(self.blocks, number, schemes, self.algorithms, self.work, self.tuning).quantized(states)
+        with Caching(self.blocks, number, self.kv_cache) as caching:
+            outputs = (self.blocks.run(number, part) for part in states)
+            if number + 1 < len(self.blocks):
+                self._write(number + 1, samples, outputs)
+            elif self.kv_cache is not None:
+                for _ in outputs:
+                    pass  # what it caches is seen
+        made.kv_scales = caching.scales()
         self.work.keep(number, made)
         self.blocks.clear(number)
         return sum(made.errors.values()) / max(len(made.errors), 1)
@@ -170,9 +188,9 @@ class _Run:
                         fix="Check that the model reads the text sensibly before it is quantized.")  # fmt: skip
 
 
-def _check_inputs(scheme: Scheme) -> None:
+def _check_inputs(scheme: Scheme | None) -> None:
     """Raises Refused (scheme-unsupported) where inputs have stored scales that calibration does not find."""
-    given = scheme.input
+    given = None if scheme is None else scheme.input
     if given is None or given.dynamic:
         return
     one = len(given.scales) == 1 and isinstance(given.granularity, PerTensor) and given.zero is None
@@ -194,7 +212,7 @@ def _request(source: Checkpoint, asked: Calibrated, windows: torch.Tensor, itera
     return {
         "model": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "config": hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest(),
-        "scheme": str(asked.scheme), "algorithm": asked.algorithm, "ignore": list(asked.ignore),
+        "scheme": str(asked.scheme), "kv_cache": str(asked.kv_cache), "algorithm": asked.algorithm, "ignore": list(asked.ignore),
         "calibration": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "windows": list(windows.shape),
         "iterations": iterations,
     }  # fmt: skip
