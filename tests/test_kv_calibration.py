@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, FalconMambaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, FalconMambaConfig
 
 import qcore
 from commands import command
@@ -43,19 +43,25 @@ def made(out: Path, scheme: str = "none", kv_cache: str = "fp8", **others: Any) 
     return quantize(BASE, scheme, out=out, kv_cache=kv_cache, **asked).paths[0]
 
 
-def cached(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The largest of each head's keys and values that transformers' own cache holds of the windows: [heads]."""
+def cached(path: Path, samples: int = SAMPLES, seqlen: int = SEQLEN) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The largest of each head's keys and values that transformers' own cache holds of the windows, layer by layer: [heads]."""
     model = qcore.load_model(path, device="cpu", dtype="float32", kv_cache="none")
-    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for window in windows_of(qcore.open_checkpoint(BASE), READ, SAMPLES, SEQLEN):
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for window in windows_of(qcore.open_checkpoint(BASE), READ, samples, seqlen):
         with torch.no_grad():
             layers = model(window[None], use_cache=True).past_key_values.layers
-        for number, layer in enumerate(layers):
-            name = f"model.layers.{number}.self_attn"
-            largest = [part[0].abs().amax((1, 2)) for part in (layer.keys, layer.values)]
-            before = found.get(name, largest)
-            found[name] = (torch.maximum(before[0], largest[0]), torch.maximum(before[1], largest[1]))
+        own = [(layer.keys[0].abs().amax((1, 2)), layer.values[0].abs().amax((1, 2))) for layer in layers]
+        both = zip(own, found or own, strict=True)
+        found = [(torch.maximum(keys, k), torch.maximum(values, v)) for (keys, values), (k, v) in both]
     return found
+
+
+def saved(folder: Path, config: Any) -> Path:
+    """An unquantized model with random weights and the golden one's tokenizer."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, folder)
+    return folder
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -67,9 +73,9 @@ def test_scales_are_of_the_largest_that_the_written_model_caches(tmp_path: Path,
     """With the weights that it has: of the last block too, and behind blocks that are quantized."""
     path = made(tmp_path / "out", scheme, kv_cache)
     checkpoint, largest = qcore.open_checkpoint(path), cached(path)
-    assert checkpoint.kv_cache == CALIBRATED[kv_cache] and checkpoint.kv_scales.keys() == largest.keys()
-    for name, sides in largest.items():
-        own = checkpoint.kv_scales[name]
+    assert checkpoint.kv_cache == CALIBRATED[kv_cache]
+    assert list(checkpoint.kv_scales) == [f"model.layers.{number}.self_attn" for number in range(len(largest))]
+    for own, sides in zip(checkpoint.kv_scales.values(), largest, strict=True):
         for side, most in zip((own.k, own.v), sides, strict=True):
             wanted = most.view(-1, 1, 1) if kv_cache.endswith("head") else most.max().view(1)
             assert side.zero is None
@@ -79,7 +85,29 @@ def test_scales_are_of_the_largest_that_the_written_model_caches(tmp_path: Path,
 def test_scales_of_weights_that_change_are_of_the_new_ones(tmp_path: Path) -> None:
     """So that the test above sees in which pass they are found."""
     new, old = cached(made(tmp_path / "out", "W3A16-g128-sym")), cached(BASE)
-    assert any(abs(float(new[name][0].max() / old[name][0].max()) - 1) > 1e-3 for name in new)
+    assert any(abs(float(ours[0].max() / theirs[0].max()) - 1) > 1e-3 for ours, theirs in zip(new, old, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt_neox"])
+def test_keys_are_those_behind_norms_and_rotations(tmp_path: Path, kind: str) -> None:
+    """And of attention that has another name for its cache."""
+    config = AutoConfig.for_model(kind, vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                  num_key_value_heads=2, head_dim=8, max_position_embeddings=128)  # fmt: skip
+    path = saved(tmp_path / "model", config)
+    asked = {"samples": 3, "seqlen": 32}
+    written = quantize(path, "none", "", READ, out=tmp_path / "out", kv_cache="fp8", **asked).paths[0]
+    scales = qcore.open_checkpoint(written).kv_scales
+    for own, (keys, values) in zip(scales.values(), cached(path, **asked), strict=True):
+        torch.testing.assert_close(own.k.scale, keys.max().view(1) / 448)
+        torch.testing.assert_close(own.v.scale, values.max().view(1) / 448)
+
+
+def test_attention_is_what_it_is_without(tmp_path: Path) -> None:
+    """What the second block's layers see is the same to the last bit."""
+    asked = {"out": tmp_path / "out", "samples": 2, "seqlen": 64}
+    one = quantize(BASE, "W4A16", "rtn", READ, kv_cache="fp8", **asked)
+    shutil.rmtree(tmp_path / "out")
+    assert one.errors == quantize(BASE, "W4A16", "rtn", READ, **asked).errors
 
 
 def test_as_the_real_tool_finds_them(tmp_path: Path) -> None:
@@ -203,9 +231,7 @@ def _recurrent() -> Any:
 
 @pytest.mark.parametrize("config", [_latent, _recurrent])
 def test_models_that_cache_something_else_are_refused(tmp_path: Path, config: Any) -> None:
-    AutoModelForCausalLM.from_config(config()).save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BASE / name, tmp_path / "model")
+    saved(tmp_path / "model", config())
     with pytest.raises(Refused, match="cache") as refused:
         quantize(tmp_path / "model", "none", "", READ, out=tmp_path / "out", samples=2, seqlen=16, kv_cache="fp8")
     assert "kv_cache" in str(refused.value)

@@ -30,6 +30,8 @@ _BINS = 0x7F80
 """Of finite magnitudes; after them come infinity and NaN."""
 _CENTERS = ((torch.arange(_BINS, dtype=torch.int32) << 16) | 0x8000).view(torch.float32).to(torch.float64)
 _INT8 = 127.0
+_NAMES = (CACHE, OLD, "layer_past")
+"""What attention calls the cache that it is handed, and older models' attention."""
 
 
 class Caching:
@@ -156,8 +158,7 @@ class _Handed:
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = {**kwargs, **dict(zip(self.names, args, strict=False))}
-        named.pop(OLD, None)
-        named[CACHE if CACHE in self.names else OLD] = self.cache
+        named[next(name for name in _NAMES if name in self.names)] = self.cache
         return (), named
 
 
@@ -175,7 +176,7 @@ def _attentions(block: torch.nn.Module) -> dict[str, torch.nn.Module]:
     taking = {
         name: module
         for name, module in block.named_modules()
-        if name and isinstance(getattr(module, "layer_idx", None), int) and {CACHE, OLD} & inspect.signature(module.forward).parameters.keys()
+        if name and isinstance(getattr(module, "layer_idx", None), int) and inspect.signature(module.forward).parameters.keys() & {*_NAMES}
     }  # fmt: skip
     found = {
         name: module for name, module in taking.items() if not any(other.startswith(f"{name}.") for other in taking)
