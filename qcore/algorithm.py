@@ -11,6 +11,7 @@ from qcore.kernel import Accepts
 if TYPE_CHECKING:
     import torch
 
+    from qcore.algorithms.scaling import Rounds
     from qcore.algorithms.seen import Seen
     from qcore.scheme import Scheme
     from qcore.tensor import QuantizedTensor
@@ -77,6 +78,6 @@ class QuantizeSeen(Protocol):
 class Factors(Protocol):
     """What `scaling` is."""
 
-    def __call__(self, weight: torch.Tensor, scheme: Scheme, seen: Seen) -> torch.Tensor:
-        """weight: float [N, K], those of all layers that have one input. [K], all positive."""
+    def __call__(self, weight: torch.Tensor, scheme: Scheme, seen: Seen, rounds: Rounds | None) -> torch.Tensor:
+        """weight: float [N, K], those of all layers that have one input. rounds: what their inputs become, where the scheme rounds them. [K], all positive."""
         ...

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcore.checkpoint.kv_scales import CHOICES, spelled
+from qcore.checkpoint.kv_scales import CHOICES, KvScales, spelled
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.shards import safe_shard
 from qcore.checkpoint.tokenizer import is_fault
@@ -73,7 +73,7 @@ def convert(
         config = method.encode_config(plan, variant)
     kv_config, kv_tensors = method.encode_kv_cache(cache, source.kv_scales) if cache is not None else ({}, {})
     if config is not None:
-        config |= kv_config
+        config = _with_kv_cache(method, config, kv_config)
     kept = [name for name in source.parameters if cache is None or spelled(name) is None]
     with AtomicFolder(Path(out)) as target:
         metadata = method.encode_metadata(plan, config, source.own_dtype) if config is not None else {}
@@ -96,12 +96,22 @@ def convert(
 
 
 def check_written(source: Checkpoint, format: str) -> None:
-    """Whether the format holds the schemes of the checkpoint's layers, of which none is read. Raises Refused as `convert` does."""
+    """Whether the format holds the schemes of the checkpoint's layers and of its kv cache, of which none is read. Raises Refused as `convert` does."""
     method, variant = writer_of(format)
+    cache = source.kv_cache
+    kv_config = {} if cache is None else method.encode_kv_cache(cache, {"attention": KvScales.ones(cache)})[0]
     if method.name not in ("dense", "gguf"):
-        method.encode_config(
-            {module: _holdable(method, module, entry) for module, entry in source.layers.items()}, variant
-        )
+        plan = {module: _holdable(method, module, entry) for module, entry in source.layers.items()}
+        _with_kv_cache(method, method.encode_config(plan, variant), kv_config)
+
+
+def _with_kv_cache(method: Method, config: Mapping[str, Any], kv_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with what declares a kv cache. Raises Refused (not-representable) where weights and cache would share a word, and have two."""
+    for key, word in kv_config.items():
+        if isinstance(word, str) and config[key] != word:
+            raise Refused(Refusal("not-representable", "never", "the kv cache", f"{method.name} has one {key} for weights and kv cache",
+                                  f"found {config[key]} and {word}", "Choose a kv cache of the weights' kind, or another format."))  # fmt: skip
+    return {**config, **kv_config}
 
 
 def writer_of(format: str) -> tuple[Method, str]:

@@ -11,7 +11,7 @@ import torch
 
 from qcore.algorithms.grids import fit
 from qcore.algorithms.rtn import rounded
-from qcore.algorithms.scaling import least_error
+from qcore.algorithms.scaling import Rounds, least_error
 from qcore.algorithms.seen import Seen
 from qcore.scheme import Scheme
 from qcore.tensor import QuantizedTensor
@@ -25,9 +25,9 @@ def awq(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
     return rounded(weight, scheme, seen.gram, fit)
 
 
-def factors(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> torch.Tensor:
+def factors(weight: torch.Tensor, scheme: Scheme, seen: Seen, rounds: Rounds | None) -> torch.Tensor:
     """[K], of all layers that have one input, weight [N, K] being all of theirs: columns' inputs to a power, with or without their weights to what is left of it."""
-    return least_error(_candidates(weight, seen), weight, scheme, seen)
+    return least_error(_candidates(weight, seen), weight, scheme, seen, rounds)
 
 
 def _candidates(weight: torch.Tensor, seen: Seen) -> Iterator[torch.Tensor]:

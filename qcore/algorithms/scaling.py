@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from qcore.algorithms.grids import largest_of, whole_scale
 from qcore.algorithms.rtn import rtn
 from qcore.algorithms.seen import Seen
-from qcore.elements import Float, PerTensor
-from qcore.kernels.activations import quantize_input
+from qcore.elements import Float
 from qcore.scheme import Scheme, TensorScheme
 
+Rounds = Callable[[torch.Tensor, float], torch.Tensor]
+"""What a scheme's inputs [rows, K] become, where the largest magnitude of all of them is known."""
 _ROWS = 512
 """Of a weight that the search looks at, evenly spread."""
 
 
-def least_error(candidates: Iterable[torch.Tensor], weight: torch.Tensor, scheme: Scheme, seen: Seen) -> torch.Tensor:
-    """The factors [K] under which outputs have the least error once weights [N, K] are rounded to nearest and inputs as the scheme has them; ones where none is better."""
+def least_error(
+    candidates: Iterable[torch.Tensor], weight: torch.Tensor, scheme: Scheme, seen: Seen, rounds: Rounds | None
+) -> torch.Tensor:
+    """The factors [K] under which outputs have the least error once weights [N, K] are rounded to nearest and inputs by `rounds`; ones where none is better."""
     weight = weight[:: -(-len(weight) // _ROWS)].to(torch.float32)
     best = torch.ones(weight.shape[1])
-    least = _error(best, weight, scheme, seen)
+    least = _error(best, weight, scheme, seen, rounds)
     for candidate in candidates:
         factors = candidate.clamp(1e-4, 1e4)
         factors = factors / (factors.amax() * factors.amin()).sqrt()
-        error = _error(factors, weight, scheme, seen)
+        error = _error(factors, weight, scheme, seen, rounds)
         if error < least:
             best, least = factors, error
     return best
@@ -40,15 +43,13 @@ def input_scale(scheme: TensorScheme, largest: float) -> torch.Tensor:
     return torch.tensor([largest / top]).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _error(factors: torch.Tensor, weight: torch.Tensor, scheme: Scheme, seen: Seen) -> float:
+def _error(factors: torch.Tensor, weight: torch.Tensor, scheme: Scheme, seen: Seen, rounds: Rounds | None) -> float:
     """Of the rounding of weights, and of that of inputs, in parts of the squared outputs."""
     scaled = weight * factors
     error = seen.error(weight, rtn(scaled, Scheme(scheme.weight)).dequantize() / factors)
-    if scheme.input is None or not len(seen.sample):
+    if rounds is None or not len(seen.sample):
         return error
     x = seen.sample / factors
-    whole = isinstance(scheme.input.scales[-1].granularity, PerTensor)
-    scale = input_scale(scheme.input, float((seen.largest / factors).amax())) if whole else None
-    apart = (quantize_input(x, scheme.input, scale) - x) @ scaled.T
+    apart = (rounds(x, float((seen.largest / factors).amax())) - x) @ scaled.T
     outputs = float((seen.sample @ weight.T).square().sum(dtype=torch.float64))
     return error + float(apart.square().sum(dtype=torch.float64)) / (outputs or 1.0)

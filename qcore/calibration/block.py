@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcore.algorithms.auto_round import Rounding
-from qcore.algorithms.scaling import input_scale
+from qcore.algorithms.scaling import Rounds, input_scale
 from qcore.algorithms.seen import Seen
 from qcore.calibration.blocks import not_finite, unknown
 from qcore.calibration.experts import portions, shared
@@ -21,6 +21,7 @@ from qcore.calibration.tuning import Tuning, tune
 from qcore.calibration.watching import Watching
 from qcore.checkpoint.finite import all_finite
 from qcore.elements import Group, PerChannel, PerTensor
+from qcore.kernels.activations import quantize_input
 from qcore.method import is_expert
 from qcore.model.memory import give_back
 from qcore.tensor import LayerTensors, QuantizedTensor
@@ -29,16 +30,18 @@ if TYPE_CHECKING:
     from qcore.algorithm import Algorithm
     from qcore.calibration.blocks import Blocks
     from qcore.calibration.work import Work
+    from qcore.checkpoint.kv_scales import KvScales
     from qcore.scheme import Scheme
 
 
 @dataclass
 class Made:
-    """Of one block. layers: quantized. errors: of each, the squared distance of its outputs in parts of the squared outputs. changed: other parameters that are new, by the checkpoint's names."""
+    """Of one block. layers: quantized. errors: of each, the squared distance of its outputs in parts of the squared outputs. changed: other parameters that are new, by the checkpoint's names. kv_scales: of what its attention modules cache, where that is asked for."""
 
     layers: dict[str, LayerTensors] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
+    kv_scales: dict[str, KvScales] = field(default_factory=dict)
 
     @property
     def error(self) -> float:
@@ -92,11 +95,7 @@ class Block:
             for module, rounding in self._roundings.items():
                 self._packed[module] = rounding.quantized()
         for module, top in shared(self._tops).items():
-            given = self.schemes[module].input
-            whole = given is not None and isinstance(
-                given.scales[-1].granularity, PerTensor
-            )  # NVFP4's above others too
-            scale = input_scale(given, float(top)) if given is not None and whole else None
+            scale = _input_scale(self.schemes[module], float(top))
             self.made.layers[module] = LayerTensors(self._packed[module], input_scale=scale)
         return self.made
 
@@ -163,7 +162,12 @@ class Block:
                 continue
             own = seen[module]
             for scaling in scalings:
-                found = scaling(torch.cat([reader.weight.data for reader in readers]), self.schemes[module], own)
+                found = scaling(
+                    torch.cat([reader.weight.data for reader in readers]),
+                    self.schemes[module],
+                    own,
+                    _rounds(self.schemes[module]),
+                )
                 own = own.divided(scale(fold, readers, tied(fold, found), self.blocks.dtype_of(fold.before)))
             for reader in readers:
                 if name := names.get(id(reader)):
@@ -177,3 +181,16 @@ class Block:
     def _changed(self, module: torch.nn.Module, part: str) -> None:
         if (parameter := module._parameters.get(part)) is not None:
             self.made.changed |= self.blocks.stored(parameter)
+
+
+def _input_scale(scheme: Scheme, largest: float) -> torch.Tensor | None:
+    """Where a scheme has inputs under one stored scale, or such a scale above others, as NVFP4."""
+    given = scheme.input
+    if given is None or not isinstance(given.scales[-1].granularity, PerTensor):
+        return None
+    return input_scale(given, largest)
+
+
+def _rounds(scheme: Scheme) -> Rounds | None:
+    given = scheme.input
+    return None if given is None else lambda x, largest: quantize_input(x, given, _input_scale(scheme, largest))

@@ -48,6 +48,9 @@ def mixable(source: Checkpoint, asked: Calibrated, formats: Sequence[str]) -> tu
     targets = list(asked.targets(source.layers))
     held: list[Scheme] = []
     refused: Refused | None = None
+    if asked.scheme is None:
+        raise Refused(Refusal("bad-argument", "usage", "--target-bpw", "without a scheme there are no bits to choose",
+                              fix="Name a scheme of integers, such as W4A16-g64."))  # fmt: skip
     for scheme in _choices(asked.scheme):
         schemes = [*held, scheme]
         turns = {module: schemes[turn % len(schemes)] for turn, module in enumerate(targets)}

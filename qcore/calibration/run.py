@@ -18,6 +18,7 @@ from qcore import __version__
 from qcore.calibration import ITERATIONS, SAMPLES, SEQLEN
 from qcore.calibration.block import Block, Made
 from qcore.calibration.blocks import Blocks, not_finite, unknown
+from qcore.calibration.caching import Caching, check_cache
 from qcore.calibration.mixing import mixable, mixed
 from qcore.calibration.states import States, StatesWriter
 from qcore.calibration.texts import windows_of
@@ -26,6 +27,7 @@ from qcore.calibration.work import Work
 from qcore.checkpoint.calibrated import Calibrated
 from qcore.checkpoint.finite import all_finite
 from qcore.checkpoint.in_flight import UNTOUCHED, chain_of, nothing_left
+from qcore.checkpoint.kv_scales import calibrated_scheme
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.writer import taken, writing
 from qcore.convert import check_written, convert
@@ -74,24 +76,30 @@ def quantize(
     seqlen: int = SEQLEN,
     iterations: int = ITERATIONS,
     target_bpw: float | None = None,
+    kv_cache: str | None = None,
     resume: bool = False,
     done: Callable[[BlockDone], None] | None = None,
 ) -> Quantized:
-    """Writes `model` in a scheme into the new folder `out`, or with several formats into one of its name for each inside of it.
+    """Writes `model` in a scheme (none leaves its weights as they are) into the new folder `out`, or with several formats into one of its name for each inside of it.
 
     algorithm: its name; without one the first that makes the scheme, with a text of those that look at it. calibration: a text, or several; without one no layer is looked at, as
     `Checkpoint.quantized` has it. ignore: as there. samples, seqlen: windows of the text, and tokens of one. iterations: steps in which each block's roundings are learned, by
     algorithms that do. target_bpw: layers get schemes like the one that is named, of as many bits each as lose the least with so many bits per weight of all, scales and
-    zero points among them. resume: go on where a run with the same words was stopped; else what it left is refused. done: called after each block.
+    zero points among them. kv_cache: of qcore.checkpoint.kv_scales.CALIBRATED, one whose scales are found too. resume: go on where a run with the same words was stopped; else
+    what it left is refused. done: called after each block.
 
     Raises Refused: unknown-format, bad-scheme, scheme-unsupported, bad-argument, output-exists, cannot-write, unknown-architecture, and all that reading and converting give.
     """
+    cache = calibrated_scheme(kv_cache)
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     formats, out = [format] if isinstance(format, str) else list(format), Path(out)
     if calibration is None:
+        if cache is not None:
+            raise Refused(Refusal("bad-argument", "usage", "kv_cache", "scales of a kv cache are found by calibration",
+                                  fix="Give a text to calibrate with, or leave it out."))  # fmt: skip
         made = source.quantized(f"{algorithm}:{scheme}" if algorithm else scheme, ignore)
         return Quantized(_written(made, formats, out, resume=False), {})
-    asked = Calibrated.wanted(scheme, algorithm, ignore, out.with_name(f"{out.name}.work"))
+    asked = Calibrated.wanted(scheme, algorithm, ignore, out.with_name(f"{out.name}.work"), cache)
     _check_inputs(asked.scheme)
     for name in formats:
         check_written(source.overlaid(asked), name)
@@ -126,9 +134,12 @@ class _Run:
 
     def __init__(self, source: Checkpoint, blocks: Blocks, asked: Calibrated, work: Work, tuning: Tuning) -> None:
         self.source, self.blocks, self.work, self.tuning = source, blocks, work, tuning
-        self.algorithms = chain_of(asked.algorithm)
+        self.algorithms = chain_of(asked.algorithm) if asked.algorithm else []
         self.plan = asked.targets(source.layers)
-        if not self.plan:
+        self.kv_cache = asked.kv_cache
+        if self.kv_cache is not None:
+            check_cache(blocks, self.kv_cache)
+        if asked.scheme is not None and not self.plan:
             raise nothing_left(source.path, source.method, asked.ignore)
         known = {module: number for number in range(len(blocks) + 1) for module in blocks.linears(number)}
         if outside := sorted(self.plan.keys() - known.keys()):
@@ -157,9 +168,17 @@ class _Run:
         for module in schemes:
             quantizable(layers[module].weight.data, self.source.stored[f"{module}.weight"])
         states = States(self.work.states(number))
-        made = Block(self.blocks, number, schemes, self.algorithms, self.work, self.tuning).quantized(states)
-        if number + 1 < self.count:
-            self._write(number + 1, samples, (self.blocks.run(number, part) for part in states))
+        made = Made()
+        if schemes:
+            made = Block(self.blocks, number, schemes, self.algorithms, self.work, self.tuning).quantized(states)
+        with Caching(self.blocks, number, self.kv_cache if number < len(self.blocks) else None) as caching:
+            outputs = (self.blocks.run(number, part) for part in states)
+            if number + 1 < self.count:
+                self._write(number + 1, samples, outputs)
+            elif self.kv_cache is not None and number < len(self.blocks):
+                for _ in outputs:
+                    pass  # what it caches is seen
+        made.kv_scales = caching.scales()
         self.work.keep(number, made)
         self.blocks.clear(number)
         give_back()
@@ -175,9 +194,9 @@ class _Run:
                 writer.add(part[0])
 
 
-def _check_inputs(scheme: Scheme) -> None:
+def _check_inputs(scheme: Scheme | None) -> None:
     """Raises Refused (scheme-unsupported) where inputs have stored scales that calibration does not find."""
-    given = scheme.input
+    given = None if scheme is None else scheme.input
     if given is None or given.dynamic:
         return
     one = len(given.scales) == 1 and isinstance(given.granularity, PerTensor) and given.zero is None
@@ -201,7 +220,7 @@ def _request(
     return {
         "qcore": __version__, "model": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "config": hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest(),
-        "scheme": str(asked.scheme), "algorithm": asked.algorithm, "ignore": list(asked.ignore),
+        "scheme": str(asked.scheme), "kv_cache": str(asked.kv_cache), "algorithm": asked.algorithm, "ignore": list(asked.ignore),
         "calibration": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "windows": list(windows.shape),
         "iterations": iterations, "target_bpw": target_bpw,
     }  # fmt: skip

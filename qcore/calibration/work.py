@@ -3,7 +3,7 @@
 state.json              what was asked for, and how many blocks are done
 mixture.json           the scheme of each layer, where they are chosen
 block-00003.safetensors the quantized layers of a block in the canonical layout, NAME.codes, NAME.scales.0, ..., and parameters that have changed, by their names; its metadata has the
-                        layers' schemes, shapes and errors, and which parameters these are
+                        layers' schemes, shapes and errors, and which parameters these are; ATTENTION.k_scale and v_scale of the kv cache, whose names are there too
 states-00004.safetensors    what the next block is given
 wanted-00004.safetensors    what a block gave before it was quantized, where its roundings are learned
 """
@@ -83,6 +83,8 @@ class Work:
         from safetensors.torch import save_file
 
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in made.changed.items()}
+        for attention, scales in made.kv_scales.items():
+            tensors |= {f"{attention}.k_scale": scales.k.scale, f"{attention}.v_scale": scales.v.scale}
         facts: dict[str, dict[str, Any]] = {}
         for name, layer in made.layers.items():
             weight = layer.weight
@@ -103,7 +105,9 @@ class Work:
         partial = self.block(number).with_suffix(".partial")
         with writing(partial):
             try:
-                save_file(tensors, partial, {"layers": json.dumps(facts), "changed": json.dumps(sorted(made.changed))})
+                save_file(tensors, partial, {
+                    "layers": json.dumps(facts), "changed": json.dumps(sorted(made.changed)), "kv_scales": json.dumps([*made.kv_scales]),
+                })  # fmt: skip
             except Exception as error:  # safetensors has its own for what the system says
                 if isinstance(error, OSError):
                     raise

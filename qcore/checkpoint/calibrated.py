@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcore.checkpoint.in_flight import InFlight, chain_of
+from qcore.checkpoint.kv_scales import KvScales, Side
 from qcore.checkpoint.safetensors import SafetensorsSource
 from qcore.discovery import registry
 from qcore.method import ModulePlan
 from qcore.refusal import Refusal, Refused
-from qcore.scheme import Scheme
+from qcore.scheme import Scheme, TensorScheme
 
 if TYPE_CHECKING:
     import torch
 
     from qcore.checkpoint.source import TensorInfo
     from qcore.tensor import LayerTensors
+
+UNQUANTIZED = "none"
+"""The scheme of layers that stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,17 @@ class Calibrated(InFlight):
     mixed: Mapping[str, Scheme] = field(default_factory=dict)
 
     @classmethod
-    def wanted(cls, scheme: str, algorithm: str, ignore: Sequence[str], folder: Path) -> Calibrated:
-        """Of a scheme's words and an algorithm's name; without one, of the first that makes its weights, those that are calibrated first. Raises Refused (bad-argument, bad-scheme, scheme-unsupported)."""
+    def wanted(
+        cls, scheme: str, algorithm: str, ignore: Sequence[str], folder: Path, kv_cache: TensorScheme | None = None
+    ) -> Calibrated:
+        """Of a scheme's words and an algorithm's name; without one, of the first that makes its weights, those that are calibrated first. The scheme none is for a kv cache alone.
+        Raises Refused (bad-argument, bad-scheme, scheme-unsupported)."""
+        if scheme == UNQUANTIZED:
+            if algorithm or kv_cache is None:
+                raise Refused(Refusal("bad-argument", "usage", "scheme", "none leaves all weights as they are",
+                                      f"found the algorithm {algorithm}" if algorithm else "found no kv cache to calibrate",
+                                      "Choose a scheme, or none with a kv cache, such as fp8, and without an algorithm."))  # fmt: skip
+            return cls("", None, tuple(ignore), folder=folder, kv_cache=kv_cache)
         parsed = Scheme.parse(scheme)
         rows = sorted(registry().algorithms, key=lambda row: not row.calibrated or bool(row.scaling))
         chains = [chain_of(algorithm)] if algorithm else [[row] for row in rows]
@@ -40,7 +53,7 @@ class Calibrated(InFlight):
         for chain in chains:
             reasons = chain[-1].accepts.refuse(Scheme(parsed.weight))
             if reasons is None:
-                return cls("+".join(row.name for row in chain), parsed, tuple(ignore), folder)
+                return cls("+".join(row.name for row in chain), parsed, tuple(ignore), folder=folder, kv_cache=kv_cache)
             refused = reasons
         raise Refused(Refusal("scheme-unsupported", "notimpl", scheme, "the algorithm does not make weights of this scheme",
                               f"found {refused[0]}, expected {refused[1]}", "Choose another scheme or algorithm."))  # fmt: skip
@@ -60,6 +73,15 @@ class Calibrated(InFlight):
         """By name, the file that has a parameter."""
         sources = map(SafetensorsSource.open, sorted(self.folder.glob("block-*.safetensors")))
         return {name: source for source in sources for name in json.loads(source.metadata["changed"])}
+
+    def kv_scales(self) -> dict[str, KvScales]:
+        """Those that the blocks' files hold."""
+        sources = map(SafetensorsSource.open, sorted(self.folder.glob("block-*.safetensors")))
+        return {
+            attention: KvScales(_side(source, f"{attention}.k_scale"), _side(source, f"{attention}.v_scale"))
+            for source in sources
+            for attention in json.loads(source.metadata["kv_scales"])
+        }
 
     def parameter(self, name: str) -> torch.Tensor | None:
         return self._changed[name].read(name) if name in self._changed else None
@@ -110,3 +132,7 @@ class Calibrated(InFlight):
         if not found.algorithm:
             return found
         return replace(found, scheme=self.mixed.get(module, found.scheme), reason=f"made by {self.algorithm}")
+
+
+def _side(source: SafetensorsSource, name: str) -> Side:
+    return Side(source.read(name), None, name)

@@ -20,11 +20,12 @@ from qcore.checkpoint.source import TensorInfo
 from qcore.discovery import registry
 from qcore.method import ModulePlan, in_flight, is_embedding, is_router, quantizable
 from qcore.refusal import Refusal, Refused
-from qcore.scheme import Scheme
+from qcore.scheme import Scheme, TensorScheme
 
 if TYPE_CHECKING:
     import torch
 
+    from qcore.checkpoint.kv_scales import KvScales
     from qcore.tensor import LayerTensors
 
 UNTOUCHED = ("lm_head",)
@@ -42,11 +43,12 @@ NAMED: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class InFlight:
-    """What is asked for: every unquantized linear layer that is no router and that none of `ignore` names, in this scheme."""
+    """What is asked for: every unquantized linear layer that is no router and that none of `ignore` names, in this scheme; None leaves all as they are. kv_cache: None leaves it as it is declared."""
 
     algorithm: str
-    scheme: Scheme
+    scheme: Scheme | None
     ignore: tuple[str, ...] = UNTOUCHED
+    kv_cache: TensorScheme | None = None
 
     @classmethod
     def parse(cls, how: str, ignore: Sequence[str] = UNTOUCHED) -> InFlight:
@@ -75,8 +77,12 @@ class InFlight:
         """One outside quantized layers, where it is not what the file has."""
         return None
 
+    def kv_scales(self) -> dict[str, KvScales]:
+        """Those of `kv_cache`, by attention module."""
+        return {}
+
     def _entry(self, module: str, entry: ModulePlan) -> ModulePlan:
-        if entry.scheme is not None or is_embedding(module):
+        if self.scheme is None or entry.scheme is not None or is_embedding(module):
             return entry
         if is_router(module):
             return replace(entry, reason=f"{entry.reason}; a mixture's router")

@@ -71,15 +71,27 @@ SPELLINGS = (
 _LONGEST_FIRST = sorted(SPELLINGS, key=lambda row: -len(row.suffix))
 
 _FP8 = TensorScheme(Float("e4m3fn"), (Level(PerTensor()),))
+_E5M2 = TensorScheme(Float("e5m2"), (Level(PerTensor()),))
 CHOICES: dict[str, TensorScheme | None] = {
     "none": None,
     "fp8": _FP8,
     "fp8_e4m3": _FP8,
-    "fp8_e5m2": TensorScheme(Float("e5m2"), (Level(PerTensor()),)),
+    "fp8_e5m2": _E5M2,
     "int8": TensorScheme(Int(8, signed=True), (Level(PerToken()),), dynamic=True),
 }
 """What can be asked for beside auto. int8 takes a scale for each token and head, unless the checkpoint has calibrated ones."""
-_ALGORITHMS = {"FP8": _FP8, "INT8": TensorScheme(Int(8, signed=True), (Level(PerTensor()),))}
+_INT8 = TensorScheme(Int(8, signed=True), (Level(PerTensor()),))
+CALIBRATED: dict[str, TensorScheme | None] = {
+    "none": None,
+    "fp8": _FP8,
+    "fp8_e4m3": _FP8,
+    "fp8_e5m2": _E5M2,
+    "int8": _INT8,
+    "fp8_per_head": TensorScheme(Float("e4m3fn"), (Level(PerChannel()),)),
+    "int8_per_head": TensorScheme(Int(8, signed=True), (Level(PerChannel()),)),
+}
+"""What scales can be found for by calibration (qcore/calibration/caching.py); none leaves the cache as the checkpoint declares it."""
+_ALGORITHMS = {"FP8": _FP8, "INT8": _INT8}
 """ModelOpt's words for kv caches, of those that are read."""
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F64")
 _ZERO_DTYPES = (*_SCALE_DTYPES, "F8_E4M3", "I8", "U8", "I32", "I64")
@@ -101,6 +113,14 @@ class KvScales:
     k: Side
     v: Side
     order: Order = "dequantized"
+
+    @classmethod
+    def ones(cls, scheme: TensorScheme) -> KvScales:
+        """In the place of scales that are not known yet; by head they are of two."""
+        import torch
+
+        one = Side(torch.ones((1,) if scheme.scales[0].granularity == PerTensor() else (2, 1, 1)), None, "")
+        return cls(one, one)
 
 
 def spelled(name: str) -> tuple[str, Spelling] | None:
@@ -260,3 +280,11 @@ def checked_choice(choice: str | None, subject: str = "kv_cache") -> str | None:
         raise Refused(Refusal("bad-argument", "usage", subject, "this is not a kv cache", f"found {choice!r}",
                               f"Use one of: auto, {', '.join(CHOICES)}."))  # fmt: skip
     return choice
+
+
+def calibrated_scheme(choice: str | None, subject: str = "kv_cache") -> TensorScheme | None:
+    """The kv cache whose scales calibration is to find. Raises Refused (bad-argument)."""
+    if choice is not None and choice not in CALIBRATED:
+        raise Refused(Refusal("bad-argument", "usage", subject, "scales of such a kv cache are not found by calibration",
+                              f"found {choice!r}", f"Use one of: {', '.join(CALIBRATED)}."))  # fmt: skip
+    return CALIBRATED[choice or "none"]

@@ -77,11 +77,14 @@ class Checkpoint:
     @cached_property
     def kv_cache(self) -> TensorScheme | None:
         """The scheme that the checkpoint declares for the kv cache, or None."""
-        return self._method.kv_cache(self.files)
+        asked = None if self._in_flight is None else self._in_flight.kv_cache
+        return self._method.kv_cache(self.files) if asked is None else asked
 
     @cached_property
     def kv_scales(self) -> dict[str, KvScales]:
         """The kv cache's calibrated scales, by attention module."""
+        if self._in_flight is not None and self._in_flight.kv_cache is not None:
+            return self._in_flight.kv_scales()
         return self._method.kv_scales(self.files)
 
     @cached_property

@@ -25,7 +25,7 @@ def quantize_command(
     scheme: Annotated[
         str,
         typer.Option(
-            help="W4A16, FP8_DYNAMIC, W4A16-g64-asym, bitsandbytes:nf4, ...; for GGUF Q4_K_M, Q8_0, IQ3_XXS, ..."
+            help="W4A16, FP8_DYNAMIC, W4A16-g64-asym, bitsandbytes:nf4, ...; for GGUF Q4_K_M, Q8_0, IQ3_XXS, ...; none with --kv-cache: weights stay as they are."
         ),
     ],
     out: Annotated[pathlib.Path, typer.Option("--out", "-o", help="The new folder, for gguf the new file.")],
@@ -57,6 +57,12 @@ def quantize_command(
             help="Bits per weight of all layers together: each gets those that lose least, in schemes like the one that is named. With --calibration.",
         ),
     ] = None,
+    kv_cache: Annotated[
+        str,
+        typer.Option(
+            help="With --calibration: find scales of keys and values for fp8, fp8_e5m2 or int8; fp8_per_head and int8_per_head find one for each head."
+        ),
+    ] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a calibrated run was stopped.")] = False,
     ignore: Annotated[
         list[str] | None,
@@ -83,19 +89,23 @@ def quantize_command(
     Example: qcore quantize ./model --scheme W4A16 --format gptq --out ./model-gptq
 
     Example: qcore quantize ./model --scheme W4A16 --algorithm gptq --calibration text.txt --out ./model-w4a16
+
+    Example: qcore quantize ./model --scheme FP8 --kv-cache fp8 --calibration text.txt --out ./model-fp8
     """
+    from qcore.checkpoint.kv_scales import calibrated_scheme
     from qcore.cli.plots import draw_errors, pyplot
     from qcore.gguf.recipes import is_recipe
     from qcore.scheme import PRESETS
 
     if plot is not None:
         pyplot()
+    calibrated_scheme(kv_cache, "--kv-cache")
     usual = "bitsandbytes" if scheme.startswith("bitsandbytes:") else "compressed-tensors"
     formats = format or ["gguf" if is_recipe(scheme) and scheme not in PRESETS else usual]
     _check(formats, calibration is not None, {
         "--imatrix": (imatrix, True), "--tensor-type": (tensor_type, True),
         "--algorithm": (algorithm, False), "--ignore": (ignore, False), "--calibration": (calibration, False),
-    }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != SAMPLES, "--seqlen": seqlen != SEQLEN, "--iterations": iterations != ITERATIONS, "--target-bpw": target_bpw is not None})  # fmt: skip
+    }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != SAMPLES, "--seqlen": seqlen != SEQLEN, "--iterations": iterations != ITERATIONS, "--target-bpw": target_bpw is not None, "--kv-cache": kv_cache != "none"})  # fmt: skip
     errors: Mapping[str, float] = {}
     unseen: Sequence[str] = ()
     if calibration is not None:
@@ -111,6 +121,7 @@ def quantize_command(
             seqlen,
             iterations,
             target_bpw,
+            kv_cache,
             resume=resume,
         )
         written, errors, unseen = [*made.paths], made.errors, made.unseen
@@ -126,7 +137,8 @@ def quantize_command(
         layers = [{"module": module, "error": error} for module, error in errors.items()]
         print_json({
             **_facts(written[0], formats[0], scheme),
-            "outputs": [_facts(*one, scheme) for one in zip(written, formats, strict=True)], "layers": layers, "unseen": list(unseen),
+            "kv_cache": kv_cache, "outputs": [_facts(*one, scheme) for one in zip(written, formats, strict=True)],
+            "layers": layers, "unseen": list(unseen),
         })  # fmt: skip
         return
     for one in written:
@@ -157,7 +169,7 @@ def _check(
 
 def _calibrated(
     path: str, scheme: str, algorithm: str, text: pathlib.Path, out: pathlib.Path, formats: list[str],
-    ignore: list[str] | None, samples: int, seqlen: int, iterations: int, target_bpw: float | None, *, resume: bool,
+    ignore: list[str] | None, samples: int, seqlen: int, iterations: int, target_bpw: float | None, kv_cache: str, *, resume: bool,
 ) -> tuple[Checkpoint, Quantized]:  # fmt: skip
     import time
 
@@ -179,7 +191,8 @@ def _calibrated(
     source = open_checkpoint(path)
     written = quantize(
         source, scheme, algorithm, read_text(text), out=out, format=formats,
-        ignore=UNTOUCHED if ignore is None else ignore, samples=samples, seqlen=seqlen, iterations=iterations, target_bpw=target_bpw, resume=resume, done=say,
+        ignore=UNTOUCHED if ignore is None else ignore, samples=samples, seqlen=seqlen, iterations=iterations, target_bpw=target_bpw,
+        kv_cache=kv_cache, resume=resume, done=say,
     )  # fmt: skip
     return source, written
 

@@ -27,6 +27,8 @@ _METHODS = {False: ("maxabs_arbitrary", "scalar"), True: ("act_maxabs_pow2_weigh
 def config_of(plan: Mapping[str, ModulePlan], form: str) -> dict[str, Any]:
     """The quantization config. Raises Refused (not-representable)."""
     schemes = {module: entry.scheme for module, entry in plan.items() if entry.scheme is not None}
+    if not schemes:
+        unholdable(NAME, "fp8_config", "no quantized layer", "fp8 weights, beside which a kv cache may stand")
     kept = left_whole(plan)
     elements = {_element(module, plan[module], scheme) for module, scheme in schemes.items()}
     if len(elements) > 1:
@@ -38,7 +40,7 @@ def config_of(plan: Mapping[str, ModulePlan], form: str) -> dict[str, Any]:
     return {
         "mode": "LOAD",
         "observer": "maxabs",
-        "fp8_config": _FP8[elements.pop()] if elements else "E4M3",
+        "fp8_config": _FP8[elements.pop()],
         "hp_dtype": "bf16",
         "scale_method": method,
         "scale_format": scale_format,
@@ -55,8 +57,8 @@ def config_of(plan: Mapping[str, ModulePlan], form: str) -> dict[str, Any]:
     }
 
 
-def kv_cache_of(scheme: TensorScheme, scales: Mapping[str, KvScales]) -> dict[str, torch.Tensor]:
-    """The scales of a cache, whose being there declares it. Raises Refused (not-representable)."""
+def kv_cache_of(scheme: TensorScheme, scales: Mapping[str, KvScales]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The kind of fp8, which weights share, and the scales of a cache, whose being there declares it. Raises Refused (not-representable)."""
     if not scales or str(scheme) not in ("fp8-tensor", "e5m2-tensor"):
         unholdable(NAME, "kv_cache", scheme, "fp8 under calibrated scales")
     tensors = {}
@@ -66,7 +68,8 @@ def kv_cache_of(scheme: TensorScheme, scales: Mapping[str, KvScales]) -> dict[st
                 unholdable(NAME, attention, "scales by head or zero points of a kv cache", "one scale")
             tensors[f"{attention}.{part}_cache.dequant_output.scale"] = side.scale.reshape(())
             tensors[f"{attention}.{part}_cache.quant_input.scale_inv"] = (1 / side.scale).reshape(())
-    return tensors
+    assert isinstance(scheme.element, Float)
+    return {"fp8_config": _FP8[scheme.element.format]}, tensors
 
 
 def pack_layer(module: str, layer: LayerTensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:

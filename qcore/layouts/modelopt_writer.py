@@ -65,6 +65,8 @@ def config_of(plan: Mapping[str, ModulePlan], word: str = "") -> dict[str, Any]:
     Raises Refused (not-representable).
     """
     layers = {m: _layer(m, entry, entry.scheme, word) for m, entry in plan.items() if entry.scheme is not None}
+    if not layers:
+        unholdable(NAME, "quant_algo", "no quantized layer", "quantized weights, beside which a kv cache may stand")
     different = Counter(tuple(layer.items()) for layer in layers.values())
     config: dict[str, Any] = {
         "quant_method": NAME,

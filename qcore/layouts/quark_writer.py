@@ -36,8 +36,12 @@ _EXPORT = {"kv_cache_group": [], "min_kv_scale": 0.0, "pack_method": "reorder", 
 def config_of(plan: Mapping[str, ModulePlan]) -> dict[str, Any]:
     """The quantization config. Raises Refused (not-representable)."""
     schemes = {module: _checked(module, entry) for module, entry in plan.items() if entry.scheme is not None}
+    if not schemes:
+        unholdable(
+            NAME, "global_quant_config", "no quantized layer", "quantized weights, beside which a kv cache may stand"
+        )
     common = Counter(schemes.values()).most_common(1)
-    usual = common[0][0] if common else None
+    usual = common[0][0]
     return {
         "quant_method": NAME,
         "version": WRITER,

@@ -189,7 +189,7 @@ class Inc(Method):
     def encode_kv_cache(
         self, scheme: TensorScheme, scales: Mapping[str, KvScales]
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        return {}, inc_writer.kv_cache_of(scheme, scales)
+        return inc_writer.kv_cache_of(scheme, scales)
 
     def encode_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {"quantization_config.json": dict(config)}

@@ -97,9 +97,12 @@ class KvRoundings:
 
 
 class QuantizedKvCache(DynamicCache):  # type: ignore[misc]
-    """A growing cache of codes. Raises Refused (bad-argument) where the config asks for layers that hold something else."""
+    """A growing cache of codes. Raises Refused: bad-argument where the config asks for layers that hold something else, missing-package where transformers is too old."""
 
     def __init__(self, config: Any, roundings: KvRoundings, *, transient: bool = False) -> None:
+        if "config" not in inspect.signature(DynamicCache.__init__).parameters:
+            raise Refused(Refusal("missing-package", "missing-dep", "kv_cache", "caches in 8 bits are built on those of transformers 4.56",
+                                  f"found transformers {transformers.__version__}", "Install a newer one, or load the model with kv_cache='none'."))  # fmt: skip
         super().__init__(config=config)
         self.transient = transient
         """Whether it is dropped after the call that it was made for."""
@@ -127,9 +130,6 @@ def quantize_kv_cache(
     Raises Refused: unexpected-tensor, bad-shape and bad-content where scales do not fit the model or the scheme; bad-argument
     where the architecture keeps something else than keys and values; missing-package where transformers is too old.
     """
-    if "config" not in inspect.signature(DynamicCache.__init__).parameters:
-        raise Refused(Refusal("missing-package", "missing-dep", "kv_cache", "caches in 8 bits are built on those of transformers 4.56",
-                              f"found transformers {transformers.__version__}", "Install a newer one, or load the model with kv_cache='none'."))  # fmt: skip
     base, config = model.base_model, model.config.get_text_config(decoder=True)
     if CACHE not in inspect.signature(base.forward).parameters:
         raise _unsupported(f"found no {CACHE} in {type(base).__name__}'s forward")
