@@ -78,7 +78,9 @@ def _groups(weight: TensorScheme, columns: int, groups: int) -> torch.Tensor:
 def _kept(part: torch.Tensor, level: Level) -> torch.Tensor:
     """[N, groups] once for rows that share a scale."""
     if isinstance(level.granularity, PerTensor):
-        return part[0].clone().view(1, 1)  # a view of one number may have any strides
+        return (
+            part[0].clone(memory_format=torch.contiguous_format).view(1, 1)
+        )  # a view of one number may have any strides
     return part[:: level.granularity.rows].contiguous() if isinstance(level.granularity, Tile) else part
 
 
