@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -58,7 +59,8 @@ def recorded(model: torch.nn.Module) -> Iterator[list[Call]]:
 class Roles:
     """By modules' names. norms: of the stream, with what their gain is beyond their weight. readers: with their norm. experts: as they are stacked, with their norm. writers.
 
-    Tensors are told by the memory that they lie in, which views of them share. Raises NotRotated.
+    Tensors are told by the memory that they lie in, which views of them share, or by their rows where a mixture's experts are given some of them. An expert that no
+    token reaches is as others of its name. Raises NotRotated.
     """
 
     model: Any
@@ -70,12 +72,13 @@ class Roles:
 
     def __post_init__(self) -> None:
         self.width = self.model.get_input_embeddings().weight.shape[-1]
-        self._normed: dict[int, str] = {}
-        """Memory that norms of the stream have written: which."""
+        self._normed: dict[int, Call] = {}
+        """By the memory that they have written, norms of the stream."""
         self._made: dict[int, str] = {}
         """Memory that layers have written: reads, writes or inner."""
         for call in self.calls:
             self._add(call)
+        self._add_unreached()
         if idle := self.norms.keys() - {*self.readers.values(), *(norm for _, norm in self.experts.values())}:
             raise NotRotated(f"{min(idle)}, a norm that no layer reads")
 
@@ -108,7 +111,11 @@ class Roles:
 
     def _add(self, call: Call) -> None:
         given, gave = (part.untyped_storage().data_ptr() for part in (call.given, call.gave))
-        weight, origin, norm = getattr(call.module, "weight", None), self._made.get(given), self._normed.get(given)
+        weight, origin, norm = (
+            getattr(call.module, "weight", None),
+            self._made.get(given),
+            self._norm(call.given, given),
+        )
         layout = Layout.of(call.module)
         if layout is not None:
             if norm is None:
@@ -123,13 +130,41 @@ class Roles:
                 self._made[gave] = "inner"
             elif len(weight) == self.width:
                 self.norms[call.name] = _offset(call)
-                self._normed[gave] = call.name
+                self._normed[gave] = call
         elif weight.dim() == 2 and weight.shape[1] == call.given.shape[-1]:
             self._made[gave] = role = _role(norm, origin, writes=weight.shape[0] == self.width)
             if norm is not None:
                 self.readers[call.name] = norm
             elif role == "writes":
                 self.writers.append(call.name)
+
+    def _norm(self, given: torch.Tensor, memory: int) -> str | None:
+        """The norm of the stream that a tensor is from."""
+        if memory in self._normed:
+            return self._normed[memory].name
+        if memory in self._made or given.shape[-1] != self.width or given.dim() < 2:
+            return None
+        rows = given.reshape(-1, 1, self.width)
+        for call in self._normed.values():
+            if (rows == call.gave.reshape(1, -1, self.width)).all(-1).any(-1).all():
+                return call.name
+        return None
+
+    def _add_unreached(self) -> None:
+        """Layers beside the stream that no token came to."""
+        reached = {call.name for call in self.calls}
+        alike = {re.sub(r"\.\d+\.", ".0.", name): name for name in (*self.readers, *self.writers)}
+        for name, module in self.model.named_modules():
+            sizes = {size for part in module.parameters(recurse=False) if part.dim() > 1 for size in part.shape}
+            if name in reached or self.width not in sizes:
+                continue
+            known = alike.get(re.sub(r"\.\d+\.", ".0.", name))
+            if known is None:
+                raise NotRotated(f"{name}, which no token of a short text comes to")
+            if known in self.readers:
+                self.readers[name] = self.readers[known]
+            else:
+                self.writers.append(name)
 
     def _gain(self, norm: str) -> dict[str, Any]:
         return {"gain": f"{norm}.weight", "offset": self.norms[norm]}
