@@ -183,6 +183,7 @@ def test_checkpoints_that_are_not_rotated(tmp_path: Path) -> None:
     for code, changed in (
         ("unknown-architecture", {**tensors, "mtp.proj.weight": torch.ones(4, 4)}),
         ("bad-shape", {**tensors, "model.layers.1.mlp.up_proj.weight": torch.ones(96, 64)}),
+        ("bad-argument", {**tensors, "model.layers.0.self_attn.k_scale": torch.ones(1)}),
         ("missing-tensor", {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}),
     ):
         save_file(changed, file, {"format": "pt"})

@@ -20,9 +20,10 @@ def rotated(source: Checkpoint) -> Checkpoint:
     Raises Refused: bad-argument where the checkpoint is quantized; unknown-architecture where a rotation would change what the model says, or it holds tensors that are
     no part of it; missing-tensor, bad-shape; and what making the model gives.
     """
-    if source.method != "dense":
+    if source.method != "dense" or source.kv_scales:  # values of heads have other ranges behind it
+        found = source.method if source.method != "dense" else "scales of a kv cache"
         raise Refused(Refusal("bad-argument", "usage", str(source.path), "only unquantized checkpoints are rotated",
-                              f"found {source.method}", "Write it anew with qcore convert --format dense."))  # fmt: skip
+                              f"found {found}", "Write it anew with qcore convert --format dense."))  # fmt: skip
     from qcore.model.stream import Stream, not_rotated
 
     stream, files = Stream(source), source.files
