@@ -100,7 +100,8 @@ class Roles:
             first, down = layout.stacks[:2]
             found[f"{name}.{first}"] = Change(columns=stream, **self._gain(norm), transposed=layout.transposed)
             found[f"{name}.{down}"] = Change(rows=stream, transposed=layout.transposed)
-            found[f"{name}.{layout.stack('down', bias=True)}" if layout.biased else ""] = Change(columns=stream)
+            if layout.biased:
+                found[f"{name}.{layout.stack('down', bias=True)}"] = Change(columns=stream)
         for value, output, width in self._values() if heads else ():
             turned = Hadamard(width)
             found[f"{value}.weight"] = replace(found[f"{value}.weight"], rows=turned)
