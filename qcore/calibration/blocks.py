@@ -10,7 +10,7 @@ import torch
 from qcore.calibration.experts import Unstacked
 from qcore.checkpoint.kv_scales import spelled
 from qcore.model.places import Places, Slot
-from qcore.model.skeleton import skeleton
+from qcore.model.skeleton import decoder_blocks, skeleton
 from qcore.refusal import Refusal, Refused, bad_file
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ class Blocks:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.model: Any = skeleton(checkpoint, torch.float32)
-        self.prefix, self.blocks = _blocks_of(self.model, checkpoint)
+        found = decoder_blocks(self.model)
+        if found is None:
+            raise unknown(checkpoint, f"no list of decoder blocks in {type(self.model).__name__}")
+        self.prefix, self.blocks = found
         places = Unstacked(self.model, Places(self.model), checkpoint)
         self._reads = _reads(places, checkpoint)
         self.named = {str(places.parameter(name)): name for name in checkpoint.parameters}
@@ -188,15 +191,6 @@ def not_finite(checkpoint: Checkpoint, where: str) -> Refused:
     return bad_file("bad-content", "what the model gives a part of it is not finite", file=checkpoint.path, tensor=where, field="input",
                     found="NaN or infinity", expected="finite numbers",
                     fix="Check that the model reads the text sensibly before it is quantized.")  # fmt: skip
-
-
-def _blocks_of(model: Any, checkpoint: Checkpoint) -> tuple[str, torch.nn.ModuleList]:
-    """The decoder blocks, and their name."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return name, module
-    raise unknown(checkpoint, f"no list of {count} decoder blocks in {type(model).__name__}")
 
 
 def _reads(places: Unstacked, checkpoint: Checkpoint) -> Mapping[str, Callable[[], torch.Tensor]]:

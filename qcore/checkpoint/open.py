@@ -53,6 +53,10 @@ class Checkpoint:
         """The same checkpoint with the layers that this makes."""
         return Checkpoint(self.files, self._method, how)
 
+    def with_files(self, files: CheckpointFiles) -> Checkpoint:
+        """The same checkpoint with these beneath it, of the same format."""
+        return Checkpoint(files, self._method, self._in_flight)
+
     @property
     def method(self) -> str:
         """The method's name: `gptq`, `gguf`, ..."""

@@ -66,6 +66,13 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList] | None:
+    """The decoder blocks, with their name; None where there is no list of as many as the config says."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = ((name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList))
+    return next(((name, part) for name, part in lists if len(part) == count), None)
+
+
 def _check_experts(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
     """A router has a row for every expert, and is made with its zeros: their number must be of something in the files."""
     for field in ("num_local_experts", "num_experts", "n_routed_experts"):
