@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from qcore.algorithms.scaling import Rounds
     from qcore.algorithms.seen import Seen
+    from qcore.checkpoint.open import Checkpoint
     from qcore.scheme import Scheme
     from qcore.tensor import QuantizedTensor
 
@@ -24,7 +25,7 @@ class Algorithm:
     accepts: the schemes that it can make. calibrated: it needs activations to look at. implementation:
     `module:function`, a `Quantize`, or a `QuantizeSeen` where it is calibrated. note: one sentence on what it does.
     scaling: `module:function`, a `Factors`: columns are scaled by these before, and what makes their inputs is divided. Of algorithms that are joined, as in `smoothquant+gptq`,
-    all scale and the last one makes the weights. tuned: the roundings of what it makes are learned block by block after (qcore/calibration/tuning.py).
+    all scale and the last one makes the weights. preparation: `module:function`, a `Prepare`: what is quantized is the checkpoint that it gives. tuned: the roundings of what it makes are learned block by block after (qcore/calibration/tuning.py).
     """
 
     name: str
@@ -33,6 +34,7 @@ class Algorithm:
     calibrated: bool = False
     note: str = ""
     scaling: str = ""
+    preparation: str = ""
     tuned: bool = False
 
     def load(self) -> Quantize:
@@ -47,6 +49,11 @@ class Algorithm:
             return implementation
         plain = self.load()
         return lambda weight, scheme, seen: plain(weight, scheme)
+
+    def load_preparation(self) -> Prepare:
+        """Imports what prepares a checkpoint, of an algorithm that does."""
+        preparation: Prepare = _imported(self.preparation)
+        return preparation
 
     def load_scaling(self) -> Factors:
         """Imports what it scales by, of an algorithm that scales."""
@@ -72,6 +79,14 @@ class QuantizeSeen(Protocol):
 
     def __call__(self, weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
         """weight: float [N, K], of a layer whose inputs in calibration were `seen`. Raises Refused (scheme-unsupported, shape-unsupported)."""
+        ...
+
+
+class Prepare(Protocol):
+    """What `preparation` is."""
+
+    def __call__(self, source: Checkpoint) -> Checkpoint:
+        """The same model, with weights that quantize better. Raises Refused."""
         ...
 
 

@@ -67,6 +67,8 @@ def qcore_algorithms() -> Sequence[Algorithm]:
                   note="columns with large inputs are scaled up, groups cut off where outputs gain by it; then the nearest codes"),
         Algorithm("smoothquant", _SEARCHED, "qcore.algorithms.awq:awq", calibrated=True, scaling="qcore.algorithms.smoothquant:factors",
                   note="what is hard to round moves from inputs to weights; then the nearest codes"),
+        Algorithm("hadamard", _SEARCHED, "qcore.algorithms.rtn:rtn", preparation="qcore.calibration.rotation:rotated",
+                  note="hidden states are rotated, so that no column of them is larger than others; then the nearest codes, or joined: hadamard+gptq"),
         Algorithm("bitsandbytes", Accepts(("nf4", "fp4"), _BLOCKWISE), "qcore.algorithms.codebook:codebook",
                   note="absmax blocks of the flattened weight, the nearest of 16 values; bitsandbytes' numbers"),
         Algorithm("llm.int8", Accepts(("int8",), ("channel",)), "qcore.algorithms.codebook:llm_int8",

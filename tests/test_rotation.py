@@ -243,3 +243,21 @@ def test_experts_that_no_token_reaches() -> None:
         roles = Roles(model, calls)
         assert roles.readers == {**{f"experts.{number}.w1": "norm" for number in range(3)}, "lm_head": "last"}
         assert sorted(roles.writers) == [f"experts.{number}.w2" for number in range(3)]
+
+
+def test_joined_to_others(tmp_path: Path) -> None:
+    """While a model is loaded, written, and calibrated; and it stands before what makes the weights."""
+    loaded_so = qcore.open_checkpoint(BASE).quantized("hadamard+rtn:W8A8")
+    written = qcore.open_checkpoint(quantize(BASE, "W8A8", "hadamard+rtn", out=tmp_path / "rtn").paths[0])
+    name = "model.layers.1.mlp.down_proj"
+    assert torch.equal(loaded_so.weight(name).dequantize(), written.weight(name).dequantize())
+    assert not torch.equal(
+        written.weight(name).dequantize(), qcore.open_checkpoint(BASE).quantized("rtn:W8A8").weight(name).dequantize()
+    )
+    text = (GOLDEN / "text.txt").read_text(encoding="utf-8")
+    made = quantize(BASE, "W4A16-g128-sym", "hadamard+gptq", text, out=tmp_path / "gptq", samples=8, seqlen=128).paths[0]  # fmt: skip
+    tokens = qcore.open_checkpoint(BASE).load_tokenizer()(text)["input_ids"][-1024:]
+    scored = evaluate(loaded(made), tokens, reference=loaded(BASE), context=256).summary()
+    assert float(scored["kld_mean"]) < 1e-3
+    with pytest.raises(Refused, match="before"):
+        quantize(BASE, "W8A8", "rtn+hadamard", out=tmp_path / "other")

@@ -26,7 +26,7 @@ from qcore.calibration.tuning import Tuning
 from qcore.calibration.work import Work
 from qcore.checkpoint.calibrated import Calibrated
 from qcore.checkpoint.finite import all_finite
-from qcore.checkpoint.in_flight import UNTOUCHED, chain_of, nothing_left
+from qcore.checkpoint.in_flight import UNTOUCHED, chain_of, nothing_left, prepared
 from qcore.checkpoint.kv_scales import calibrated_scheme
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.writer import taken, writing
@@ -100,6 +100,7 @@ def quantize(
         made = source.quantized(f"{algorithm}:{scheme}" if algorithm else scheme, ignore)
         return Quantized(_written(made, formats, out, resume=False), {})
     asked = Calibrated.wanted(scheme, algorithm, ignore, out.with_name(f"{out.name}.work"), cache)
+    source = prepared(source, chain_of(asked.algorithm)) if asked.algorithm else source
     _check_inputs(asked.scheme)
     for name in formats:
         check_written(source.overlaid(asked), name)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from qcore.checkpoint.kv_scales import KvScales
+    from qcore.checkpoint.open import Checkpoint
     from qcore.tensor import LayerTensors
 
 UNTOUCHED = ("lm_head",)
@@ -55,13 +56,15 @@ class InFlight:
         """Raises Refused (bad-argument, bad-scheme, scheme-unsupported)."""
         rows = {row.name: row for row in registry().algorithms}
         head, _, tail = how.partition(":")
-        name, text = NAMED.get(how) or ((head, tail) if head in rows else ("", how))
+        name, text = NAMED.get(how) or ((head, tail) if set(head.split("+")) <= rows.keys() else ("", how))
         try:
             scheme = Scheme.parse(text)
         except Refused as error:
             fix = f"Write one of {', '.join(NAMED)}; a scheme such as W4A16-g128-sym; or one of {', '.join(rows)}, a colon and a scheme."  # fmt: skip
             raise Refused(replace(error.refusal, subject=how, fix=fix)) from error
-        return cls(_algorithm([rows[name]] if name else list(rows.values()), scheme, how).name, scheme, tuple(ignore))
+        chain = chain_of(name) if name else []
+        last = _algorithm(chain[-1:] or list(rows.values()), scheme, how, chain)
+        return cls(name or last.name, scheme, tuple(ignore))
 
     def applied(self, plan: Mapping[str, ModulePlan]) -> dict[str, ModulePlan]:
         """The plan, with the layers that are quantized while they are read."""
@@ -97,8 +100,7 @@ def made(entry: ModulePlan, weight: torch.Tensor, bias: torch.Tensor | None, inf
     from qcore.tensor import LayerTensors
 
     assert entry.scheme is not None
-    algorithm = next(row for row in registry().algorithms if row.name == entry.algorithm)
-    return LayerTensors(algorithm.load()(quantizable(weight, info), entry.scheme), bias)
+    return LayerTensors(chain_of(entry.algorithm)[-1].load()(quantizable(weight, info), entry.scheme), bias)
 
 
 def chain_of(words: str) -> list[Algorithm]:
@@ -108,10 +110,18 @@ def chain_of(words: str) -> list[Algorithm]:
     if unknown := next((name for name in names if name not in rows), None):
         raise Refused(Refusal("bad-argument", "usage", "algorithm", "there is no algorithm of this name", f"found {unknown!r}",
                               f"Name one of {', '.join(rows)}, or several joined by +, the last of which makes the weights."))  # fmt: skip
-    if idle := next((name for name in names[:-1] if not rows[name].scaling), None):
+    if idle := next((name for name in names[:-1] if not (rows[name].scaling or rows[name].preparation)), None):
         raise Refused(Refusal("bad-argument", "usage", "algorithm", "before + stands what prepares weights for another algorithm", f"found {idle!r}",
-                              f"Name one of {', '.join(row.name for row in rows.values() if row.scaling)} there."))  # fmt: skip
+                              f"Name one of {', '.join(row.name for row in rows.values() if row.scaling or row.preparation)} there."))  # fmt: skip
     return [rows[name] for name in names]
+
+
+def prepared(source: Checkpoint, chain: Sequence[Algorithm]) -> Checkpoint:
+    """What the algorithms quantize. Raises Refused, as they do."""
+    for algorithm in chain:
+        if algorithm.preparation:
+            source = algorithm.load_preparation()(source)
+    return source
 
 
 def nothing_left(path: str | Path, method: str, ignore: Sequence[str]) -> Refused:
@@ -132,10 +142,12 @@ def _names(part: str, module: str) -> bool:
                               "Write re:EXPRESSION, or a part of the layers' names."))  from error  # fmt: skip
 
 
-def _algorithm(rows: list[Algorithm], scheme: Scheme, how: str) -> Algorithm:
-    """The first that makes the weight without looking at activations, which static input scales need too."""
-    if scheme.input is not None and not scheme.input.dynamic:
+def _algorithm(rows: list[Algorithm], scheme: Scheme, how: str, chain: list[Algorithm]) -> Algorithm:
+    """The first that makes the weight without looking at activations, which static input scales need too, as those of the chain that are joined to it may."""
+    if scheme.input is not None and (not scheme.input.dynamic or len(scheme.input.scales) > 1):
         found = "static input scales"
+    elif looking := next((row.name for row in chain if row.calibrated), ""):
+        found = looking
     else:
         for row in rows:
             if not row.calibrated and row.accepts.refuse(Scheme(scheme.weight)) is None:

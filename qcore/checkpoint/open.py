@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qcore.checkpoint.contents import check_layer
 from qcore.checkpoint.gguf import GgufSource
-from qcore.checkpoint.in_flight import UNTOUCHED, InFlight, made
+from qcore.checkpoint.in_flight import UNTOUCHED, InFlight, chain_of, made, prepared
 from qcore.checkpoint.json_file import read_json
 from qcore.checkpoint.kv_scales import KvScales, spelled
 from qcore.checkpoint.safetensors import SafetensorsSource
@@ -47,7 +47,8 @@ class Checkpoint:
         ignore: parts of the names of modules that stay as they are, or `re:` and an expression for the beginnings of such names; embeddings always do. Raises Refused (bad-argument,
         bad-scheme, scheme-unsupported).
         """
-        return self.overlaid(InFlight.parse(how, ignore))
+        asked = InFlight.parse(how, ignore)
+        return prepared(self, chain_of(asked.algorithm)).overlaid(asked)
 
     def overlaid(self, how: InFlight) -> Checkpoint:
         """The same checkpoint with the layers that this makes."""
