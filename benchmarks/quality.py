@@ -1,8 +1,14 @@
 """Quality of quantized models, ours beside other tools': python benchmarks/quality.py MODEL --calibration TEXT --held-out TEXT [--only PATTERN] [--peers FOLDER]
 
 Every tool quantizes MODEL, unquantized and in float32, by what it sees of the same windows of token ids, those that `qcore quantize` takes of the calibration text. Each checkpoint is
-then read by `qcore eval` in float32 and compared with MODEL on the held-out text. A tool runs in FOLDER/<its name>, a virtual environment that it is installed in, one at a time.
-Results are kept in a JSON file; what is there is not run again, so that a run that was stopped goes on. The table of docs/benchmarks.md is printed at the end.
+then read by `qcore eval` in float32 and compared with MODEL on the held-out text. Tools run one at a time, each in a virtual environment of its own:
+
+    FOLDER/llm-compressor   pip install torch==2.13.0 llmcompressor==0.14.0.1
+    FOLDER/gptqmodel        pip install torch==2.13.0 gptqmodel==7.6.0; pip install --no-deps gptqmodel==7.7.0, which wants a newer torch
+    FOLDER/auto-round       pip install torch==2.13.0 auto-round==0.16.1 compressed-tensors==0.19.0 gguf
+    FOLDER/llama.cpp        pip install llama-cpp-python==0.3.36
+
+Results are kept in a JSON file; what succeeded is not run again, so that a run that was stopped goes on. The table of docs/benchmarks.md is printed at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ LAYERS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pro
 
 @dataclass(frozen=True)
 class Row:
-    """how: the tool's own words for the scheme; qcore's: scheme, and arguments of `qcore quantize`; the others' as quality_peers.py says."""
+    """how: the tool's own words for the scheme; qcore's are options of `qcore quantize`, the others' as quality_peers.py says."""
 
     scheme: str
     tool: str
@@ -64,9 +70,9 @@ class Settings:
     keep: bool
 
 
-def _ours(scheme: str, algorithm: str, *extra: str) -> Row:
-    shown, _, _ = scheme.partition("-sym")
-    return Row(NAMES.get(scheme, shown), "qcore", algorithm, {"scheme": scheme, "algorithm": algorithm, "extra": extra})
+def _ours(scheme: str, algorithm: str) -> Row:
+    shown = NAMES.get(scheme, scheme.removesuffix("-sym"))
+    return Row(shown, "qcore", algorithm, {"scheme": scheme, "algorithm": algorithm})
 
 
 NAMES = {"W8A8-int8-dyn": "W8A8-int8", "FP8_DYNAMIC": "FP8-dynamic", "FP8": "FP8-static"}
@@ -89,15 +95,15 @@ def _weights(bits: int, group: int, *, symmetric: bool = True) -> dict[str, Any]
 
 def _integers(bits: int, group: int) -> tuple[Row, ...]:
     """By group, weights alone."""
-    scheme, ours = f"W{bits}A16-g{group}", f"W{bits}A16-g{group}"
+    scheme = f"W{bits}A16-g{group}"
     both = {"bits": bits, "group_size": group}
     return (
-        *(_ours(f"{ours}-sym", algorithm) for algorithm in ("rtn-mse", "gptq", "awq", "auto_round")),
+        *(_ours(f"{scheme}-sym", algorithm) for algorithm in ("rtn-mse", "gptq", "awq", "auto_round")),
         _compressor(scheme, "gptq", "GPTQModifier", **_weights(bits, group)),
         _compressor(scheme, "awq", "QuantizationModifier", {"AWQModifier": {}}, **_weights(bits, group)),
         Row(scheme, "gptqmodel", "gptq", both),
         Row(scheme, "auto-round", "auto_round", {"format": "auto_round", "sym": True, **both}),
-        *(_ours(f"{ours}-asym", algorithm) for algorithm in ("gptq", "awq", "auto_round")),
+        *(_ours(f"{scheme}-asym", algorithm) for algorithm in ("gptq", "awq", "auto_round")),
         _compressor(f"{scheme}-asym", "gptq", "GPTQModifier", **_weights(bits, group, symmetric=False)),
         _compressor(f"{scheme}-asym", "awq", "QuantizationModifier", {"AWQModifier": {}}, **_weights(bits, group, symmetric=False)),
         Row(f"{scheme}-asym", "gptqmodel", "gptq", {"sym": False, **both}),
@@ -213,7 +219,7 @@ def quantized(row: Row, settings: Settings, out: Path) -> dict[str, Any]:
         command = own("quantize", settings.model, "--scheme", how["scheme"], "--out", out)
         if "algorithm" in how:
             command += ["--algorithm", how["algorithm"], "--calibration", settings.calibration]
-            command += ["--samples", str(settings.samples), "--seqlen", str(settings.seqlen), *how["extra"]]
+            command += ["--samples", str(settings.samples), "--seqlen", str(settings.seqlen)]
         if matrix is not None:
             command += ["--imatrix", matrix]
         ended = ran(command, settings.work / f"{log}.log")
@@ -316,7 +322,7 @@ def main() -> None:
     results = read_results(kept)
     chosen = [row for row in ROWS if re.search(only, row.name)]
     for row in chosen:
-        if again or row.name not in results:
+        if again or "kld_mean" not in results.get(row.name, ()):
             found = measured(row, settings)
             results = {**read_results(kept), row.name: found}  # others may have written meanwhile
             kept.write_text(json.dumps(results, indent=1))

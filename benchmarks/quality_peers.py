@@ -78,20 +78,17 @@ def llama_cpp(job: Job) -> None:
     """how: ftype, llama.cpp's number of the mixture."""
     import llama_cpp
 
-    class Matrix(ctypes.Structure):
-        """llama_model_imatrix_data of include/llama.h; the list ends with one without a name."""
-
-        _fields_ = (("name", ctypes.c_char_p), ("data", ctypes.POINTER(ctypes.c_float)), ("size", ctypes.c_size_t))
-
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = job["how"]["ftype"], 1
     if job["imatrix"]:
         rows = read_imatrix(Path(job["imatrix"]))
         arrays = {name: (ctypes.c_float * len(values))(*values) for name, values in rows.items()}
-        listed = (Matrix * (len(arrays) + 1))(
-            *(Matrix(name.encode(), values, len(values)) for name, values in arrays.items())
+        # The list ends with a row without a name.
+        row = llama_cpp.llama_cpp.llama_model_imatrix_data
+        listed = (row * (len(arrays) + 1))(
+            *(row(name.encode(), values, len(values)) for name, values in arrays.items())
         )
-        params.imatrix = ctypes.cast(listed, ctypes.c_void_p)
+        params.imatrix = ctypes.cast(listed, ctypes.POINTER(row))
     Path(job["out"]).parent.mkdir(parents=True, exist_ok=True)
     failed = llama_cpp.llama_model_quantize(str(job["model"]).encode(), str(job["out"]).encode(), ctypes.byref(params))
     if failed:
