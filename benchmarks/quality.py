@@ -283,9 +283,10 @@ def line(row: Row, result: Mapping[str, Any]) -> str:
         low, high = result[f"{name}_ci95"]
         return f"{result[name]:{shown}} ({low:{shown}} to {high:{shown}})"
 
+    how = row.algorithm + (f", {result['iterations']} iterations" if "iterations" in result else "")
     tails = f"{result['kld_p99']:.3g} | {result['kld_p999']:.3g}"
-    return (f"| {row.scheme} | {row.tool} {result['version']} | {row.algorithm} | {result['bits']:.2f} | {mean('kld_mean', '.4f')} | {tails} "
-            f"| {mean('top1_agreement', '.2%')} | {result['perplexity']:.2f} | {result['seconds']:.0f} | {result.get('cpu_seconds', 0):.0f} | {result['peak_mib']:,.0f} |")  # fmt: skip
+    return (f"| {row.scheme} | {row.tool} {result['version']} | {how} | {result['bits']:.2f} | {mean('kld_mean', '.4f')} | {tails} "
+            f"| {mean('top1_agreement', '.2%')} | {result['perplexity']:.2f} | {result['seconds']:.0f} | {result['cpu_seconds']:.0f} | {result['peak_mib']:,.0f} |")  # fmt: skip
 
 
 def read_results(kept: Path) -> dict[str, Any]:
@@ -308,6 +309,7 @@ def main() -> None:
         "--work", type=Path, default=Path("quality"), help="A folder for results.json, logs and checkpoints."
     )
     parser.add_argument("--only", default="", help="An expression that is found in a row's name: 'W4A16-g64 .* gptq'.")
+    parser.add_argument("--table", action="store_true", help="Run nothing; print what is in results.json.")
     parser.add_argument("--again", action="store_true", help="Run what is in results.json too.")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -315,14 +317,14 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=200, help="AutoRound's; 200 are its own default.")
     parser.add_argument("--keep", action="store_true", help="Leave the checkpoints in the folder.")
     given = vars(parser.parse_args())
-    only, again = given.pop("only"), given.pop("again")
+    only, again, table = given.pop("only"), given.pop("again"), given.pop("table")
     settings = Settings(**{name: _absolute(value) for name, value in given.items()})
     kept = settings.work / "results.json"
     settings.work.mkdir(parents=True, exist_ok=True)
     results = read_results(kept)
     chosen = [row for row in ROWS if re.search(only, row.name)]
     for row in chosen:
-        if again or "kld_mean" not in results.get(row.name, ()):
+        if not table and (again or "kld_mean" not in results.get(row.name, ())):
             found = measured(row, settings)
             results = {**read_results(kept), row.name: found}  # others may have written meanwhile
             kept.write_text(json.dumps(results, indent=1))
@@ -332,7 +334,8 @@ def main() -> None:
     )
     print("|" + "---|" * 12)
     for row in chosen:
-        print(line(row, results[row.name]))
+        if row.name in results:
+            print(line(row, results[row.name]))
 
 
 if __name__ == "__main__":
