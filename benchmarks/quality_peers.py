@@ -31,8 +31,11 @@ def llm_compressor(job: Job) -> None:
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not torch.accelerator.is_available():  # AWQ pins memory for one, and ends where there is none
+        IntermediatesCache.pin_memory = lambda *_: None
     classes = {one.__name__: one for one in (AWQModifier, GPTQModifier, QuantizationModifier, SmoothQuantModifier)}
     recipe = [classes[name](**arguments) for name, arguments in job["how"]["modifiers"]]
     windows = job["windows"]
