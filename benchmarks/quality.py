@@ -158,10 +158,10 @@ class Ended:
 
 
 def ran(command: Sequence[str | Path], log: Path) -> Ended:
-    """stdout in `said`, all of stderr in the log."""
+    """stdout in `said`, stderr in the log, in whose folder it runs: tools leave logs where they are."""
     began = time.perf_counter()
     with log.open("w+b") as errors, log.with_suffix(".out").open("w+b") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=errors)
+        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=errors, cwd=log.parent)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         for file in (errors, out):
