@@ -17,7 +17,7 @@ from qcore.calibration.experts import portions, shared
 from qcore.calibration.folding import Folding, scale, tied
 from qcore.calibration.states import States, StatesWriter
 from qcore.calibration.trace import Trace
-from qcore.calibration.tuning import Tuning, tune
+from qcore.calibration.tuning import Tuning, held_out, tune
 from qcore.calibration.watching import Watching
 from qcore.checkpoint.finite import all_finite
 from qcore.elements import Group, PerChannel, PerTensor
@@ -110,7 +110,8 @@ class Block:
     def _seen(self, layers: Mapping[str, torch.nn.Linear], states: States) -> dict[str, Seen]:
         """What each layer sees of all samples; those that have one input see it once."""
         with Watching(layers) as watching:
-            for part in states:
+            held = held_out(len(states)) if self.tuned else range(0)
+            for part in (states[sample] for sample in range(len(states)) if sample not in held):
                 watching.read(lambda part=part: self.blocks.run(self.number, part))  # type: ignore[misc]
         seen = watching.seen()
         for module, own in seen.items():

@@ -14,6 +14,9 @@ import torch
 
 from qcore.calibration import ITERATIONS
 
+_HELD = 8
+"""One window of so many tells whether what was learned holds for others."""
+
 if TYPE_CHECKING:
     from qcore.algorithms.auto_round import Rounding
     from qcore.calibration.blocks import Blocks
@@ -26,22 +29,28 @@ class Tuning:
 
     steps: int = ITERATIONS
     windows: int = 8
-    travel: float = 0.25
+    travel: float = 0.5
     seed: int = 0
+
+
+def held_out(samples: int) -> range:
+    """Windows of which neither roundings nor what they begin with learn anything; none of a single one."""
+    return range(0, samples if samples > 1 else 0, _HELD)
 
 
 def tune(
     blocks: Blocks, number: int, roundings: Mapping[str, Rounding], states: States, wanted: States, tuning: Tuning
 ) -> bool:  # fmt: skip
-    """Whether the block is nearer to what is wanted of all windows than before. roundings: by the layers' names. states, wanted: [1, tokens, hidden] each, what the block is given, and
+    """Whether the block is nearer to what is wanted than before, on the windows that are held out. roundings: by the layers' names. states, wanted: [1, tokens, hidden] each, what the block is given, and
     what it should give."""
     layers = blocks.linears(number)
-    before = _apart(blocks, number, states, wanted, range(len(states)), {})
+    held = held_out(len(states))
+    read = torch.tensor([sample for sample in range(len(states)) if sample not in held])
+    before = _apart(blocks, number, states, wanted, held, {})
     generator = torch.Generator().manual_seed(tuning.seed + number)
     kept = {name: layers[name].weight.data for name in roundings}
-    count = min(tuning.windows, len(states))
     for step in range(tuning.steps):
-        chosen = torch.randperm(len(states), generator=generator)[:count].tolist()
+        chosen = read[torch.randperm(len(read), generator=generator)[: tuning.windows]].tolist()
         weights = {name: rounding.weight().requires_grad_() for name, rounding in roundings.items()}
         _apart(blocks, number, states, wanted, chosen, weights)
         rate = 2 * tuning.travel / tuning.steps * (1 - step / tuning.steps)
@@ -50,7 +59,7 @@ def tune(
                 rounding.step(gradient, rate)
     for name, rounding in roundings.items():
         layers[name].weight.data = rounding.weight()
-    if _apart(blocks, number, states, wanted, range(len(states)), {}) < before:
+    if _apart(blocks, number, states, wanted, held, {}) < before:
         return True
     for name, weight in kept.items():
         layers[name].weight.data = weight
