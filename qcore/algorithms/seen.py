@@ -10,6 +10,8 @@ DAMPING = 0.01
 """What is added to the diagonal of sums before they are divided by, in parts of its mean."""
 _STEP = 256
 """Columns whose products with all that follow are added up together."""
+_MOST_DAMPING = 1e6
+"""Of a matrix of finite numbers less is enough."""
 _OF_A_CALL = 16
 _OF_ALL = 512
 _ROWS = 2
@@ -69,6 +71,19 @@ def damped(gram: torch.Tensor) -> torch.Tensor:
     diagonal = copy.diagonal()
     diagonal += DAMPING * diagonal.mean() + (diagonal == 0)
     return copy
+
+
+def upper_of(gram: torch.Tensor) -> torch.Tensor:
+    """The upper triangular U of gram = U U^T. Where rounding leaves the matrix without one, more is added to its diagonal, in place."""
+    mean, more = float(gram.diagonal().mean()), DAMPING
+    while more < _MOST_DAMPING:
+        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
+        if not failed:
+            found: torch.Tensor = lower.flip(0, 1)
+            return found
+        gram.diagonal().add_(more * mean)
+        more *= 2
+    raise ValueError("what the layer sees is not finite")
 
 
 class Watch:
