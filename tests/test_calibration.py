@@ -278,7 +278,7 @@ def test_the_command(tmp_path: Path) -> None:
         (("--resume",), "goes with calibration"),
         (("--plot", tmp_path / "other.png"), "goes with calibration"),
         (("-f", "gptq", "-f", "awq"), "of a calibrated run alone"),
-        (("-f", "gguf", "--calibration", text), "not for gguf"),
+        (("-f", "gguf", "--calibration", text), "no GGUF mixture or type"),
         (("--calibration", text), "something under this name already"),
         (("--calibration", tmp_path / "none.txt"), "cannot be read"),
     ):

@@ -27,6 +27,8 @@ from qcore.tensor import QuantizedTensor
 
 _PASSES, _OF_ENCODED = 3, 1
 """Over all blocks, after the first; and over those of types without a form, where more gain nothing."""
+_AT_ONCE = 1 << 22
+"""Weights that are solved together, whole rows of them; some copies are held of each."""
 _PART = 64
 """Columns of a block whose changes reach the others together."""
 
@@ -37,20 +39,23 @@ def gptq_blocks(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTe
     form, size = FORMS.get(kind), BLOCK_TYPES[kind].elements
     gram = damped(seen.gram)
     diagonal = gram.diagonal()
-    parts = [range(start, start + size) for start in range(0, len(gram), size)]
-    places = [torch.tensor(part) for part in parts]
-    places.sort(key=lambda own: -float(diagonal[own].amax()))
+    places = sorted(torch.arange(len(gram)).split(size), key=lambda own: -float(diagonal[own].amax()))
     if form is not None:
         places = [own[diagonal[own].argsort(descending=True, stable=True)] for own in places]
     order = torch.cat(places)
-    gram, values = gram[order[:, None], order], weight.to(torch.float32)[:, order].T.contiguous()
-    blocks: list[_Coded] = [_Scaled(form, own % size) if form is not None else _Encoded(kind) for own in places]
+    gram = gram[order[:, None], order]
+    upper = upper_of(gram)
     spans = [slice(*ends) for ends in pairwise(range(0, len(order) + 1, size))]
-    _first(blocks, spans, values, upper_of(gram))
-    for _ in range(_PASSES if form is not None else _OF_ENCODED):
-        _again(blocks, spans, values, gram)
-    found = sorted(zip((int(own.amin()) for own in places), blocks, strict=True), key=lambda pair: pair[0])
-    return QuantizedTensor(scheme, tuple(weight.shape), torch.cat([block.packed() for _, block in found], 1))
+    stored = sorted(range(len(places)), key=lambda number: int(places[number].amin()))
+    packed = []
+    for rows in weight.to(torch.float32).split(max(1, _AT_ONCE // len(order))):
+        blocks: list[_Coded] = [_Scaled(form, own % size) if form is not None else _Encoded(kind) for own in places]
+        values = rows[:, order].T.contiguous()
+        _first(blocks, spans, values, upper)
+        for _ in range(_PASSES if form is not None else _OF_ENCODED):
+            _again(blocks, spans, values, gram)
+        packed.append(torch.cat([blocks[number].packed() for number in stored], 1))
+    return QuantizedTensor(scheme, tuple(weight.shape), torch.cat(packed))
 
 
 def block_type(weight: torch.Tensor, scheme: Scheme) -> str:
