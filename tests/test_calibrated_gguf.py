@@ -137,7 +137,7 @@ def test_a_disk_that_is_full_when_the_file_is_written_loses_nothing(tmp_path: Pa
         ({"algorithm": "awq"}, "Name one of: gptq, imatrix"),
         ({"format": ["gguf", "gptq"]}, "no scheme of other formats"),
         ({"overrides": {"attn_k": "q9"}}, "no GGUF type of this name"),
-        ({"target_bpw": 4.25}, "types of GGUF's mixtures"),
+        ({"target_bpw": 4.25}, "for integer weights alone"),
         ({"out": BASE}, "something under this name"),
         ({"calibration": "a"}, "too short"),
     ],
