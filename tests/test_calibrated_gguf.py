@@ -20,9 +20,12 @@ from qcore.calibration.run import BlockDone, quantize
 from qcore.checkpoint.gguf import GgufSource
 from qcore.checkpoint.open import open_checkpoint
 from qcore.evaluation import evaluate
+from qcore.gguf.contents import contents_of, stored_rows
 from qcore.gguf.make import save_gguf
 from qcore.refusal import Refused
 from test_calibration import BASE, GOLDEN, HELD, READ
+from test_gguf_write_experts import made as mixture_of
+from test_gguf_write_experts import written
 
 BLOCKS = {"token_embd": "f32", "^output": "f32"}
 """So that what decoder blocks do is all that is measured."""
@@ -83,6 +86,21 @@ def test_of_a_gguf_file(tmp_path: Path) -> None:
     assert types(of_file) == types(of_folder)
     for module, found in ours.plan.items():
         assert found is not None and torch.equal(ours.weight(module).codes, theirs.weight(module).codes), module
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-oss"])
+def test_experts_come_in_their_order(tmp_path: Path, name: str) -> None:
+    """Those that no token reaches too, and those that the checkpoint has stacked; each near to its own weights and to no other's."""
+    mixture = mixture_of(name)
+    tensors = mixture.rest if name == "gpt-oss" else mixture.tensors()
+    path = written(tmp_path / "model", mixture, tensors)
+    out = quantize(path, "Q5_0", "", READ, out=tmp_path / "out.gguf", format="gguf", samples=2, seqlen=32).paths[0]
+    held, contents = open_checkpoint(out).files.source, contents_of(open_checkpoint(path))
+    assert isinstance(held, GgufSource)
+    for tensor, kind in types(out).items():
+        if kind in ("Q5_0", "Q5_1", "Q8_0"):
+            for made_rows, rows in zip(stored_rows(held, tensor), contents.rows(tensor), strict=True):
+                assert (made_rows - rows).norm() < 0.15 * rows.norm(), tensor
 
 
 def _killed(out: Path) -> None:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from qcore.algorithm import Algorithm
     from qcore.checkpoint.open import Checkpoint
-    from qcore.gguf.write import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ class CalibratedMixture(Calibrated):
     def said(self) -> dict[str, Any]:
         return {"mixture": self.mixture.recipe.name, "types": dict(self.mixture.types), "algorithm": self.algorithm}
 
-    def save(self, source: Checkpoint, out: Path, progress: Progress | None = None) -> Path:
+    def save(self, source: Checkpoint, out: Path) -> Path:
         """The file, once the run has made all layers. Raises Refused: output-exists, cannot-write."""
         made, contents = source.overlaid(self), self.mixture.contents
         places = {place.tensor: place for place in contents.parameters.values()}
@@ -69,7 +68,7 @@ class CalibratedMixture(Calibrated):
             for origin in self.origins.get(tensor, ()):
                 yield in_order(made.layer(origin.module).weight.codes[origin.rows], places[tensor])
 
-        return self.mixture.write(out, read, {}, progress)
+        return self.mixture.write(out, read, {}, None)
 
     def _entry(self, module: str, entry: ModulePlan) -> ModulePlan:
         if module not in self.mixed:
