@@ -62,6 +62,11 @@ def test_nearer_than_without_a_text_and_than_by_importance_alone(tmp_path: Path)
     assert set(tmp_path.iterdir()) == {gptq, imatrix, plain}  # the run's folder is gone
 
 
+def test_rotated_models_are_held_too(tmp_path: Path) -> None:
+    """All tensors are those of the rotated model, which says the same."""
+    assert divergence(made(tmp_path / "out.gguf", algorithm="hadamard+imatrix")) < 1e-3
+
+
 def test_types_are_those_of_the_mixture_with_an_importance_matrix(tmp_path: Path) -> None:
     """Tensors outside decoder blocks are encoded as without a text."""
     calibrated = made(tmp_path / "own.gguf", "Q4_0", "imatrix", overrides={"attn_k": "q8_0", "blk.1.ffn_up": "f16"})
@@ -152,7 +157,8 @@ def test_a_disk_that_is_full_when_the_file_is_written_loses_nothing(tmp_path: Pa
         ({"scheme": "F16"}, "no layer of the model is stored in blocks"),
         ({"model": GOLDEN / "gguf-q4_0"}, "no layer of the model is stored in blocks"),
         ({"algorithm": "rtn"}, "Name one of: gptq, imatrix"),
-        ({"algorithm": "awq"}, "Name one of: gptq, imatrix"),
+        ({"algorithm": "awq+gptq"}, "Name one of: gptq, imatrix"),
+        ({"kv_cache": "fp8"}, "kv cache"),
         ({"format": ["gguf", "gptq"]}, "no scheme of other formats"),
         ({"overrides": {"attn_k": "q9"}}, "no GGUF type of this name"),
         ({"target_bpw": 4.25}, "for integer weights alone"),
