@@ -48,11 +48,13 @@ def divergence(path: Path) -> float:
 
 
 def whole_grams(model: Any, windows: torch.Tensor, modules: list[str]) -> dict[str, torch.Tensor]:
-    """x^T x of the modules' inputs, summed over all tokens."""
+    """x^T x of the modules' inputs, summed over all tokens, of which the first of a window counts as half of all."""
     grams: dict[str, torch.Tensor] = {}
 
     def add(name: str, x: torch.Tensor) -> None:
-        grams[name] = grams.get(name, torch.zeros(1)) + x.flatten(0, 1).T @ x.flatten(0, 1)
+        weights = torch.ones(x.shape[1], 1)
+        weights[0] = x.shape[1] / 2
+        grams[name] = grams.get(name, torch.zeros(1)) + x[0].T @ (weights * x[0])
 
     for module in modules:
         model.get_submodule(module).register_forward_pre_hook(lambda _, given, module=module: add(module, given[0]))

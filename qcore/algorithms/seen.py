@@ -12,6 +12,9 @@ _STEP = 256
 """Columns whose products with all that follow are added up together."""
 _MOST_DAMPING = 1e6
 """Of a matrix of finite numbers less is enough."""
+_FIRST = 0.5
+"""Of a text's tokens: as many times its first token counts in the sum. Most heads attend to it from nearly everywhere (attention sinks, arXiv 2309.17453), so that an error of its
+keys and values is one of all tokens; among hundreds of rows it would be lost."""
 _OF_A_CALL = 16
 _OF_ALL = 512
 _ROWS = 2
@@ -20,7 +23,7 @@ _ROWS = 2
 
 @dataclass(frozen=True)
 class Seen:
-    """gram: float32 [K, K], the sum of x x^T over all rows x of the input. rows: how many there were. largest, typical: float32 [K], the largest magnitude of each column, and the mean
+    """gram: float32 [K, K], the sum of x x^T over all rows x of the input, of which the first of a text counts as many. rows: how many there were. largest, typical: float32 [K], the largest magnitude of each column, and the mean
     of its magnitudes. sample: float32 [S, K], some of the rows, at most 512."""
 
     gram: torch.Tensor
@@ -96,12 +99,16 @@ class Watch:
         self._sample: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor) -> None:
-        """x: [..., K]."""
+        """x: [texts, tokens, K], or rows [N, K] that are of no known place."""
         rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
         if not len(rows):
             return
+        more = max(_FIRST * x.shape[1] - 1, 0.0) if x.dim() == 3 else 0.0
+        first = x.detach()[:, 0].to(torch.float32) if more else rows[:0]
         for start in range(0, rows.shape[1], _STEP):  # the other half is the same
-            self._upper[start : start + _STEP, start:].addmm_(rows[:, start : start + _STEP].T, rows[:, start:])
+            own = self._upper[start : start + _STEP, start:]
+            own.addmm_(rows[:, start : start + _STEP].T, rows[:, start:])
+            own.addmm_(first[:, start : start + _STEP].T, first[:, start:], alpha=more)
         sizes = rows.abs()
         torch.maximum(self._largest, sizes.amax(0), out=self._largest)
         self._sum += sizes.sum(0)
