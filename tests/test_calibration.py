@@ -54,11 +54,13 @@ def divergence(path: Path, count: int = 4096) -> float:
 
 
 def whole_grams(model: Any, windows: torch.Tensor, modules: list[str]) -> dict[str, torch.Tensor]:
-    """x^T x of the modules' inputs, summed over all tokens."""
+    """x^T x of the modules' inputs, summed over all tokens, of which the first of a window counts as half of all."""
     grams: dict[str, torch.Tensor] = {}
 
     def add(name: str, x: torch.Tensor) -> None:
-        grams[name] = grams.get(name, torch.zeros(1)) + x.flatten(0, 1).T @ x.flatten(0, 1)
+        weights = torch.ones(x.shape[1], 1)
+        weights[0] = x.shape[1] / 2
+        grams[name] = grams.get(name, torch.zeros(1)) + x[0].T @ (weights * x[0])
 
     for module in modules:
         model.get_submodule(module).register_forward_pre_hook(lambda _, given, module=module: add(module, given[0]))
@@ -294,7 +296,7 @@ def test_the_command(tmp_path: Path) -> None:
         (("--resume",), "goes with calibration"),
         (("--plot", tmp_path / "other.png"), "goes with calibration"),
         (("-f", "gptq", "-f", "awq"), "of a calibrated run alone"),
-        (("-f", "gguf", "--calibration", text), "not for gguf"),
+        (("-f", "gguf", "--calibration", text), "no GGUF mixture or type"),
         (("--calibration", text), "something under this name already"),
         (("--calibration", tmp_path / "none.txt"), "cannot be read"),
     ):

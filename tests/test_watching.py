@@ -28,7 +28,9 @@ def test_layers_of_one_input_share_a_sum() -> None:
     assert [seen[name].rows for name in own] == [15, 15, 6, 0]
     for name, given in (("q", inputs), ("o", others)):
         rows = torch.cat([part.reshape(-1, 4) for part in given])
-        torch.testing.assert_close(seen[name].gram, rows.T @ rows)
+        firsts = torch.cat([part[:, 0] for part in given]) if given is inputs else rows[:0]
+        more = 5 / 2 - 1  # the first token of a text counts as half of all
+        torch.testing.assert_close(seen[name].gram, rows.T @ rows + more * firsts.T @ firsts)
         assert torch.equal(seen[name].largest, rows.abs().amax(0))
     assert torch.equal(seen["never"].gram, torch.eye(4))
 

@@ -12,15 +12,14 @@ from itertools import pairwise
 
 import torch
 
+from qcore.algorithms.gptq_blocks import gptq_blocks
 from qcore.algorithms.grids import Fit, Grid, columns_of_a_scale, fit, grid_of, rescaled
 from qcore.algorithms.put_together import quantized_tensor
-from qcore.algorithms.seen import DAMPING, Seen, damped
-from qcore.elements import Group
+from qcore.algorithms.seen import Seen, damped, upper_of
+from qcore.elements import Block, Group
 from qcore.scheme import Scheme
 from qcore.tensor import QuantizedTensor
 
-_MOST_DAMPING = 1e6
-"""Of a matrix of finite numbers less is enough."""
 _PASSES = 3
 """Over all codes and scales, after the first."""
 _AT_ONCE = 1 << 22
@@ -31,6 +30,8 @@ _BLOCK = 128
 
 def gptq(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
     """weight: float [N, K], of a layer whose inputs were `seen`. Scales of integers are float16 where that holds them."""
+    if isinstance(scheme.weight.element, Block):
+        return gptq_blocks(weight, scheme, seen)
     granularity = scheme.weight.scales[0].granularity
     weight = weight.to(torch.float32)
     size = columns_of_a_scale(granularity, weight.shape[1])
@@ -38,7 +39,7 @@ def gptq(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
     order, groups = _order(gram.diagonal(), size, whole=scheme.weight.ordered)
     grid = grid_of(scheme.weight, weight)
     gram = gram[order[:, None], order]
-    upper = _upper(gram)
+    upper = upper_of(gram)
     rows = max(1, _AT_ONCE // weight.shape[1]) if grid.scales.together == 1 else len(weight)
     units, fits = torch.empty_like(weight), []
     for start in range(0, len(weight), rows):
@@ -72,7 +73,7 @@ def _order(diagonal: torch.Tensor, size: int, *, whole: bool) -> tuple[torch.Ten
 
 
 class _Solver:
-    """weight: [K, N] in the order that columns are taken in. gram: [K, K] alike, damped, and upper as `_upper` gives it. groups: in that order too.
+    """weight: [K, N] in the order that columns are taken in. gram: [K, K] alike, damped, and upper as `upper_of` gives it. groups: in that order too.
 
     pull: the matrix times what weights are apart, [K, N], always up to date after `first`. error: of outputs, squared, as the last pass left it.
     """
@@ -168,16 +169,3 @@ class _Solver:
                 start = stop
         if stop > start:
             yield start, stop
-
-
-def _upper(gram: torch.Tensor) -> torch.Tensor:
-    """The upper triangular U of gram = U U^T. Where rounding leaves the matrix without one, more is added to its diagonal, in place."""
-    mean, more = float(gram.diagonal().mean()), DAMPING
-    while more < _MOST_DAMPING:
-        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
-        if not failed:
-            found: torch.Tensor = lower.flip(0, 1)
-            return found
-        gram.diagonal().add_(more * mean)
-        more *= 2
-    raise ValueError("what the layer sees is not finite")

@@ -10,6 +10,11 @@ DAMPING = 0.01
 """What is added to the diagonal of sums before they are divided by, in parts of its mean."""
 _STEP = 256
 """Columns whose products with all that follow are added up together."""
+_MOST_DAMPING = 1e6
+"""Of a matrix of finite numbers less is enough."""
+_FIRST = 0.5
+"""Of a text's tokens: as many times its first token counts in the sum. Most heads attend to it from nearly everywhere (attention sinks, arXiv 2309.17453), so that an error of its
+keys and values is one of all tokens; among hundreds of rows it would be lost."""
 _OF_A_CALL = 16
 _OF_ALL = 512
 _ROWS = 2
@@ -18,7 +23,7 @@ _ROWS = 2
 
 @dataclass(frozen=True)
 class Seen:
-    """gram: float32 [K, K], the sum of x x^T over all rows x of the input. rows: how many there were. largest, typical: float32 [K], the largest magnitude of each column, and the mean
+    """gram: float32 [K, K], the sum of x x^T over all rows x of the input, of which the first of a text counts as many. rows: how many there were. largest, typical: float32 [K], the largest magnitude of each column, and the mean
     of its magnitudes. sample: float32 [S, K], some of the rows, at most 512."""
 
     gram: torch.Tensor
@@ -71,6 +76,19 @@ def damped(gram: torch.Tensor) -> torch.Tensor:
     return copy
 
 
+def upper_of(gram: torch.Tensor) -> torch.Tensor:
+    """The upper triangular U of gram = U U^T. Where rounding leaves the matrix without one, more is added to its diagonal, in place."""
+    mean, more = float(gram.diagonal().mean()), DAMPING
+    while more < _MOST_DAMPING:
+        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
+        if not failed:
+            found: torch.Tensor = lower.flip(0, 1)
+            return found
+        gram.diagonal().add_(more * mean)
+        more *= 2
+    raise ValueError("what the layer sees is not finite")
+
+
 class Watch:
     """Adds up what a layer of K columns sees."""
 
@@ -81,12 +99,16 @@ class Watch:
         self._sample: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor) -> None:
-        """x: [..., K]."""
+        """x: [texts, tokens, K], or rows [N, K] that are of no known place."""
         rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
         if not len(rows):
             return
+        more = max(_FIRST * x.shape[1] - 1, 0.0) if x.dim() == 3 else 0.0
+        first = x.detach()[:, 0].to(torch.float32) if more else rows[:0]
         for start in range(0, rows.shape[1], _STEP):  # the other half is the same
-            self._upper[start : start + _STEP, start:].addmm_(rows[:, start : start + _STEP].T, rows[:, start:])
+            own = self._upper[start : start + _STEP, start:]
+            own.addmm_(rows[:, start : start + _STEP].T, rows[:, start:])
+            own.addmm_(first[:, start : start + _STEP].T, first[:, start:], alpha=more)
         sizes = rows.abs()
         torch.maximum(self._largest, sizes.amax(0), out=self._largest)
         self._sum += sizes.sum(0)

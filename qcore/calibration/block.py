@@ -127,7 +127,7 @@ class Block:
         found: dict[tuple[object, ...], list[str]] = {}
         for module in layers:
             scheme = self.schemes[module]
-            by_rows = isinstance(scheme.weight.scales[0].granularity, Group | PerChannel)
+            by_rows = all(isinstance(level.granularity, Group | PerChannel) for level in scheme.weight.scales[:1])
             found.setdefault((id(seen[module]), scheme, "" if by_rows else module), []).append(module)
         return list(found.values())
 

@@ -20,6 +20,7 @@ from qcore.calibration.block import Block, Made
 from qcore.calibration.blocks import Blocks, not_finite, unknown
 from qcore.calibration.caching import Caching, check_cache
 from qcore.calibration.mixing import mixable, mixed
+from qcore.calibration.mixture import CalibratedMixture, chain_for_blocks
 from qcore.calibration.states import States, StatesWriter
 from qcore.calibration.texts import windows_of
 from qcore.calibration.tuning import Tuning
@@ -30,7 +31,7 @@ from qcore.checkpoint.in_flight import UNTOUCHED, chain_of, nothing_left, prepar
 from qcore.checkpoint.kv_scales import calibrated_scheme
 from qcore.checkpoint.open import Checkpoint, open_checkpoint
 from qcore.checkpoint.writer import taken, writing
-from qcore.convert import check_written, convert
+from qcore.convert import check_written, convert, writer_of
 from qcore.elements import Float, Int, PerTensor
 from qcore.method import quantizable
 from qcore.model.memory import give_back
@@ -40,7 +41,7 @@ from qcore.tensor import TORCH_FLOATS
 if TYPE_CHECKING:
     import torch
 
-    from qcore.scheme import Scheme
+    from qcore.scheme import Scheme, TensorScheme
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def quantize(
     target_bpw: float | None = None,
     kv_cache: str | None = None,
     resume: bool = False,
+    overrides: Mapping[str, str] | None = None,
     done: Callable[[BlockDone], None] | None = None,
 ) -> Quantized:
     """Writes `model` in a scheme (none leaves its weights as they are) into the new folder `out`, or with several formats into one of its name for each inside of it.
@@ -86,7 +88,8 @@ def quantize(
     `Checkpoint.quantized` has it. ignore: as there. samples, seqlen: windows of the text, and tokens of one. iterations: steps in which each block's roundings are learned, by
     algorithms that do. target_bpw: layers get schemes like the one that is named, of as many bits each as lose the least with so many bits per weight of all, scales and
     zero points among them. kv_cache: of qcore.checkpoint.kv_scales.CALIBRATED, one whose scales are found too. resume: go on where a run with the same words was stopped; else
-    what it left is refused. done: called after each block.
+    what it left is refused. done: called after each block. For the format gguf, which is written alone, the scheme is a mixture or a type of llama.cpp's, such as Q4_K_M, and
+    tells which layers stay as they are; overrides: as for `save_gguf`.
 
     Raises Refused: unknown-format, bad-scheme, scheme-unsupported, bad-argument, output-exists, cannot-write, unknown-architecture, and all that reading and converting give.
     """
@@ -99,11 +102,7 @@ def quantize(
                                   fix="Give a text to calibrate with, or leave it out."))  # fmt: skip
         made = source.quantized(f"{algorithm}:{scheme}" if algorithm else scheme, ignore)
         return Quantized(_written(made, formats, out, resume=False), {})
-    asked = Calibrated.wanted(scheme, algorithm, ignore, out.with_name(f"{out.name}.work"), cache)
-    source = prepared(source, chain_of(asked.algorithm)) if asked.algorithm else source
-    _check_inputs(asked.scheme)
-    for name in formats:
-        check_written(source.overlaid(asked), name)
+    source, asked = _asked(source, scheme, algorithm, ignore, formats, out, cache, overrides or {})
     schemes = mixable(source, asked, formats) if target_bpw is not None else ()
     if not (resume and len(formats) > 1) and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise taken(out)
@@ -115,9 +114,38 @@ def quantize(
             asked = mixed(source, blocks, asked, windows, schemes, target_bpw, work)
         _Run(source, blocks, asked, work, Tuning(iterations)).blocks_of(windows, done)
         errors, unseen = asked.errors(), asked.unseen()
-        paths = _written(source.overlaid(asked), formats, out, resume=resume)
+        if isinstance(asked, CalibratedMixture):
+            paths: tuple[Path, ...] = (asked.save(source, out),)
+        else:
+            paths = _written(source.overlaid(asked), formats, out, resume=resume)
         work.remove()
     return Quantized(paths, errors, unseen)
+
+
+def _asked(
+    source: Checkpoint, scheme: str, algorithm: str, ignore: Sequence[str], formats: Sequence[str], out: Path,
+    cache: TensorScheme | None, overrides: Mapping[str, str],
+) -> tuple[Checkpoint, Calibrated]:  # fmt: skip
+    """What is quantized, and what the run is to make of it. Raises Refused for what the formats do not hold."""
+    folder = out.with_name(f"{out.name}.work")
+    if "gguf" not in formats:
+        asked = Calibrated.wanted(scheme, algorithm, ignore, folder, cache)
+        source = prepared(source, chain_of(asked.algorithm)) if asked.algorithm else source
+        _check_inputs(asked.scheme)
+        for name in formats:
+            check_written(source.overlaid(asked), name)
+        return source, asked
+    if len(formats) > 1:
+        raise Refused(Refusal("bad-argument", "usage", "format", "GGUF's mixtures are no scheme of other formats",
+                              f"found {', '.join(formats)}", "Write the GGUF file in a run of its own."))  # fmt: skip
+    if cache is not None:
+        writer_of("gguf")[0].encode_kv_cache(cache, {})  # refuses
+    chain = chain_for_blocks(algorithm)
+    source = prepared(source, chain)
+    mixture = CalibratedMixture.of(source, scheme, "+".join(row.name for row in chain), overrides, folder)
+    if out.exists():
+        raise taken(out)
+    return source, mixture
 
 
 def _written(made: Checkpoint, formats: Sequence[str], out: Path, *, resume: bool) -> tuple[Path, ...]:
@@ -221,7 +249,7 @@ def _request(
     return {
         "qcore": __version__, "model": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "config": hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest(),
-        "scheme": str(asked.scheme), "kv_cache": str(asked.kv_cache), "algorithm": asked.algorithm, "ignore": list(asked.ignore),
+        **asked.said(),
         "calibration": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "windows": list(windows.shape),
         "iterations": iterations, "target_bpw": target_bpw,
     }  # fmt: skip

@@ -58,6 +58,10 @@ class Calibrated(InFlight):
         raise Refused(Refusal("scheme-unsupported", "notimpl", scheme, "the algorithm does not make weights of this scheme",
                               f"found {refused[0]}, expected {refused[1]}", "Choose another scheme or algorithm."))  # fmt: skip
 
+    def said(self) -> dict[str, Any]:
+        """What decides the result, in JSON's types."""
+        return {"scheme": str(self.scheme), "kv_cache": str(self.kv_cache), "algorithm": self.algorithm, "ignore": list(self.ignore)}
+
     @cached_property
     def _made(self) -> dict[str, tuple[SafetensorsSource, dict[str, Any]]]:
         """By module, the file that has it, and its facts."""

@@ -38,7 +38,10 @@ def quantize_command(
         ),
     ] = None,
     algorithm: Annotated[
-        str, typer.Option(help="rtn, gptq, or another that qcore plugins lists; with --calibration gptq.")
+        str,
+        typer.Option(
+            help="rtn, gptq, or another that qcore plugins lists; with --calibration gptq. For GGUF gptq or imatrix."
+        ),
     ] = "",
     calibration: Annotated[
         pathlib.Path | None,
@@ -91,6 +94,8 @@ def quantize_command(
     Example: qcore quantize ./model --scheme W4A16 --algorithm gptq --calibration text.txt --out ./model-w4a16
 
     Example: qcore quantize ./model --scheme FP8 --kv-cache fp8 --calibration text.txt --out ./model-fp8
+
+    Example: qcore quantize ./model --scheme Q4_K_M --calibration text.txt --out model.Q4_K_M.gguf
     """
     from qcore.checkpoint.kv_scales import calibrated_scheme
     from qcore.cli.plots import draw_errors, pyplot
@@ -102,10 +107,15 @@ def quantize_command(
     calibrated_scheme(kv_cache, "--kv-cache")
     usual = "bitsandbytes" if scheme.startswith("bitsandbytes:") else "compressed-tensors"
     formats = format or ["gguf" if is_recipe(scheme) and scheme not in PRESETS else usual]
-    _check(formats, calibration is not None, {
-        "--imatrix": (imatrix, True), "--tensor-type": (tensor_type, True),
-        "--algorithm": (algorithm, False), "--ignore": (ignore, False), "--calibration": (calibration, False),
-    }, {"--resume": resume, "--plot": plot is not None, "--samples": samples != SAMPLES, "--seqlen": seqlen != SEQLEN, "--iterations": iterations != ITERATIONS, "--target-bpw": target_bpw is not None, "--kv-cache": kv_cache != "none"})  # fmt: skip
+    by_format: dict[str, tuple[object, bool]] = {
+        "--imatrix": (imatrix, True), "--tensor-type": (tensor_type, True), "--ignore": (ignore, False), "--target-bpw": (target_bpw, False),
+    }  # fmt: skip
+    if calibration is None:
+        by_format["--algorithm"] = (algorithm, False)
+    elif imatrix is not None:
+        raise Refused(Refusal("bad-argument", "usage", "--imatrix", "calibration finds out itself how important columns are",
+                              fix="Leave one of --imatrix and --calibration out."))  # fmt: skip
+    _check(formats, calibration is not None, by_format, {"--resume": resume, "--plot": plot is not None, "--samples": samples != SAMPLES, "--seqlen": seqlen != SEQLEN, "--iterations": iterations != ITERATIONS, "--target-bpw": target_bpw is not None, "--kv-cache": kv_cache != "none"})  # fmt: skip
     errors: Mapping[str, float] = {}
     unseen: Sequence[str] = ()
     if calibration is not None:
@@ -122,6 +132,7 @@ def quantize_command(
             iterations,
             target_bpw,
             kv_cache,
+            tensor_type,
             resume=resume,
         )
         written, errors, unseen = [*made.paths], made.errors, made.unseen
@@ -169,7 +180,8 @@ def _check(
 
 def _calibrated(
     path: str, scheme: str, algorithm: str, text: pathlib.Path, out: pathlib.Path, formats: list[str],
-    ignore: list[str] | None, samples: int, seqlen: int, iterations: int, target_bpw: float | None, kv_cache: str, *, resume: bool,
+    ignore: list[str] | None, samples: int, seqlen: int, iterations: int, target_bpw: float | None, kv_cache: str,
+    tensor_type: list[str] | None, *, resume: bool,
 ) -> tuple[Checkpoint, Quantized]:  # fmt: skip
     import time
 
@@ -193,6 +205,7 @@ def _calibrated(
         source, scheme, algorithm, read_text(text), out=out, format=formats,
         ignore=UNTOUCHED if ignore is None else ignore, samples=samples, seqlen=seqlen, iterations=iterations, target_bpw=target_bpw,
         kv_cache=kv_cache, resume=resume, done=say,
+        overrides=dict(map(_override, tensor_type or ())),
     )  # fmt: skip
     return source, written
 

@@ -77,7 +77,7 @@ class Contents:
             for origin in self.origins[tensor]:
                 for layer in self._layers(origin):
                     _, blocks = next(exact_blocks(layer.weight, [kind.lower()]))
-                    yield _in_order(blocks[origin.rows], self._places[tensor])
+                    yield in_order(blocks[origin.rows], self._places[tensor])
         else:
             wide = {name: dtype for dtype, name in _WIDE.items()}[kind]
             for values in self._values(tensor, exact=True):
@@ -158,7 +158,7 @@ class Contents:
                                               "found float64 numbers that float32 does not hold", "Cast the model first."))  # fmt: skip
                 if place.add:
                     values = values - place.add
-                yield _in_order(values, place).reshape(shape[1:] if is_stack(tensor) else shape)
+                yield in_order(values, place).reshape(shape[1:] if is_stack(tensor) else shape)
 
     def _matrices(self, origin: Origin) -> Iterator[torch.Tensor]:
         """What the parameter stands for, as the checkpoint has it: [N, K] or [N]; of stacked experts one after the other."""
@@ -249,7 +249,7 @@ def _weight_only(module: str, layer: LayerTensors) -> LayerTensors:
     return layer
 
 
-def _in_order(tensor: torch.Tensor, place: GgufParameter) -> torch.Tensor:
+def in_order(tensor: torch.Tensor, place: GgufParameter) -> torch.Tensor:
     """Rows in the file's order: the inverse of `row_permutation`."""
     if place.heads is None:
         return tensor

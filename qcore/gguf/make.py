@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,43 @@ _SUFFIX = re.compile("_(exps|shexp)$")
 """What experts' parts are called beside the same parts of other models."""
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """A file that is to be made. types: of each tensor of `contents`, a key of BLOCK_TYPES, or f32, f16 or bf16."""
+
+    contents: Contents
+    recipe: Recipe
+    types: Mapping[str, str]
+
+    @classmethod
+    def of(cls, source: Checkpoint, type: str, overrides: Mapping[str, str], *, guided: bool) -> Mixture:
+        """Reads headers, configs and the tokenizer only. type, overrides: as in `save_gguf`. guided: it is known how important columns are. Raises Refused as `save_gguf` does."""
+        recipe, patterns = recipe_of(type), _patterns(overrides)
+        contents = contents_of(source)
+        return cls(contents, recipe, types_of(contents, recipe, patterns, guided=guided))
+
+    def encoded(self, tensor: str, importance: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """What is stored of a tensor; of stacks one expert after the other. importance: that of columns, [experts * columns]."""
+        each = None if importance is None else importance.view(-1, self.contents.shapes[tensor][-1])
+        for number, rows in enumerate(self.contents.rows(tensor)):
+            yield _quantized(self.contents, tensor, rows, self.types[tensor], None if each is None else each[number])
+
+    def write(
+        self, out: Path, read: Callable[[str], Iterator[torch.Tensor]], metadata: Mapping[str, object], progress: Progress | None
+    ) -> Path:  # fmt: skip
+        """The file, of what `read` gives of each tensor. metadata: more fields. Raises Refused: output-exists, cannot-write."""
+        own: dict[str, object] = {"general.file_type": self.recipe.number}
+        if any(kind in BLOCK_TYPES for kind in self.types.values()):
+            own["general.quantization_version"] = 2
+
+        def write(path: Path) -> None:
+            write_tensors(path, self.contents, self.types, read, own | dict(metadata), progress)
+            open_checkpoint(path)  # all that it says of itself fits together
+
+        atomic_file(Path(out), write)
+        return Path(out).absolute()
+
+
 def save_gguf(
     source: Checkpoint,
     out: Path,
@@ -49,30 +86,13 @@ def save_gguf(
     expression, which is looked for in GGUF's names; the first that is found wins over the recipe. Raises Refused:
     bad-argument, not-representable, bad-content, output-exists, cannot-write, and all that reading gives.
     """
-    recipe = recipe_of(type)
-    patterns = _patterns(overrides or {})
-    contents = contents_of(source)
+    mixture = Mixture.of(source, type, overrides or {}, guided=importance is not None)
     weights = read_imatrix(importance) if importance is not None else {}
-    types = types_of(contents, recipe, patterns, guided=importance is not None)
-    _check_importance(contents, types, weights, importance)
-    metadata: dict[str, object] = {"general.file_type": recipe.number}
-    if any(kind in BLOCK_TYPES for kind in types.values()):
-        metadata["general.quantization_version"] = 2
+    _check_importance(mixture.contents, mixture.types, weights, importance)
+    metadata: dict[str, object] = {}
     if importance is not None:
-        metadata |= {"quantize.imatrix.file": importance.name, "quantize.imatrix.entries_count": len(weights)}
-
-    def read(tensor: str) -> Iterator[torch.Tensor]:
-        given = weights.get(tensor)
-        each = None if given is None else given.view(-1, contents.shapes[tensor][-1])  # experts' follow each other
-        for number, rows in enumerate(contents.rows(tensor)):
-            yield _quantized(contents, tensor, rows, types[tensor], None if each is None else each[number])
-
-    def write(path: Path) -> None:
-        write_tensors(path, contents, types, read, metadata, progress)
-        open_checkpoint(path)  # all that it says of itself fits together
-
-    atomic_file(Path(out), write)
-    return Path(out).absolute()
+        metadata = {"quantize.imatrix.file": importance.name, "quantize.imatrix.entries_count": len(weights)}
+    return mixture.write(out, lambda tensor: mixture.encoded(tensor, weights.get(tensor)), metadata, progress)
 
 
 def recipe_of(name: str) -> Recipe:
