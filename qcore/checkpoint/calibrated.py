@@ -60,7 +60,12 @@ class Calibrated(InFlight):
 
     def said(self) -> dict[str, Any]:
         """What decides the result, in JSON's types."""
-        return {"scheme": str(self.scheme), "kv_cache": str(self.kv_cache), "algorithm": self.algorithm, "ignore": list(self.ignore)}
+        return {
+            "scheme": str(self.scheme),
+            "kv_cache": str(self.kv_cache),
+            "algorithm": self.algorithm,
+            "ignore": list(self.ignore),
+        }
 
     @cached_property
     def _made(self) -> dict[str, tuple[SafetensorsSource, dict[str, Any]]]:
