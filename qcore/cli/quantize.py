@@ -40,7 +40,7 @@ def quantize_command(
     algorithm: Annotated[
         str,
         typer.Option(
-            help="rtn, gptq, or another that qcore plugins lists; with --calibration gptq. For GGUF gptq or imatrix."
+            help="rtn, gptq, awq, auto_round or another that qcore plugins lists, or several joined, as smoothquant+gptq and hadamard+gptq; with --calibration gptq. For GGUF gptq or imatrix."
         ),
     ] = "",
     calibration: Annotated[
@@ -92,6 +92,8 @@ def quantize_command(
     Example: qcore quantize ./model --scheme W4A16 --format gptq --out ./model-gptq
 
     Example: qcore quantize ./model --scheme W4A16 --algorithm gptq --calibration text.txt --out ./model-w4a16
+
+    Example: qcore quantize ./model --scheme W8A8 --algorithm hadamard+gptq --calibration text.txt --out ./model-w8a8
 
     Example: qcore quantize ./model --scheme FP8 --kv-cache fp8 --calibration text.txt --out ./model-fp8
 
