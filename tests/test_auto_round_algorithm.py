@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from golden_checkpoints import FOLDERS
 from qcore.algorithms.auto_round import Rounding
 from qcore.algorithms.gptq import gptq
 from qcore.algorithms.seen import Seen, Watch
+from qcore.calibration import block
 from qcore.calibration.run import quantize
 from qcore.evaluation import evaluate
 from qcore.scheme import Scheme
@@ -65,3 +67,26 @@ def test_it_gives_the_same_each_time(tmp_path: Path) -> None:
         for name in ("one", "other")
     )
     assert digests(one.paths[0]) == digests(other.paths[0])
+
+
+def test_errors_are_those_of_what_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the weights that are written, on what the layers saw, wherever roundings were taken."""
+    seen: dict[str, Seen] = {}
+    watch, learn = block.Block._seen, block.tune
+
+    def kept(self: Any, layers: Any, states: Any) -> dict[str, Seen]:
+        found = watch(self, layers, states)
+        seen.update(found)
+        return found
+
+    def taken(*given: Any) -> bool:
+        learn(*given)
+        return True
+
+    monkeypatch.setattr(block.Block, "_seen", kept)
+    monkeypatch.setattr(block, "tune", taken)
+    made = quantize(BASE, "W3A16-g64-sym", "auto_round", TEXT, out=tmp_path / "out", samples=4, seqlen=64, iterations=4)
+    own, written = qcore.open_checkpoint(BASE), qcore.open_checkpoint(made.paths[0])
+    assert made.errors.keys() == seen.keys()
+    for name, error in made.errors.items():
+        assert error == pytest.approx(seen[name].error(own.dequantize(name), written.dequantize(name)), rel=1e-5)

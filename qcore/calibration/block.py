@@ -77,6 +77,8 @@ class Block:
         self._packed: dict[str, QuantizedTensor] = {}
         self._tops: dict[str, torch.Tensor] = {}
         self._roundings: dict[str, Rounding] = {}
+        self._before: dict[str, tuple[torch.Tensor, Seen]] = {}
+        """Of layers whose roundings are learned: what they were, and saw."""
 
     def quantized(self, states: States) -> Made:
         """Its layers have the quantized weights from now on. states: what it is given of all windows. Raises Refused (unknown-architecture, bad-content)."""
@@ -92,8 +94,10 @@ class Block:
                     del seen[module]
                 give_back()
         if wanted is not None and tune(self.blocks, self.number, self._roundings, states, wanted, self.tuning):
-            for module, rounding in self._roundings.items():
-                self._packed[module] = rounding.quantized()
+            for module, (weight, own) in self._before.items():
+                self._packed[module] = self._roundings[module].quantized()
+                if own.rows:
+                    self.made.errors[module] = own.error(weight, self._packed[module].dequantize())
         for module, top in shared(self._tops).items():
             scale = _input_scale(self.schemes[module], float(top))
             self.made.layers[module] = LayerTensors(self._packed[module], input_scale=scale)
@@ -144,6 +148,7 @@ class Block:
                 self.made.errors[module] = seen.error(weight, dense)
             if self.tuned:
                 self._roundings[module] = Rounding(weight, packed, steadied)
+                self._before[module] = (weight, seen)
             self._packed[module], self._tops[module] = packed, seen.largest.amax()
             self.layers[module].weight.data = dense
 
