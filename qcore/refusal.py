@@ -90,6 +90,7 @@ CODES: dict[str, str] = {
     # Requests
     "bad-argument": "An argument has a value that the command does not take.",
     "task-unavailable": "A task for a model, or its data, cannot be had, or must not be run.",
+    "engine-failed": "What was to do the parts of a run's work cannot be reached, or gave up.",
     "missing-package": "An optional package that this command needs is not installed.",
 }
 """Every code and its meaning, documented in docs/refusals.md from this table."""

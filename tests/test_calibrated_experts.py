@@ -18,6 +18,7 @@ from qcore.calibration import block
 from qcore.calibration.experts import portions
 from qcore.calibration.run import Quantized, quantize
 from qcore.calibration.texts import windows_of
+from qcore.calibration.watching import Sums
 from qcore.refusal import Refused
 
 GOLDEN = FOLDERS[0]
@@ -95,14 +96,14 @@ def test_mixtures(kind: str, dense: list[str], quantized: int, tmp_path: Path) -
 def test_an_expert_sees_the_tokens_that_are_sent_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose router's row is never chosen sees none: its layers are rounded to nearest, and named. In the second block, behind the first as it is quantized."""
     seen: dict[str, Seen] = {}
-    real = block.Watching.seen
+    real = Sums.seen
 
     def kept(self: Any) -> dict[str, Seen]:
         found = real(self)
         seen.update(found)
         return found
 
-    monkeypatch.setattr(block.Watching, "seen", kept)
+    monkeypatch.setattr(Sums, "seen", kept)
     mix = mixture("mixtral", num_experts_per_tok=1)
     for layer, expert in ((0, 2), (1, 1)):
         gate = mix.rest[f"model.layers.{layer}.mlp.gate.weight"]

@@ -14,6 +14,7 @@ from hostile import cases
 from makers import dense_llama, gptq_tensors, write
 from qcore.cli import evaluate, options
 from qcore.convert import convert, writer_of
+from qcore.integrations import ray
 from qcore.integrations.lm_eval import _loaded
 from qcore.method import Method
 from qcore.model.devices import find_device
@@ -89,6 +90,10 @@ def no_matplotlib(folder: Path) -> None:
         evaluate.evaluate_command(str(checkpoint(folder)), text=folder / "t.txt", plot=folder / "p.png")
 
 
+def other_machine() -> object:
+    return ray._task((iter, None), (), {**ray._facts(), "torch": "0.1"})
+
+
 def offline() -> None:
     def load(names: list[str]) -> None:
         raise ConnectionError("the hub cannot be reached")
@@ -159,6 +164,7 @@ TRIGGERS: dict[str, Callable[[Path], object]] = {
     "plugin-disabled": disabled,
     "bad-argument": lambda folder: options.checked_dtype("float7"),
     "task-unavailable": lambda folder: offline(),
+    "engine-failed": lambda folder: other_machine(),
     "missing-package": no_matplotlib,
 }
 CORPUS = {case.code: case for case in reversed(cases())}

@@ -5,7 +5,7 @@ import torch
 
 from qcore.algorithms.gptq import gptq
 from qcore.algorithms.seen import Seen, Watch
-from qcore.calibration.watching import Watching
+from qcore.calibration.watching import Sums, Watching
 from qcore.scheme import Scheme
 
 
@@ -23,7 +23,7 @@ def test_layers_of_one_input_share_a_sum() -> None:
                 own[name](x)
             own["o"](y)
     own["q"](inputs[0])  # seen no more
-    seen = watching.seen()
+    seen = watching.sums().seen()
     assert seen["q"] is seen["k"] and seen["q"] is not seen["o"]
     assert [seen[name].rows for name in own] == [15, 15, 6, 0]
     for name, given in (("q", inputs), ("o", others)):
@@ -45,7 +45,7 @@ def test_layers_that_part_later_keep_what_they_saw_together() -> None:
         own["a"](other)  # the same input twice is two inputs
         own["b"](third)
         own["c"](third)
-    seen = watching.seen()
+    seen = watching.sums().seen()
     assert seen["b"] is seen["c"] and [seen[name].rows for name in own] == [15, 10, 10]
     torch.testing.assert_close(seen["a"].gram, one.T @ one + 2 * other.T @ other)
     torch.testing.assert_close(seen["b"].gram, one.T @ one + third.T @ third)
@@ -57,7 +57,7 @@ def test_what_comes_behind_the_last_layer_does_not_run() -> None:
         for reached in (("a",), ("a", "b")):
             watching.read(lambda reached=reached: ran.append([own[name](torch.ones(3, 4)) for name in reached]))
     assert len(ran) == 1
-    assert [watching.seen()[name].rows for name in own] == [6, 3]
+    assert [watching.sums().seen()[name].rows for name in own] == [6, 3]
 
 
 def test_layers_that_only_some_windows_reach() -> None:
@@ -73,7 +73,7 @@ def test_layers_that_only_some_windows_reach() -> None:
                 own[f"{expert}.down"](y)
                 counts[expert] += 7
         own["3.gate"](torch.randn(0, 4))
-    seen = watching.seen()
+    seen = watching.sums().seen()
     for expert, rows in counts.items():
         gate, up, down = (seen[f"{expert}.{part}"] for part in ("gate", "up", "down"))
         assert gate is up and gate is not down and gate.rows == down.rows == rows
@@ -82,6 +82,55 @@ def test_layers_that_only_some_windows_reach() -> None:
         seen[f"3.{part}"].rows == 0 and torch.equal(seen[f"3.{part}"].gram, torch.eye(4))
         for part in ("gate", "up", "down")
     )
+
+
+def test_sums_of_parts_are_those_of_all() -> None:
+    """Layers are together where they are so in all parts, whatever reaches them in which."""
+    own = layers("a", "b", "c", "d", "e", "never")
+    torch.manual_seed(0)
+    parts = [[["ab", "c"], ["abc"]], [["d"]], [["abcd", "e"], []], [["a", "bc", "e"]], []]
+
+    def read(part: list[list[str]]) -> None:
+        for window in part:
+            for names in window:
+                x = torch.randn(70, 4)
+                for name in names:
+                    own[name](x)
+
+    def sums(parts: list[list[list[str]]]) -> Sums:
+        with Watching(own) as watching:
+            for part in parts:
+                read(part)
+        return watching.sums()
+
+    whole = sums(parts).seen()
+    torch.manual_seed(0)
+    added = sums(parts[:1])
+    for part in parts[1:]:
+        added.join(sums([part]))
+    seen = added.seen()
+    assert list(seen) == list(own)
+    assert seen["b"] is not seen["c"] and len({id(one) for one in seen.values()}) == 6
+    for name, one in seen.items():
+        assert one.rows == whole[name].rows == 70 * sum(name in names for part in parts for window in part for names in window)  # fmt: skip
+        torch.testing.assert_close(one.gram, whole[name].gram)
+        torch.testing.assert_close(one.typical, whole[name].typical)
+        assert torch.equal(one.largest, whole[name].largest) and torch.equal(one.sample, whole[name].sample)
+
+
+def test_sums_keep_layers_together_and_no_more_rows_than_a_sample_has() -> None:
+    own = layers("q", "k")
+    with Watching(own) as watching:
+        pass
+    added = watching.sums()
+    for _ in range(5):
+        with Watching(own) as watching:
+            for x in torch.randn(8, 3, 4):
+                own["q"](x)
+                own["k"](x)
+        added.join(watching.sums())
+    seen = added.seen()
+    assert seen["q"] is seen["k"] and seen["q"].rows == 120 and len(seen["q"].sample) == 32 * 3
 
 
 @pytest.mark.parametrize(("order", "least"), [(0.0, 0.0), (1.0, 0.05), (1.5, 0.4)])

@@ -116,6 +116,14 @@ class Watch:
         if len(self._sample) * _OF_A_CALL < _OF_ALL:
             self._sample.append(rows[:: -(-len(rows) // _OF_A_CALL)].clone())
 
+    def join(self, other: Watch) -> None:
+        """Adds what another saw after it."""
+        self._upper += other._upper
+        torch.maximum(self._largest, other._largest, out=self._largest)
+        self._sum += other._sum
+        self.rows += other.rows
+        self._sample = (self._sample + other._sample)[: _OF_ALL // _OF_A_CALL]
+
     def seen(self) -> Seen:
         sample = torch.cat(self._sample) if self._sample else torch.zeros(0, len(self._upper))
         gram = self._upper

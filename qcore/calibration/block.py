@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,17 +13,17 @@ from qcore.algorithms.auto_round import Rounding
 from qcore.algorithms.scaling import Rounds, input_scale
 from qcore.algorithms.seen import Seen
 from qcore.calibration.blocks import not_finite, unknown
+from qcore.calibration.engine import Engine, Local
 from qcore.calibration.experts import portions, shared
 from qcore.calibration.folding import Folding, scale, tied
+from qcore.calibration.parts import WINDOWS, OneInput, Packed, packed, ran, watched
 from qcore.calibration.states import States, StatesWriter
 from qcore.calibration.trace import Trace
 from qcore.calibration.tuning import Tuning, held_out, tune
-from qcore.calibration.watching import Watching
 from qcore.checkpoint.finite import all_finite
 from qcore.elements import Group, PerChannel, PerTensor
 from qcore.kernels.activations import quantize_input
 from qcore.method import is_expert
-from qcore.model.memory import give_back
 from qcore.tensor import LayerTensors, QuantizedTensor
 
 if TYPE_CHECKING:
@@ -68,11 +68,13 @@ class Block:
         algorithms: list[Algorithm],
         work: Work,
         tuning: Tuning,
+        engine: Engine,
     ) -> None:
         self.blocks, self.number, self.schemes, self.algorithms, self.work = blocks, number, schemes, algorithms, work
         self.layers = {module: layer for module, layer in blocks.linears(number).items() if module in schemes}
         self.quantize = algorithms[-1].load_calibrated()
         self.tuning, self.made = tuning, Made()
+        self.engine = engine if number < len(blocks) else Local()  # what is behind the last block is of the whole model
         self.tuned = algorithms[-1].tuned and number < len(blocks)  # logits of all windows are too many to keep
         self._packed: dict[str, QuantizedTensor] = {}
         self._tops: dict[str, torch.Tensor] = {}
@@ -88,11 +90,7 @@ class Block:
             if any(algorithm.scaling for algorithm in self.algorithms):
                 trace = Trace(self.blocks, self.number, states[0])
                 self._scale(portion, seen, Folding(self.blocks, self.number, states[0], trace))
-            for modules in self._together(portion, seen):
-                self._quantize(modules, seen[modules[0]])
-                for module in modules:
-                    del seen[module]
-                give_back()
+            self._quantize(portion, seen)
         if wanted is not None and tune(self.blocks, self.number, self._roundings, states, wanted, self.tuning):
             for module, (weight, own) in self._before.items():
                 self._packed[module] = self._roundings[module].quantized()
@@ -107,17 +105,18 @@ class Block:
         """What it gives as it is."""
         path = self.work.wanted(self.number)
         with StatesWriter(path, states.shape) as writer:
-            for part in states:
-                writer.add(self.blocks.run(self.number, part)[0])
+            for part in self.engine.map(ran, states.parts(WINDOWS), self.blocks.alone(self.number)):
+                writer.add(part[0])
         return States(path)
 
     def _seen(self, layers: Mapping[str, torch.nn.Linear], states: States) -> dict[str, Seen]:
         """What each layer sees of all samples; those that have one input see it once."""
-        with Watching(layers) as watching:
-            held = held_out(len(states)) if self.tuned else range(0)
-            for part in (states[sample] for sample in range(len(states)) if sample not in held):
-                watching.read(lambda part=part: self.blocks.run(self.number, part))  # type: ignore[misc]
-        seen = watching.seen()
+        held = held_out(len(states)) if self.tuned else range(0)
+        parts = self.engine.map(watched, states.parts(WINDOWS, held), (self.blocks.alone(self.number), layers))
+        sums = next(parts)
+        for more in parts:
+            sums.join(more)
+        seen = sums.seen()
         for module, own in seen.items():
             if not own.rows and not is_expert(module):
                 raise unknown(self.blocks.checkpoint, f"{module}, which no text reaches")
@@ -135,22 +134,26 @@ class Block:
             found.setdefault((id(seen[module]), scheme, "" if by_rows else module), []).append(module)
         return list(found.values())
 
-    def _quantize(self, modules: list[str], seen: Seen) -> None:
-        weights = [self.layers[module].weight.data for module in modules]
-        steadied = seen.steadied()
-        whole = self.quantize(
-            torch.cat(weights) if len(weights) > 1 else weights[0], self.schemes[modules[0]], steadied
+    def _quantize(self, layers: Mapping[str, torch.nn.Linear], seen: dict[str, Seen]) -> None:
+        """Takes what was seen of a layer out of `seen` once the layer is done."""
+        together = self._together(layers, seen)
+        groups = (
+            OneInput([layers[module].weight.data for module in modules], self.schemes[modules[0]], seen[modules[0]])
+            for modules in together
         )
-        for module, weight, end in zip(modules, weights, accumulate(map(len, weights)), strict=True):
-            packed = whole.rows(end - len(weight), end)
-            dense = packed.dequantize()
-            if seen.rows:
-                self.made.errors[module] = seen.error(weight, dense)
-            if self.tuned:
-                self._roundings[module] = Rounding(weight, packed, steadied)
-                self._before[module] = (weight, seen)
-            self._packed[module], self._tops[module] = packed, seen.largest.amax()
-            self.layers[module].weight.data = dense
+        made = self.engine.map(packed, groups, self.quantize)
+        for module in chain.from_iterable(together):
+            self._keep(module, next(made), seen.pop(module))
+
+    def _keep(self, module: str, packed: Packed, seen: Seen) -> None:
+        layer, weight = self.layers[module], packed.weight
+        if packed.error is not None:
+            self.made.errors[module] = packed.error
+        if self.tuned:
+            self._roundings[module] = Rounding(layer.weight.data, weight, seen.steadied())
+            self._before[module] = (layer.weight.data, seen)
+        self._packed[module], self._tops[module] = weight, seen.largest.amax()
+        layer.weight.data = packed.dense
 
     def _scale(self, layers: Mapping[str, torch.nn.Linear], seen: dict[str, Seen], folding: Folding) -> None:
         """Columns of layers, by what the algorithms find, where that can be folded into what is before; `seen` is of the new columns then."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,12 +94,15 @@ class Blocks:
         others = {str(self._places[module]): weight for module, weight in (weights or {}).items()}
         if number == len(self):
             return self._behind(states, others)
-        args, named = self._calls[number]
         start = len(f"{self.prefix}.{number}.")
         others = {place[start:]: weight for place, weight in others.items()}
-        out = torch.func.functional_call(self.blocks[number], others, (states, *args), named)
-        found: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return found
+        return _Alone(self.blocks[number], *self._calls[number]).run(states, others)
+
+    def alone(self, number: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`run` of a block, as it is from now on, without the model: another process can be sent it. Of what is behind the last one, only this process."""
+        if number == len(self):
+            return partial(self.run, number)
+        return _Alone(self.blocks[number], *self._calls[number]).run
 
     def _behind(self, states: torch.Tensor, others: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits [1, tokens, vocabulary] of what the last block gives: the model, with passing blocks, of which the last gives these states."""
@@ -156,6 +161,24 @@ class Blocks:
 
     def _unknown(self, what: str) -> Refused:
         return unknown(self.checkpoint, what)
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """A block without its model. args, named: what it is given beside states."""
+
+    block: torch.nn.Module
+    args: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+    def run(self, states: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """What it makes of [1, tokens, hidden]. weights: in place of its own, by their names in it."""
+        if weights:
+            out = torch.func.functional_call(self.block, dict(weights), (states, *self.args), dict(self.named))
+        else:
+            out = self.block(states, *self.args, **self.named)
+        found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return found
 
 
 class _Passing(torch.nn.Module):

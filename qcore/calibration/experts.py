@@ -79,7 +79,7 @@ def portions(layers: Mapping[str, torch.nn.Linear]) -> list[dict[str, torch.nn.L
     limit, taken = sum(layer.weight.nbytes for layer in layers.values()) + _SLACK, 0
     for _, own in groupby(sorted(layers, key=_order), key=_order):
         together = {module: layers[module] for module in own}
-        size = sum(4 * layer.in_features**2 for layer in together.values())
+        size = sum(8 * layer.in_features**2 for layer in together.values())  # of all windows, and of some
         if taken and taken + size > limit:
             found.append({})
             taken = 0

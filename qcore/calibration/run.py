@@ -19,8 +19,10 @@ from qcore.calibration import ITERATIONS, SAMPLES, SEQLEN
 from qcore.calibration.block import Block, Made
 from qcore.calibration.blocks import Blocks, not_finite, unknown
 from qcore.calibration.caching import Caching, check_cache
+from qcore.calibration.engine import Engine, Local, engine_of
 from qcore.calibration.mixing import mixable, mixed
 from qcore.calibration.mixture import CalibratedMixture, chain_for_blocks
+from qcore.calibration.parts import WINDOWS, ran
 from qcore.calibration.states import States, StatesWriter
 from qcore.calibration.texts import windows_of
 from qcore.calibration.tuning import Tuning
@@ -77,6 +79,7 @@ def quantize(
     seqlen: int = SEQLEN,
     iterations: int = ITERATIONS,
     target_bpw: float | None = None,
+    engine: str = "local",
     kv_cache: str | None = None,
     resume: bool = False,
     overrides: Mapping[str, str] | None = None,
@@ -87,11 +90,13 @@ def quantize(
     algorithm: its name; without one the first that makes the scheme, with a text of those that look at it. calibration: a text, or several; without one no layer is looked at, as
     `Checkpoint.quantized` has it. ignore: as there. samples, seqlen: windows of the text, and tokens of one. iterations: steps in which each block's roundings are learned, by
     algorithms that do. target_bpw: layers get schemes like the one that is named, of as many bits each as lose the least with so many bits per weight of all, scales and
-    zero points among them. kv_cache: of qcore.checkpoint.kv_scales.CALIBRATED, one whose scales are found too. resume: go on where a run with the same words was stopped; else
+    zero points among them. kv_cache: of qcore.checkpoint.kv_scales.CALIBRATED, one whose scales are found too. engine: what does the
+    work, local (this process) or ray (its tasks, with the same result). resume: go on where a run with the same words was stopped; with whichever engine; else
     what it left is refused. done: called after each block. For the format gguf, which is written alone, the scheme is a mixture or a type of llama.cpp's, such as Q4_K_M, and
     tells which layers stay as they are; overrides: as for `save_gguf`.
 
-    Raises Refused: unknown-format, bad-scheme, scheme-unsupported, bad-argument, output-exists, cannot-write, unknown-architecture, and all that reading and converting give.
+    Raises Refused: unknown-format, bad-scheme, scheme-unsupported, bad-argument, output-exists, cannot-write, unknown-architecture, missing-package, engine-failed, and all that reading and
+    converting give.
     """
     cache = calibrated_scheme(kv_cache)
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
@@ -102,17 +107,19 @@ def quantize(
                                   fix="Give a text to calibrate with, or leave it out."))  # fmt: skip
         made = source.quantized(f"{algorithm}:{scheme}" if algorithm else scheme, ignore)
         return Quantized(_written(made, formats, out, resume=False), {})
+    running = engine_of(engine)
     source, asked = _asked(source, scheme, algorithm, ignore, formats, out, cache, overrides or {})
     schemes = mixable(source, asked, formats) if target_bpw is not None else ()
     if not (resume and len(formats) > 1) and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise taken(out)
     text = calibration if isinstance(calibration, str) else "\n\n".join(calibration)
     windows = windows_of(source, text, samples, seqlen)
-    with Work(asked.folder, _request(source, asked, windows, iterations, target_bpw), resume=resume) as work:
+    request = _request(source, asked, windows, iterations, target_bpw)
+    with Work(asked.folder, request, resume=resume) as work, running as parts:
         blocks = Blocks(source)
         if target_bpw is not None:
             asked = mixed(source, blocks, asked, windows, schemes, target_bpw, work)
-        _Run(source, blocks, asked, work, Tuning(iterations)).blocks_of(windows, done)
+        _Run(source, blocks, asked, work, Tuning(iterations), parts).blocks_of(windows, done)
         errors, unseen = asked.errors(), asked.unseen()
         if isinstance(asked, CalibratedMixture):
             paths: tuple[Path, ...] = (asked.save(source, out),)
@@ -161,8 +168,10 @@ def _written(made: Checkpoint, formats: Sequence[str], out: Path, *, resume: boo
 class _Run:
     """The blocks of one run, each read, watched, quantized and kept."""
 
-    def __init__(self, source: Checkpoint, blocks: Blocks, asked: Calibrated, work: Work, tuning: Tuning) -> None:
-        self.source, self.blocks, self.work, self.tuning = source, blocks, work, tuning
+    def __init__(
+        self, source: Checkpoint, blocks: Blocks, asked: Calibrated, work: Work, tuning: Tuning, engine: Engine
+    ) -> None:
+        self.source, self.blocks, self.work, self.tuning, self.engine = source, blocks, work, tuning, engine
         self.algorithms = chain_of(asked.algorithm) if asked.algorithm else []
         self.plan = asked.targets(source.layers)
         self.kv_cache = asked.kv_cache
@@ -179,6 +188,7 @@ class _Run:
         """All that are not done yet, for windows of tokens."""
         import torch
 
+        torch.set_num_threads(torch.get_num_threads())  # MKL uses fewer than it may until it is told how many
         with torch.no_grad():
             if self.work.done == 0:
                 self._write(0, len(windows), self.blocks.first(windows))
@@ -199,12 +209,15 @@ class _Run:
         states = States(self.work.states(number))
         made = Made()
         if schemes:
-            made = Block(self.blocks, number, schemes, self.algorithms, self.work, self.tuning).quantized(states)
-        with Caching(self.blocks, number, self.kv_cache if number < len(self.blocks) else None) as caching:
-            outputs = (self.blocks.run(number, part) for part in states)
+            block = Block(self.blocks, number, schemes, self.algorithms, self.work, self.tuning, self.engine)
+            made = block.quantized(states)
+        cached = self.kv_cache if number < len(self.blocks) else None
+        engine = self.engine if cached is None else Local()  # what is cached is seen in this process
+        with Caching(self.blocks, number, cached) as caching:
+            outputs = engine.map(ran, states.parts(WINDOWS), self.blocks.alone(number))
             if number + 1 < self.count:
                 self._write(number + 1, samples, outputs)
-            elif self.kv_cache is not None and number < len(self.blocks):
+            elif cached is not None:
                 for _ in outputs:
                     pass  # what it caches is seen
         made.kv_scales = caching.scales()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -76,3 +76,21 @@ class States:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[sample] for sample in range(len(self)))
+
+    def parts(self, size: int, without: Container[int] = ()) -> Iterator[Iterable[torch.Tensor]]:
+        """So many samples in each, but for the last; those that are named are left out."""
+        samples = [sample for sample in range(len(self)) if sample not in without]
+        return (_Part(self, samples[start : start + size]) for start in range(0, len(samples), size))
+
+
+class _Part:
+    """Some samples of a file. They are read one at a time; another process is sent all of them, for it may not have the file."""
+
+    def __init__(self, states: States, samples: Sequence[int]) -> None:
+        self._states, self._samples = states, samples
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self._states[sample] for sample in self._samples)
+
+    def __reduce__(self) -> tuple[type[list[torch.Tensor]], tuple[list[torch.Tensor]]]:
+        return list, (list(self),)

@@ -7,7 +7,7 @@ nothing has to be known of a block, and layers that one window reaches and anoth
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from types import TracebackType
 
@@ -49,14 +49,10 @@ class Watching:
             run()
         self._missing = None
 
-    def seen(self) -> dict[str, Seen]:
-        """What each layer saw, one object for those that saw the same. A layer that saw nothing has no rows, and all columns count alike."""
-        found = {id(alike): alike.watch.seen() for alike in self._alike.values() if alike.watch and alike.watch.rows}
-        nothing = {size: Seen.nothing(size) for size in {layer.in_features for layer in self.layers.values()}}
-        return {
-            module: found.get(id(alike)) or copy.copy(nothing[self.layers[module].in_features])
-            for module, alike in self._alike.items()
-        }
+    def sums(self) -> Sums:
+        """What they saw."""
+        groups = {id(alike): (alike.members, alike.watch) for alike in self._alike.values()}
+        return Sums({module: layer.in_features for module, layer in self.layers.items()}, groups.values())
 
     def _called(self, module: str, x: torch.Tensor) -> None:
         alike = self._alike[module]
@@ -85,6 +81,36 @@ class Watching:
             had.watch = Watch(alike.given.shape[-1])
         had.watch.add(alike.given)
         alike.given, alike.had = None, set()
+
+
+class Sums:
+    """What layers have seen of some windows. columns: of their inputs, by name. groups: those that have always had one input, and what they saw; at most one of them saw nothing."""
+
+    def __init__(self, columns: Mapping[str, int], groups: Iterable[tuple[set[str], Watch | None]]) -> None:
+        self.columns, self._groups = columns, list(groups)
+
+    def join(self, other: Sums) -> None:
+        """Adds what the same layers have seen of further windows, and takes the other's memory over: together are those that are so in both."""
+        groups: list[tuple[set[str], Watch | None]] = []
+        for members, watch in self._groups:
+            parts = [(members & others, more) for others, more in other._groups if members & others]
+            for number, (common, more) in enumerate(parts, 1):
+                own = watch if number == len(parts) else copy.deepcopy(watch)
+                if own is None:
+                    own = more
+                elif more is not None:
+                    own.join(more)
+                groups.append((common, own))
+        self._groups = groups
+
+    def seen(self) -> dict[str, Seen]:
+        """What each layer saw, one object for those that saw the same. A layer that saw nothing has no rows, and all columns count alike."""
+        nothing = {size: Seen.nothing(size) for size in {*self.columns.values()}}
+        found: dict[str, Seen] = {}
+        for members, watch in self._groups:
+            seen = watch.seen() if watch is not None and watch.rows else None
+            found |= {module: seen or copy.copy(nothing[self.columns[module]]) for module in members}
+        return {module: found[module] for module in self.columns}
 
 
 class _EnoughError(Exception):

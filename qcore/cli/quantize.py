@@ -60,6 +60,9 @@ def quantize_command(
             help="Bits per weight of all layers together: each gets those that lose least, in schemes like the one that is named. With --calibration.",
         ),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="What does a calibrated run's work: local (this process), or ray (its tasks).")
+    ] = "local",
     kv_cache: Annotated[
         str,
         typer.Option(
@@ -117,7 +120,7 @@ def quantize_command(
     elif imatrix is not None:
         raise Refused(Refusal("bad-argument", "usage", "--imatrix", "calibration finds out itself how important columns are",
                               fix="Leave one of --imatrix and --calibration out."))  # fmt: skip
-    _check(formats, calibration is not None, by_format, {"--resume": resume, "--plot": plot is not None, "--samples": samples != SAMPLES, "--seqlen": seqlen != SEQLEN, "--iterations": iterations != ITERATIONS, "--target-bpw": target_bpw is not None, "--kv-cache": kv_cache != "none"})  # fmt: skip
+    _check(formats, calibration is not None, by_format, {"--resume": resume, "--plot": plot is not None, "--samples": samples != SAMPLES, "--seqlen": seqlen != SEQLEN, "--iterations": iterations != ITERATIONS, "--target-bpw": target_bpw is not None, "--engine": engine != "local", "--kv-cache": kv_cache != "none"})  # fmt: skip
     errors: Mapping[str, float] = {}
     unseen: Sequence[str] = ()
     if calibration is not None:
@@ -134,6 +137,7 @@ def quantize_command(
             iterations,
             target_bpw,
             kv_cache,
+            engine,
             tensor_type,
             resume=resume,
         )
@@ -182,7 +186,7 @@ def _check(
 
 def _calibrated(
     path: str, scheme: str, algorithm: str, text: pathlib.Path, out: pathlib.Path, formats: list[str],
-    ignore: list[str] | None, samples: int, seqlen: int, iterations: int, target_bpw: float | None, kv_cache: str,
+    ignore: list[str] | None, samples: int, seqlen: int, iterations: int, target_bpw: float | None, kv_cache: str, engine: str,
     tensor_type: list[str] | None, *, resume: bool,
 ) -> tuple[Checkpoint, Quantized]:  # fmt: skip
     import time
@@ -206,7 +210,7 @@ def _calibrated(
     written = quantize(
         source, scheme, algorithm, read_text(text), out=out, format=formats,
         ignore=UNTOUCHED if ignore is None else ignore, samples=samples, seqlen=seqlen, iterations=iterations, target_bpw=target_bpw,
-        kv_cache=kv_cache, resume=resume, done=say,
+        kv_cache=kv_cache, engine=engine, resume=resume, done=say,
         overrides=dict(map(_override, tensor_type or ())),
     )  # fmt: skip
     return source, written

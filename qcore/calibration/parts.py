@@ -1,0 +1,74 @@
+"""The parts of a block's work that an engine does (qcore/calibration/engine.py): what is done with some of the windows, or with layers that have one input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qcore.calibration.watching import Sums, Watching
+from qcore.model.memory import give_back
+
+if TYPE_CHECKING:
+    from qcore.algorithm import QuantizeSeen
+    from qcore.algorithms.seen import Seen
+    from qcore.scheme import Scheme
+    from qcore.tensor import QuantizedTensor
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+"""`Blocks.alone`."""
+WINDOWS = 8
+"""In a part. Sums are made part by part, so they are the same however many parts are done at a time."""
+
+
+@dataclass(frozen=True)
+class OneInput:
+    """Layers that are quantized as one. weights: float32 [N, K] of each. seen: their one input."""
+
+    weights: list[torch.Tensor]
+    scheme: Scheme
+    seen: Seen
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A layer's weight, which are rows of a whole one from `start` on. dense: float32 [N, K], what it stands for. error: the squared distance of the layer's outputs in parts of the
+    squared outputs, if it had inputs."""
+
+    whole: QuantizedTensor
+    start: int
+    dense: torch.Tensor
+    error: float | None
+
+    @property
+    def weight(self) -> QuantizedTensor:
+        return self.whole.rows(self.start, self.start + len(self.dense))
+
+
+def ran(run: Run, states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """What a block makes of each window [1, tokens, hidden]."""
+    return map(run, states)
+
+
+def watched(block: tuple[Run, Mapping[str, torch.nn.Linear]], states: Iterable[torch.Tensor]) -> Iterator[Sums]:
+    """What some layers of a block see of windows [1, tokens, hidden], all together."""
+    run, layers = block
+    with Watching(layers) as watching:
+        for part in states:
+            watching.read(lambda part=part: run(part))  # type: ignore[misc]
+    yield watching.sums()
+
+
+def packed(quantize: QuantizeSeen, group: OneInput) -> Iterator[Packed]:
+    """The layers of a group, in their order."""
+    give_back()  # what the group before this one took
+    whole = quantize(
+        torch.cat(group.weights) if len(group.weights) > 1 else group.weights[0], group.scheme, group.seen.steadied()
+    )
+    start = 0
+    for weight in group.weights:
+        dense = whole.rows(start, start + len(weight)).dequantize()
+        yield Packed(whole, start, dense, group.seen.error(weight, dense) if group.seen.rows else None)
+        start += len(weight)
