@@ -7,6 +7,7 @@ Magnitudes are counted by the first 16 bits of their float32, of each head, so t
 from __future__ import annotations
 
 import inspect
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ class Caching:
     def __init__(self, blocks: Blocks, number: int, scheme: TensorScheme | None) -> None:
         self.blocks, self.scheme = blocks, scheme
         self._attention: dict[str, tuple[torch.nn.Module, Magnitudes, Magnitudes]] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = ExitStack()
         if scheme is not None:
             for name, module in _attentions(blocks.blocks[number]).items():
                 place = f"{blocks.prefix}.{number}.{name}"
@@ -49,15 +50,13 @@ class Caching:
     def __enter__(self) -> Caching:
         for place, (module, keys, values) in self._attention.items():
             handed = _Handed(module, _Seeing(self.blocks, place, keys, values))
-            self._hooks.append(module.register_forward_pre_hook(handed, with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_pre_hook(handed, with_kwargs=True))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._hooks.close()
 
     def scales(self) -> dict[str, KvScales]:
         """By attention module. Raises Refused: bad-argument where one has cached nothing, bad-content where what it cached is not finite."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,11 @@ class Trace:
 
     def __init__(self, blocks: Blocks, number: int, states: torch.Tensor) -> None:
         self.ran: list[Ran] = []
-        hooks = [module.register_forward_hook(self._add) for module in blocks.modules(number) if module._parameters.get("weight") is not None]  # fmt: skip
-        self.output = blocks.run(number, states)
-        for hook in hooks:
-            hook.remove()
+        with ExitStack() as hooks:
+            for module in blocks.modules(number):
+                if module._parameters.get("weight") is not None:
+                    hooks.enter_context(module.register_forward_hook(self._add))
+            self.output = blocks.run(number, states)
 
     def of(self, module: torch.nn.Module) -> Ran | None:
         """Its first call."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 
 import torch
@@ -23,12 +23,12 @@ class Watching:
         self.layers = layers
         everything = _Alike(set(layers))
         self._alike = dict.fromkeys(layers, everything)
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = ExitStack()
         self._missing: set[str] | None = None
 
     def __enter__(self) -> Watching:
         for module, layer in self.layers.items():
-            self._hooks.append(
+            self._hooks.enter_context(
                 layer.register_forward_pre_hook(lambda _, given, module=module: self._called(module, given[0]))
             )
         return self
@@ -36,9 +36,7 @@ class Watching:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._hooks.close()
         for alike in {id(alike): alike for alike in self._alike.values()}.values():
             self._settle(alike)
 
