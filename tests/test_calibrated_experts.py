@@ -14,7 +14,7 @@ from commands import command
 from golden_checkpoints import FOLDERS
 from mixtures import EXPERTS, HIDDEN, INNER, Mixture, logits
 from qcore.algorithms.seen import Seen, Watch
-from qcore.calibration import block
+from qcore.calibration import block, precision
 from qcore.calibration.experts import portions
 from qcore.calibration.run import Quantized, quantize
 from qcore.calibration.texts import windows_of
@@ -104,6 +104,7 @@ def test_an_expert_sees_the_tokens_that_are_sent_to_it(tmp_path: Path, monkeypat
         return found
 
     monkeypatch.setattr(Sums, "seen", kept)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
     mix = mixture("mixtral", num_experts_per_tok=1)
     for layer, expert in ((0, 2), (1, 1)):
         gate = mix.rest[f"model.layers.{layer}.mlp.gate.weight"]

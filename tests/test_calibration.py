@@ -18,7 +18,7 @@ import qcore
 from commands import command
 from golden_checkpoints import FOLDERS
 from qcore.algorithms.seen import Seen
-from qcore.calibration import run
+from qcore.calibration import precision, run
 from qcore.calibration.block import Block
 from qcore.calibration.run import BlockDone, quantize
 from qcore.checkpoint.in_flight import UNTOUCHED
@@ -88,6 +88,7 @@ def test_layers_see_what_the_whole_model_has(tmp_path: Path, monkeypatch: pytest
         return found[-1].copy()
 
     monkeypatch.setattr(Block, "_seen", kept)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
     out = made(tmp_path / "out")
     tokens = torch.tensor(qcore.open_checkpoint(BASE).load_tokenizer()(READ)["input_ids"])
     count = min(16, len(tokens) // 256)

@@ -7,7 +7,6 @@ which needs no index (GPTQModel's group-aware reordering, arXiv 2505.14638); goi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -75,17 +74,15 @@ def _order(diagonal: torch.Tensor, size: int, *, whole: bool) -> tuple[torch.Ten
 class _Solver:
     """weight: [K, N] in the order that columns are taken in. gram: [K, K] alike, damped, and upper as `upper_of` gives it. groups: in that order too.
 
-    pull: the matrix times what weights are apart, [K, N], always up to date after `first`. error: of outputs, squared, as the last pass left it.
+    After `first` these are always up to date: units and fits; apart, what weights are away from these, and pull, the matrix times that, [K, N].
     """
 
     def __init__(
         self, weight: torch.Tensor, gram: torch.Tensor, upper: torch.Tensor, grid: Grid, groups: list[slice]
     ) -> None:
         self.weight, self.gram, self.upper, self.grid, self.groups = weight, gram, upper, grid, groups
-        self.units = torch.empty_like(weight)
-        self.made = torch.empty_like(weight)
+        self.units, self.apart = torch.empty_like(weight), torch.empty_like(weight)
         self.fits: list[Fit] = []
-        self._group = [number for number, group in enumerate(groups) for _ in range(group.stop - group.start)]
 
     def solve(self) -> None:
         self.first()
@@ -97,75 +94,73 @@ class _Solver:
         """Each column rounded to nearest, for what makes up for the errors of those before it. With the matrix as U U^T, U upper triangular, the squared error is
         the sum of those of the columns of (weight - made) U, of which each is the first that its own column is in."""
         upper, importance = self.upper, self.gram.diagonal()
-        apart = torch.empty_like(self.weight)
-        for start, stop in self._blocks():
-            pending = upper[:start, start:stop].T @ apart[:start]
-            for column in range(start, stop):
-                place, group = column - start, self.groups[self._group[column]]
-                if column == group.start:
-                    inside = pending[place : group.stop - start]
-                    if group.stop > stop:
-                        inside = upper[:start, group].T @ apart[:start]
-                    best = torch.linalg.solve_triangular(upper[group, group].T, inside, upper=False)
-                    self.fits.append(fit(self.grid, best.add_(self.weight[group]), importance[group]))
-                self._round(column, self.weight[column] + pending[place] / upper[column, column])
-                torch.sub(self.weight[column], self.made[column], out=apart[column])
-                pending[place + 1 :].addr_(upper[column, column + 1 : stop], apart[column])
-        self.pull = self.gram @ apart
+        alone = upper.diagonal()
+        for group in self.groups:
+            before = self._before(group)
+            best = torch.linalg.solve_triangular(upper[group, group].T, before, upper=False)
+            now = fit(self.grid, best.add_(self.weight[group]), importance[group])
+            self.fits.append(now)
+            for part in _parts(group):
+                pending = before if part == group else self._before(part)
+                own = self.weight[part] / now.scale
+                wanted = (pending / alone[part, None]).div_(now.scale).add_(own)
+                self.units[part] = self._rounded(now, wanted, own, upper[part, part] / alone[part])
+                torch.mul(own.sub_(self.units[part]), now.scale, out=self.apart[part])
+        self.pull = self.gram @ self.apart
         self.error = self._error()
 
     def again(self) -> bool:
         """Goes over all scales and all codes, each for what all others are; whether that made the error smaller."""
-        before, kept = self.error, (self.units.clone(), self.made.clone(), list(self.fits))
-        for start, stop in self._blocks():
-            for number in range(self._group[start], self._group[stop - 1] + 1):
-                if self.groups[number].start >= start:
-                    self._rescale(number)
-            old, own, pull = self.made[start:stop].clone(), self.gram[start:stop, start:stop], self.pull[start:stop].clone()  # fmt: skip
-            for column in range(start, stop):
-                place = column - start
-                self._round(column, old[place] + pull[place] / own[place, place])
-                pull[place + 1 :].addr_(own[place, place + 1 :], self.made[column] - old[place], alpha=-1)
-            self.pull.addmm_(self.gram[:, start:stop], self.made[start:stop] - old, alpha=-1)
+        before, kept = self.error, (self.units.clone(), list(self.fits))
+        for number, group in enumerate(self.groups):
+            parts, moved = _parts(group), self._rescale(number)
+            if len(parts) > 1:
+                self._move(group, moved)
+                moved = torch.zeros(())
+            now = self.fits[number]
+            for part in parts:
+                own, old = self.gram[part, part], self.units[part].clone()
+                pull = self.pull[part] - own @ moved if moved.dim() else self.pull[part]
+                wanted = (pull / own.diagonal()[:, None]).div_(now.scale).add_(old)
+                self.units[part] = self._rounded(now, wanted, old, own / own.diagonal())
+                self._move(part, moved + (self.units[part] - old).mul_(now.scale))
         self.error = self._error()
         if self.error < before:
             return True
-        self.units, self.made, self.fits = kept
+        self.units, self.fits = kept
         return False
 
-    def _error(self) -> float:
-        return float(((self.weight - self.made) * self.pull).sum(dtype=torch.float64))
+    def _rounded(self, now: Fit, wanted: torch.Tensor, old: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """Units [g, N], one column after the other. wanted: of each, in units, when its turn comes; those that follow take a column's share, [g, g], of what it is off from `old`."""
+        nearest, units = self.grid.rounding(now), []
+        for column, (own, before) in enumerate(zip(wanted.unbind(), old.unbind(), strict=True), 1):
+            units.append(nearest(own))
+            wanted[column:].addr_(shares[column - 1, column:], before - units[-1])
+        return torch.stack(units)
 
-    def _round(self, column: int, wanted: torch.Tensor) -> None:
-        now = self.fits[self._group[column]]
-        self.units[column] = self.grid.nearest(wanted, now)[0]
-        torch.mul(self.units[column], now.scale[0], out=self.made[column])
+    def _before(self, part: slice) -> torch.Tensor:
+        """What columns have to make up for of those before them."""
+        return self.upper[: part.start, part].T @ self.apart[: part.start]
 
-    def _rescale(self, number: int) -> None:
-        """The best scale of a group for its codes and for what all other groups are."""
+    def _rescale(self, number: int) -> torch.Tensor:
+        """The best scale of a group for its codes and for what all other groups are. What its weights are moved by, which `_move` is not told of yet."""
         group, now = self.groups[number], self.fits[number]
         units = self.units[group]
         below = (self.gram[group, group] @ units).mul_(units).sum(0, keepdim=True)
         above = (self.pull[group] * units).sum(0, keepdim=True).addcmul_(below, now.scale)
         new = rescaled(self.grid, now, above, below)
         self.fits[number] = Fit(torch.where(new.scale * now.scale > 0, new.scale, now.scale), now.zero)
-        apart = units * self.fits[number].scale - self.made[group]
-        self.made[group] += apart
-        self.pull.addmm_(self.gram[:, group], apart, alpha=-1)
+        return units * (self.fits[number].scale - now.scale)
 
-    def _blocks(self) -> Iterator[tuple[int, int]]:
-        """Of whole groups where these are short, else parts of one."""
-        start = stop = 0
-        for group in self.groups:
-            if group.stop - start > _BLOCK and stop > start:
-                yield start, stop
-                start = stop
-            while group.stop - start > _BLOCK:
-                yield start, start + _BLOCK
-                start += _BLOCK
-            stop = group.stop
-            if group.stop - group.start > _BLOCK and stop > start:  # the last part of a long one
-                yield start, stop
-                start = stop
-        if stop > start:
-            yield start, stop
+    def _move(self, part: slice, by: torch.Tensor) -> None:
+        self.apart[part] -= by
+        self.pull.addmm_(self.gram[:, part], by, alpha=-1)
+
+    def _error(self) -> float:
+        """Of outputs, squared."""
+        return float((self.apart * self.pull).sum(dtype=torch.float64))
+
+
+def _parts(group: slice) -> list[slice]:
+    """Of a group's columns, those whose errors reach the others together."""
+    return [slice(start, min(start + _BLOCK, group.stop)) for start in range(group.start, group.stop, _BLOCK)]

@@ -21,9 +21,9 @@ from qcore.refusal import Refusal, Refused
 from qcore.scheme import TensorScheme
 from qcore.tensor import TORCH_FLOATS, float_table
 
-_ROUNDS = 2
+_ROUNDS = 3
 """Of least squares: the scale for the units, then the units for the scale."""
-_PARTS = tuple(torch.linspace(1.0, 0.5, 8).tolist())
+_PARTS = tuple(torch.linspace(1.0, 0.5, 12).tolist())
 """Parts of a group's range that a scale may span: what lies outside is cut off."""
 _OVER = (1.5, 1.25)
 """The same for floats, whose numbers lie closer where they are small."""
@@ -45,6 +45,10 @@ class Grid(Protocol):
 
     def nearest(self, values: torch.Tensor, fit: Fit) -> torch.Tensor:
         """The units whose numbers are the nearest to values [.., N]."""
+        ...
+
+    def rounding(self, fit: Fit) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes units of values [N] that are given in them."""
         ...
 
     def span(self, values: torch.Tensor) -> Fit:
@@ -69,22 +73,32 @@ def fit(grid: Grid, values: torch.Tensor, importance: torch.Tensor) -> Fit:
     best: Fit | None = None
     least = torch.empty(0)
     for start in grid.starts(values):
-        now = start
-        for last in (False,) * _ROUNDS + (True,):
-            units = grid.nearest(values, now)
-            apart = (units * now.scale).sub_(values)
-            error = grid.pooled((weighted(importance, apart) * apart).sum(0, keepdim=True))
-            if best is None:
-                best, least = now, error
-            else:
-                better = error < least
-                best = Fit(torch.where(better, now.scale, best.scale), torch.where(better, now.zero, best.zero))
-                least = torch.where(better, error, least)
-            if not last:
-                along = weighted(importance, units)
-                now = rescaled(grid, now, (along * values).sum(0, keepdim=True), along.mul_(units).sum(0, keepdim=True))
+        best, least = _better(best, least, start, _error(grid, values, importance, start))
     assert best is not None
+    now = best
+    for _ in range(_ROUNDS):
+        units = grid.nearest(values, now)
+        along = weighted(importance, units)
+        now = rescaled(grid, now, (along * values).sum(0, keepdim=True), along.mul_(units).sum(0, keepdim=True))
+        best, least = _better(best, least, now, _error(grid, values, importance, now))
     return best
+
+
+def _error(grid: Grid, values: torch.Tensor, importance: torch.Tensor, now: Fit) -> torch.Tensor:
+    """Of values rounded to nearest, [1, N]."""
+    apart = grid.nearest(values, now).mul_(now.scale).sub_(values)
+    if importance.dim() == 1:
+        return grid.pooled(importance[None] @ apart.square_())
+    return grid.pooled((importance @ apart).mul_(apart).sum(0, keepdim=True))
+
+
+def _better(best: Fit | None, least: torch.Tensor, now: Fit, error: torch.Tensor) -> tuple[Fit, torch.Tensor]:
+    """Of each row the fit with the smaller error, and that."""
+    if best is None:
+        return now, error
+    better = error < least
+    scale, zero = torch.where(better, now.scale, best.scale), torch.where(better, now.zero, best.zero)
+    return Fit(scale, zero), torch.minimum(error, least)
 
 
 def weighted(importance: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -126,18 +140,22 @@ class IntegerGrid:
     scales: Scales
 
     def nearest(self, values: torch.Tensor, fit: Fit) -> torch.Tensor:
-        top = (1 << self.bits) - 1
-        return (values / fit.scale).round_().add_(fit.zero).clamp_(0, top).sub_(fit.zero)
+        return self._within((values / fit.scale).round_(), fit.zero)
+
+    def rounding(self, fit: Fit) -> Callable[[torch.Tensor], torch.Tensor]:
+        zero = fit.zero[0]
+        return lambda values: self._within(values.round(), zero)
 
     def span(self, values: torch.Tensor) -> Fit:
-        return self._over(*self._ends(values), up=True)
+        return self._over(*self._reach(values), up=True)
 
     def starts(self, values: torch.Tensor) -> Iterator[Fit]:
-        low, high = self._ends(values)
+        low, high = self._reach(values)
         for part in _PARTS:
-            yield self._over(low * part, high * part)
+            start = self._over(low * part, high * part)
+            yield start
             if not self.zero and self.scales.kind == "float":
-                yield self._over(-low * part, -high * part)
+                yield Fit(-start.scale, start.zero)
 
     def stored(self, scale: torch.Tensor) -> torch.Tensor:
         """Floats in float16, as most formats have them; one that float16 does not hold at full precision stays as it is."""
@@ -150,7 +168,12 @@ class IntegerGrid:
     def pooled(self, sums: torch.Tensor) -> torch.Tensor:
         return self.scales.over(sums, torch.sum)
 
-    def _ends(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _within(self, units: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Those that codes are there for, in place."""
+        top = (1 << self.bits) - 1
+        return units.clamp_(-zero, top - zero) if self.zero else units.clamp_(-(top // 2) - 1, top // 2)
+
+    def _reach(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What groups reach to, zero among it; without a zero point alike on both sides."""
         if not self.zero:
             largest = self.scales.over(values.abs().amax(0, keepdim=True), torch.amax)
@@ -181,12 +204,10 @@ class FloatGrid:
     scales: Scales
 
     def nearest(self, values: torch.Tensor, fit: Fit) -> torch.Tensor:
-        top = largest_of(self.format)
-        wanted = (values / fit.scale).clamp_(-top, top)
-        if self.format in TORCH_FLOATS:
-            return wanted.to(TORCH_FLOATS[self.format]).float()
-        positive, between = _positive(self.format)
-        return positive[torch.bucketize(wanted.abs().contiguous(), between)].copysign_(wanted)
+        return self._rounded(values / fit.scale)
+
+    def rounding(self, fit: Fit) -> Callable[[torch.Tensor], torch.Tensor]:
+        return self._rounded
 
     def span(self, values: torch.Tensor) -> Fit:
         wanted = self._least(values)
@@ -205,6 +226,14 @@ class FloatGrid:
 
     def pooled(self, sums: torch.Tensor) -> torch.Tensor:
         return self.scales.over(sums, torch.sum)
+
+    def _rounded(self, values: torch.Tensor) -> torch.Tensor:
+        top = largest_of(self.format)
+        wanted = values.clamp(-top, top)
+        if self.format in TORCH_FLOATS:
+            return wanted.to(TORCH_FLOATS[self.format]).float()
+        positive, between = _positive(self.format)
+        return positive[torch.bucketize(wanted.abs().contiguous(), between)].copysign_(wanted)
 
     def _least(self, values: torch.Tensor) -> torch.Tensor:
         """The scale under which none is larger than the largest number."""

@@ -112,7 +112,9 @@ class Block:
     def _seen(self, layers: Mapping[str, torch.nn.Linear], states: States) -> dict[str, Seen]:
         """What each layer sees of all samples; those that have one input see it once."""
         held = held_out(len(states)) if self.tuned else range(0)
-        parts = self.engine.map(watched, states.parts(WINDOWS, held), (self.blocks.alone(self.number), layers))
+        parts = self.engine.map(
+            watched, states.parts(WINDOWS, held), (self.blocks.alone(self.number), self.layers, layers)
+        )
         sums = next(parts)
         for more in parts:
             sums.join(more)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qcore.calibration.precision import Roughly
 from qcore.calibration.watching import Sums, Watching
 from qcore.model.memory import give_back
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 """`Blocks.alone`."""
+Layers = Mapping[str, torch.nn.Linear]
 WINDOWS = 8
 """In a part. Sums are made part by part, so they are the same however many parts are done at a time."""
 
@@ -52,10 +54,17 @@ def ran(run: Run, states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     return map(run, states)
 
 
-def watched(block: tuple[Run, Mapping[str, torch.nn.Linear]], states: Iterable[torch.Tensor]) -> Iterator[Sums]:
-    """What some layers of a block see of windows [1, tokens, hidden], all together."""
+def passed(block: tuple[Run, Layers], states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same, as exactly as the block behind it needs it. block: with the layers that are quantized."""
     run, layers = block
-    with Watching(layers) as watching:
+    with Roughly(layers.values()):
+        yield from map(run, states)
+
+
+def watched(block: tuple[Run, Layers, Layers], states: Iterable[torch.Tensor]) -> Iterator[Sums]:
+    """What some layers of a block see of windows [1, tokens, hidden], all together. block: with the layers that are quantized, and those that are watched."""
+    run, layers, some = block
+    with Roughly(layers.values()), Watching(some) as watching:
         for part in states:
             watching.read(lambda part=part: run(part))  # type: ignore[misc]
     yield watching.sums()

@@ -22,7 +22,7 @@ from qcore.calibration.caching import Caching, check_cache
 from qcore.calibration.engine import Engine, Local, engine_of
 from qcore.calibration.mixing import mixable, mixed
 from qcore.calibration.mixture import CalibratedMixture, chain_for_blocks
-from qcore.calibration.parts import WINDOWS, ran
+from qcore.calibration.parts import WINDOWS, passed
 from qcore.calibration.states import States, StatesWriter
 from qcore.calibration.texts import windows_of
 from qcore.calibration.tuning import Tuning
@@ -214,7 +214,8 @@ class _Run:
         cached = self.kv_cache if number < len(self.blocks) else None
         engine = self.engine if cached is None else Local()  # what is cached is seen in this process
         with Caching(self.blocks, number, cached) as caching:
-            outputs = engine.map(ran, states.parts(WINDOWS), self.blocks.alone(number))
+            own = {module: layers[module] for module in schemes}
+            outputs = engine.map(passed, states.parts(WINDOWS), (self.blocks.alone(number), own))
             if number + 1 < self.count:
                 self._write(number + 1, samples, outputs)
             elif cached is not None:

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 import qcore
+from qcore.calibration.precision import multiplies_bfloat16
 from qcore.refusal import Refusal, Refused
 
 Shared = TypeVar("Shared")
@@ -145,6 +146,7 @@ def _facts() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": multiplies_bfloat16(),
         "threads": torch.get_num_threads(),
     }
 
