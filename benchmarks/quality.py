@@ -98,7 +98,7 @@ def _integers(bits: int, group: int) -> tuple[Row, ...]:
     scheme = f"W{bits}A16-g{group}"
     both = {"bits": bits, "group_size": group}
     return (
-        *(_ours(f"{scheme}-sym", algorithm) for algorithm in ("rtn-mse", "gptq", "awq", "auto_round")),
+        *(_ours(f"{scheme}-sym", algorithm) for algorithm in ("rtn-mse", "gptq", "awq", "auto_round", "hadamard+gptq")),
         _compressor(scheme, "gptq", "GPTQModifier", **_weights(bits, group)),
         _compressor(scheme, "awq", "QuantizationModifier", {"AWQModifier": {}}, **_weights(bits, group)),
         Row(scheme, "gptqmodel", "gptq", both),
@@ -119,7 +119,7 @@ ROWS = (
     *_integers(4, 128),
     *_integers(3, 64),
     *_integers(2, 64),
-    *(_ours("W8A8-int8-dyn", algorithm) for algorithm in ("rtn-mse", "gptq", "smoothquant")),
+    *(_ours("W8A8-int8-dyn", algorithm) for algorithm in ("rtn-mse", "gptq", "smoothquant", "smoothquant+gptq", "hadamard+gptq")),
     _compressor("W8A8-int8", "rtn", "QuantizationModifier", scheme="W8A8"),
     _compressor("W8A8-int8", "gptq", "GPTQModifier", scheme="W8A8"),
     _compressor("W8A8-int8", "smoothquant+gptq", "GPTQModifier", SMOOTH, scheme="W8A8"),
@@ -138,6 +138,7 @@ ROWS = (
     _compressor("NVFP4", "gptq", "GPTQModifier", scheme="NVFP4"),
     Row("NVFP4", "auto-round", "auto_round", {"format": "llm_compressor", "scheme": "NVFP4"}),
     Row("Q4_K_M", "qcore", "plain", {"scheme": "Q4_K_M"}),
+    _ours("Q4_K_M", "gptq"),
     Row("Q4_K_M", "qcore", "imatrix", {"scheme": "Q4_K_M", "imatrix": True}),
     Row("Q4_K_M", "llama.cpp", "plain", {"ftype": 15}),
     Row("Q4_K_M", "llama.cpp", "imatrix", {"ftype": 15, "imatrix": True}),
