@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,7 @@ def convert(
         metadata = method.encode_metadata(plan, config, source.own_dtype) if config is not None else {}
         writer = SafetensorsWriter(target.folder, metadata=metadata)
         total = sum(scheme is not None for scheme in source.plan.values()) + len(kept)
-        for done, (label, tensors) in enumerate(_pieces(source, method, plan, config, kept), 1):
-            for name, tensor in tensors.items():
-                writer.add(name, tensor)
+        for done, label in enumerate(_add_all(writer, source, method, plan, config, kept), 1):
             if progress:
                 progress(label, done, total)
         for name, tensor in kv_tensors.items():
@@ -143,20 +142,25 @@ def _holdable(method: Method, module: str, entry: ModulePlan) -> ModulePlan:
     return replace(entry, scheme=unblocked_scheme(entry.scheme))
 
 
-def _pieces(
+def _add_all(
+    writer: SafetensorsWriter,
     source: Checkpoint,
     method: Method,
     plan: Mapping[str, ModulePlan],
     config: Mapping[str, Any] | None,
     kept: list[str],
-) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """The tensors of each layer that was quantized, and what is as it was; one piece is in memory at a time."""
+) -> Iterator[str]:
+    """The tensors of each layer that was quantized, and what is as it was, by the names of what has been written; one layer, or a piece of a tensor, is in memory at a time."""
     for module, scheme in source.plan.items():
         if scheme is not None:
             plain = config is None or plan[module].scheme is None
-            yield module, _dense(source, module) if plain else _encoded(source, method, module, config or {})
+            tensors = _dense(source, module) if plain else _encoded(source, method, module, config or {})
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+            yield module
     for name in kept:
-        yield name, {name: source.parameter(name)}
+        writer.add_pieces(name, source.pieces(name), source.parameters[name].nbytes)
+        yield name
 
 
 def _encoded(source: Checkpoint, method: Method, module: str, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -214,6 +218,8 @@ def _compare(source: Checkpoint, written: Checkpoint, method: Method, kept: list
         same = written.layers.get(module)
         if same is None:
             _changed(method, module, "its weight")
+        if entry.scheme is None and written.plan[module] is None:
+            continue  # one of those that are kept
         if entry.scheme is None or written.plan[module] is None:
             if not torch.equal(source.dequantize(module), written.dequantize(module)):
                 _changed(method, module, "its weight")
@@ -242,7 +248,7 @@ def _compare(source: Checkpoint, written: Checkpoint, method: Method, kept: list
             if not _same(cache.scale, copy.scale) or not _same(cache.zero, copy.zero):
                 _changed(method, attention, f"its {side} cache's scale or zero point")
     for name in kept:
-        if name not in written.parameters or not torch.equal(source.parameter(name), written.parameter(name)):
+        if name not in written.parameters or not _all_same(source.pieces(name), written.pieces(name)):
             _changed(method, name, "its values")
 
 
@@ -253,6 +259,14 @@ def _same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
     if ours is None or theirs is None:
         return ours is theirs
     return torch.equal(ours.float(), theirs.float())
+
+
+def _all_same(ours: Iterator[torch.Tensor], theirs: Iterator[torch.Tensor]) -> bool:
+    """Whether two tensors are equal, of which some rows are given after the other."""
+    import torch
+
+    nothing = torch.empty(0)
+    return all(torch.equal(*pair) for pair in zip_longest(ours, theirs, fillvalue=nothing))
 
 
 def _changed(method: Method, subject: str, what: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from qcore.checkpoint.kv_scales import KvScales
     from qcore.tensor import LayerTensors
+
+_PIECE_BYTES = 4 << 20
 
 
 T = TypeVar("T")
@@ -212,6 +214,21 @@ class Method(ABC):
     def read_parameter(self, files: CheckpointFiles, name: str) -> torch.Tensor:
         """One tensor of `parameters`, as transformers expects it, in the dtype of the file."""
         return files.source.read(name)
+
+    def read_pieces(self, files: CheckpointFiles, name: str) -> Iterator[torch.Tensor]:
+        """The same, some whole rows after the other."""
+        info = files.source.tensors[name]
+        if not info.shape or not info.nbytes:
+            yield self.read_parameter(files, name)
+            return
+        rows = rows_of_a_piece(info.nbytes, info.shape[0])
+        for start in range(0, info.shape[0], rows):
+            yield files.source.read_rows(name, start, min(start + rows, info.shape[0]))
+
+
+def rows_of_a_piece(nbytes: int, rows: int) -> int:
+    """How many rows of a tensor are read at a time where it need not be there as a whole."""
+    return max(1, _PIECE_BYTES * rows // max(nbytes, 1))
 
 
 def stated_method(config: Mapping[str, Any] | None) -> str:

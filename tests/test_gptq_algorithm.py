@@ -1,6 +1,7 @@
 """GPTQ: the error of outputs against rounding to nearest and the published algorithm, every order of columns, and inputs that a text leaves out."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from qcore.algorithms.gptq import gptq
 from qcore.algorithms.grids import fit, grid_of
 from qcore.algorithms.rtn import rtn
 from qcore.algorithms.rtn_mse import rtn_mse
-from qcore.algorithms.seen import DAMPING, Seen, Watch
+from qcore.algorithms.seen import Seen, Watch
+from qcore.algorithms.symmetric import DAMPING, Factored, Symmetric
 from qcore.scheme import Scheme
 
 ROWS, COLUMNS = 96, 384
@@ -79,10 +81,10 @@ def test_an_index_lets_all_columns_be_ordered() -> None:
 
 def test_columns_that_no_text_has_are_rounded_to_nearest() -> None:
     inputs = seen()
-    inputs.gram[5], inputs.gram[:, 5] = 0, 0
+    inputs.sums.panels[0][5], inputs.sums.panels[0][:, 5] = 0, 0
     made = gptq(weight(), Scheme.parse("W8A16-channel-sym"), inputs).dequantize()
     assert (made[:, 5] - weight()[:, 5]).abs().amax() <= weight().abs().amax() / 254
-    nothing = replace(Seen.nothing(COLUMNS), gram=torch.zeros(COLUMNS, COLUMNS))
+    nothing = replace(Seen.nothing(COLUMNS), sums=Symmetric.zeros(COLUMNS))
     made = gptq(weight(), Scheme.parse("W8A16-channel-sym"), nothing).dequantize()
     assert (made - weight()).abs().amax() <= weight().abs().amax() / 127
 
@@ -97,7 +99,7 @@ def test_inputs_of_few_tokens_are_enough() -> None:
 
 def test_inputs_that_are_not_finite_end_in_an_error() -> None:
     inputs = seen()
-    inputs.gram[3, 3] = float("nan")
+    inputs.sums.panels[0][3, 3] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         gptq(weight(), Scheme.parse("W4A16-g128-sym"), inputs)
 
@@ -132,3 +134,48 @@ def test_floats_make_up_for_errors_too(words: str) -> None:
     scheme, inputs = Scheme.parse(words), seen()
     made = gptq(weight(), scheme, inputs)
     assert inputs.error(weight(), made.dequantize()) < 0.15 * inputs.error(weight(), rtn(weight(), scheme).dequantize())
+
+
+@pytest.mark.parametrize("size", [1, 100, 128, 300, 600])
+def test_a_matrix_and_its_factor_in_the_room_of_one(size: int) -> None:
+    """Beside torch's own algebra, for parts that lie across those that it is made of."""
+    torch.manual_seed(size)
+    rows, order = torch.randn(2 * size, size, dtype=torch.float64), torch.randperm(size)
+    held = Symmetric.zeros(size)
+    held.add(rows.float())
+    held.add(rows[:3].float(), 2.5)
+    gram = rows.T @ rows + 2.5 * rows[:3].T @ rows[:3]
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4 * size, check_dtype=False)
+    close(held.whole(), gram)
+    close(held.diagonal(), gram.diagonal())
+    x = torch.randn(5, size)
+    assert held.size_of(x) == pytest.approx(float(((x.double() @ gram) * x).sum()), rel=1e-5)
+    assert held.squares() == pytest.approx(float(gram.square().sum()), rel=1e-5)
+    factors = torch.rand(size) + 0.5
+    close(held.divided(factors).whole(), gram / factors / factors[:, None])
+    matrix = Factored(held, order)
+    gram = gram[order[:, None], order] + DAMPING * gram.diagonal().mean() * torch.eye(size)
+    upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
+    into = torch.ones(size, 3)
+    for start in range(0, size, 90):
+        part = slice(start, min(start + 90, size))
+        close(matrix.within(part), gram[part, part])
+        close(matrix.corner(part), upper[part, part])
+        close(matrix.above(part), upper[: part.start, part])
+        before = into.clone()
+        matrix.add_product(into, part, x[:3, part].T, -2.0)
+        close(into, before - 2 * gram[:, part].float() @ x[:3, part].T)
+    whole = slice(min(size - 1, 50), size)
+    close(matrix.inside(whole, x[:, whole].T), gram[whole, whole].float() @ x[:, whole].T)
+
+
+def test_a_matrix_without_a_factor_gets_one() -> None:
+    """More is added to its diagonal until it has; what is below that stays as it was."""
+    held = Symmetric.zeros(300)
+    held.panels[0][:2, :2] = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
+    held.panels[0][5, 299] = 0.25
+    matrix = Factored(held, torch.arange(300))
+    whole = slice(0, 300)
+    gram, upper = matrix.within(whole), matrix.corner(whole)
+    assert gram[0, 1] == 3 and gram[5, 299] == 0.25 and 3 < gram[0, 0] < 7
+    torch.testing.assert_close(upper @ upper.T, gram, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,8 @@ import torch
 
 from qcore.algorithms.grids import Fit, grid_of, local_step
 from qcore.algorithms.put_together import quantized_tensor, taken_apart
-from qcore.algorithms.seen import Seen, damped
+from qcore.algorithms.seen import Seen
+from qcore.algorithms.symmetric import DAMPING
 from qcore.tensor import QuantizedTensor
 
 _SCALES = 0.1
@@ -25,10 +26,12 @@ class Rounding:
         self.grid = grid_of(packed.scheme.weight, weight)
         units, self.scale, self.zero, self.groups = taken_apart(packed)
         self.local = local_step(self.grid, units)
-        scale, gram = self.scale[:, self.groups], damped(seen.gram)
+        scale, gram = self.scale[:, self.groups], seen.gram
+        diagonal = gram.diagonal()
+        diagonal += DAMPING * diagonal.mean() + (diagonal == 0)
         # What each weight would be, were it alone not rounded; where it was rounded to something else, just that.
         made = units * scale
-        self.wanted = made + ((weight - made) @ gram).div_(gram.diagonal())
+        self.wanted = made + ((weight - made) @ gram).div_(diagonal)
         near = self.grid.nearest(self.wanted, Fit(scale, self.zero[:, self.groups])) == units
         self.wanted = torch.where(near, self.wanted, made)
         self.offset, self.factor = torch.zeros_like(weight), torch.ones_like(self.scale)

@@ -14,17 +14,16 @@ import torch
 from qcore.algorithms.gptq_blocks import gptq_blocks
 from qcore.algorithms.grids import Fit, Grid, columns_of_a_scale, fit, grid_of, rescaled
 from qcore.algorithms.put_together import quantized_tensor
-from qcore.algorithms.seen import Seen, damped, upper_of
+from qcore.algorithms.seen import Seen
+from qcore.algorithms.symmetric import Factored, blocks_of
 from qcore.elements import Block, Group
 from qcore.scheme import Scheme
 from qcore.tensor import QuantizedTensor
 
 _PASSES = 3
 """Over all codes and scales, after the first."""
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 21
 """Weights that are solved together, whole rows of them; some copies are held of each."""
-_BLOCK = 128
-"""Columns whose error reaches the others together."""
 
 
 def gptq(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
@@ -34,15 +33,13 @@ def gptq(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
     granularity = scheme.weight.scales[0].granularity
     weight = weight.to(torch.float32)
     size = columns_of_a_scale(granularity, weight.shape[1])
-    gram = damped(seen.gram)  # what was never seen is rounded to nearest
-    order, groups = _order(gram.diagonal(), size, whole=scheme.weight.ordered)
+    order, groups = _order(seen.sums.diagonal(), size, whole=scheme.weight.ordered)
     grid = grid_of(scheme.weight, weight)
-    gram = gram[order[:, None], order]
-    upper = upper_of(gram)
+    matrix = Factored(seen.sums, order)  # in which what was never seen is rounded to nearest
     rows = max(1, _AT_ONCE // weight.shape[1]) if grid.scales.together == 1 else len(weight)
     units, fits = torch.empty_like(weight), []
     for start in range(0, len(weight), rows):
-        solver = _Solver(weight[start : start + rows, order].T.contiguous(), gram, upper, grid, groups)
+        solver = _Solver(weight[start : start + rows, order].T.contiguous(), matrix, grid, groups)
         solver.solve()
         units[start : start + rows, order] = solver.units.T
         fits.append(solver.fits)
@@ -72,15 +69,13 @@ def _order(diagonal: torch.Tensor, size: int, *, whole: bool) -> tuple[torch.Ten
 
 
 class _Solver:
-    """weight: [K, N] in the order that columns are taken in. gram: [K, K] alike, damped, and upper as `upper_of` gives it. groups: in that order too.
+    """weight: [K, N] in the order that columns are taken in. matrix: [K, K] alike, of the inputs' sums. groups: in that order too.
 
     After `first` these are always up to date: units and fits; apart, what weights are away from these, and pull, the matrix times that, [K, N].
     """
 
-    def __init__(
-        self, weight: torch.Tensor, gram: torch.Tensor, upper: torch.Tensor, grid: Grid, groups: list[slice]
-    ) -> None:
-        self.weight, self.gram, self.upper, self.grid, self.groups = weight, gram, upper, grid, groups
+    def __init__(self, weight: torch.Tensor, matrix: Factored, grid: Grid, groups: list[slice]) -> None:
+        self.weight, self.matrix, self.grid, self.groups = weight, matrix, grid, groups
         self.units, self.apart = torch.empty_like(weight), torch.empty_like(weight)
         self.fits: list[Fit] = []
 
@@ -93,33 +88,37 @@ class _Solver:
     def first(self) -> None:
         """Each column rounded to nearest, for what makes up for the errors of those before it. With the matrix as U U^T, U upper triangular, the squared error is
         the sum of those of the columns of (weight - made) U, of which each is the first that its own column is in."""
-        upper, importance = self.upper, self.gram.diagonal()
-        alone = upper.diagonal()
+        matrix = self.matrix
         for group in self.groups:
             before = self._before(group)
-            best = torch.linalg.solve_triangular(upper[group, group].T, before, upper=False)
-            now = fit(self.grid, best.add_(self.weight[group]), importance[group])
+            best = self.weight[group]
+            if group.start:
+                best = torch.linalg.solve_triangular(matrix.corner(group).T, before, upper=False).add_(best)
+            now = fit(self.grid, best, matrix.diagonal[group])
             self.fits.append(now)
-            for part in _parts(group):
+            for part in blocks_of(group):
                 pending = before if part == group else self._before(part)
-                own = self.weight[part] / now.scale
-                wanted = (pending / alone[part, None]).div_(now.scale).add_(own)
-                self.units[part] = self._rounded(now, wanted, own, upper[part, part] / alone[part])
+                own, corner = self.weight[part] / now.scale, matrix.corner(part)
+                alone = corner.diagonal()
+                wanted = (pending / alone[:, None]).div_(now.scale).add_(own)
+                self.units[part] = self._rounded(now, wanted, own, corner / alone)
                 torch.mul(own.sub_(self.units[part]), now.scale, out=self.apart[part])
-        self.pull = self.gram @ self.apart
+        self.pull = torch.zeros_like(self.weight)
+        for part in blocks_of(slice(0, len(self.weight))):
+            matrix.add_product(self.pull, part, self.apart[part])
         self.error = self._error()
 
     def again(self) -> bool:
         """Goes over all scales and all codes, each for what all others are; whether that made the error smaller."""
         before, kept = self.error, (self.units.clone(), list(self.fits))
         for number, group in enumerate(self.groups):
-            parts, moved = _parts(group), self._rescale(number)
+            parts, moved = blocks_of(group), self._rescale(number)
             if len(parts) > 1:
                 self._move(group, moved)
                 moved = torch.zeros(())
             now = self.fits[number]
             for part in parts:
-                own, old = self.gram[part, part], self.units[part].clone()
+                own, old = self.matrix.within(part), self.units[part].clone()
                 pull = self.pull[part] - own @ moved if moved.dim() else self.pull[part]
                 wanted = (pull / own.diagonal()[:, None]).div_(now.scale).add_(old)
                 self.units[part] = self._rounded(now, wanted, old, own / own.diagonal())
@@ -140,13 +139,13 @@ class _Solver:
 
     def _before(self, part: slice) -> torch.Tensor:
         """What columns have to make up for of those before them."""
-        return self.upper[: part.start, part].T @ self.apart[: part.start]
+        return self.matrix.above(part).T @ self.apart[: part.start]
 
     def _rescale(self, number: int) -> torch.Tensor:
         """The best scale of a group for its codes and for what all other groups are. What its weights are moved by, which `_move` is not told of yet."""
         group, now = self.groups[number], self.fits[number]
         units = self.units[group]
-        below = (self.gram[group, group] @ units).mul_(units).sum(0, keepdim=True)
+        below = self.matrix.inside(group, units).mul_(units).sum(0, keepdim=True)
         above = (self.pull[group] * units).sum(0, keepdim=True).addcmul_(below, now.scale)
         new = rescaled(self.grid, now, above, below)
         self.fits[number] = Fit(torch.where(new.scale * now.scale > 0, new.scale, now.scale), now.zero)
@@ -154,13 +153,8 @@ class _Solver:
 
     def _move(self, part: slice, by: torch.Tensor) -> None:
         self.apart[part] -= by
-        self.pull.addmm_(self.gram[:, part], by, alpha=-1)
+        self.matrix.add_product(self.pull, part, by, -1.0)
 
     def _error(self) -> float:
         """Of outputs, squared."""
         return float((self.apart * self.pull).sum(dtype=torch.float64))
-
-
-def _parts(group: slice) -> list[slice]:
-    """Of a group's columns, those whose errors reach the others together."""
-    return [slice(start, min(start + _BLOCK, group.stop)) for start in range(group.start, group.stop, _BLOCK)]

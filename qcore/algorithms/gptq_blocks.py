@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 
 from qcore.algorithms.block_forms import FORMS, Form, Scales, as_half
-from qcore.algorithms.seen import Seen, damped, upper_of
+from qcore.algorithms.seen import Seen
+from qcore.algorithms.symmetric import Factored
 from qcore.blocks.dequantize import dequantize_blocks
 from qcore.blocks.quantize import quantize_blocks
 from qcore.blocks.quantize_fit import inverse_of
@@ -27,7 +28,7 @@ from qcore.tensor import QuantizedTensor
 
 _PASSES, _OF_ENCODED = 3, 1
 """Over all blocks, after the first; and over those of types without a form, where more gain nothing."""
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 21
 """Weights that are solved together, whole rows of them; some copies are held of each."""
 _PART = 64
 """Columns of a block whose changes reach the others together."""
@@ -37,23 +38,21 @@ def gptq_blocks(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTe
     """weight: float [N, K], of a layer whose inputs were `seen`. Raises Refused (shape-unsupported) where K is no whole number of blocks."""
     kind = block_type(weight, scheme)
     form, size = FORMS.get(kind), BLOCK_TYPES[kind].elements
-    gram = damped(seen.gram)
-    diagonal = gram.diagonal()
-    places = sorted(torch.arange(len(gram)).split(size), key=lambda own: -float(diagonal[own].amax()))
+    diagonal = seen.sums.diagonal()
+    places = sorted(torch.arange(len(diagonal)).split(size), key=lambda own: -float(diagonal[own].amax()))
     if form is not None:
         places = [own[diagonal[own].argsort(descending=True, stable=True)] for own in places]
     order = torch.cat(places)
-    gram = gram[order[:, None], order]
-    upper = upper_of(gram)
+    matrix = Factored(seen.sums, order)
     spans = [slice(*ends) for ends in pairwise(range(0, len(order) + 1, size))]
     stored = sorted(range(len(places)), key=lambda number: int(places[number].amin()))
     packed = []
     for rows in weight.to(torch.float32).split(max(1, _AT_ONCE // len(order))):
         blocks: list[_Coded] = [_Scaled(form, own % size) if form is not None else _Encoded(kind) for own in places]
         values = rows[:, order].T.contiguous()
-        _first(blocks, spans, values, upper)
+        _first(blocks, spans, values, matrix)
         for _ in range(_PASSES if form is not None else _OF_ENCODED):
-            _again(blocks, spans, values, gram)
+            _again(blocks, spans, values, matrix)
         packed.append(torch.cat([blocks[number].packed() for number in stored], 1))
     return QuantizedTensor(scheme, tuple(weight.shape), torch.cat(packed))
 
@@ -86,22 +85,24 @@ class _Coded(Protocol):
         ...
 
 
-def _first(blocks: list[_Coded], spans: list[slice], values: torch.Tensor, upper: torch.Tensor) -> None:
-    """upper: U of the matrix U U^T, as in `gptq`."""
+def _first(blocks: list[_Coded], spans: list[slice], values: torch.Tensor, matrix: Factored) -> None:
+    """Each for what makes up for the errors of those before it, as in `gptq`."""
     apart = torch.empty_like(values)
     for block, span in zip(blocks, spans, strict=True):
-        before = upper[: span.start, span].T @ apart[: span.start]
-        best = torch.linalg.solve_triangular(upper[span, span].T, before, upper=False).add_(values[span])
-        block.first(best, upper[span, span])
+        before, corner = matrix.above(span).T @ apart[: span.start], matrix.corner(span)
+        best = torch.linalg.solve_triangular(corner.T, before, upper=False).add_(values[span])
+        block.first(best, corner)
         torch.sub(values[span], block.made, out=apart[span])
 
 
-def _again(blocks: list[_Coded], spans: list[slice], values: torch.Tensor, gram: torch.Tensor) -> None:
-    pull = gram @ (values - torch.cat([block.made for block in blocks]))
+def _again(blocks: list[_Coded], spans: list[slice], values: torch.Tensor, matrix: Factored) -> None:
+    pull = torch.zeros_like(values)
+    for block, span in zip(blocks, spans, strict=True):
+        matrix.add_product(pull, span, values[span] - block.made)
     for block, span in zip(blocks, spans, strict=True):
         old = block.made.clone()
-        block.again(gram[span, span], pull[span].clone())
-        pull.addmm_(gram[:, span], block.made - old, alpha=-1)
+        block.again(matrix.within(span), pull[span].clone())
+        matrix.add_product(pull, span, block.made - old, -1.0)
 
 
 class _Encoded:

@@ -13,5 +13,5 @@ from qcore.tensor import QuantizedTensor
 
 def imatrix(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
     """weight: float [N, K]. Raises Refused (shape-unsupported) where K is no whole number of blocks."""
-    importance = seen.gram.diagonal() / max(seen.rows, 1)
+    importance = seen.sums.diagonal() / max(seen.rows, 1)
     return QuantizedTensor(scheme, tuple(weight.shape), quantize_blocks(block_type(weight, scheme), weight, importance))

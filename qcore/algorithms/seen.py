@@ -6,12 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-DAMPING = 0.01
-"""What is added to the diagonal of sums before they are divided by, in parts of its mean."""
-_STEP = 256
-"""Columns whose products with all that follow are added up together."""
-_MOST_DAMPING = 1e6
-"""Of a matrix of finite numbers less is enough."""
+from qcore.algorithms.symmetric import Symmetric
+
 _FIRST = 0.5
 """Of a text's tokens: as many times its first token counts in the sum. Most heads attend to it from nearly everywhere (attention sinks, arXiv 2309.17453), so that an error of its
 keys and values is one of all tokens; among hundreds of rows it would be lost."""
@@ -23,10 +19,10 @@ _ROWS = 2
 
 @dataclass(frozen=True)
 class Seen:
-    """gram: float32 [K, K], the sum of x x^T over all rows x of the input, of which the first of a text counts as many. rows: how many there were. largest, typical: float32 [K], the largest magnitude of each column, and the mean
+    """sums: [K, K], of x x^T over all rows x of the input, of which the first of a text counts as many. rows: how many there were. largest, typical: float32 [K], the largest magnitude of each column, and the mean
     of its magnitudes. sample: float32 [S, K], some of the rows, at most 512."""
 
-    gram: torch.Tensor
+    sums: Symmetric
     rows: int
     largest: torch.Tensor
     typical: torch.Tensor
@@ -36,7 +32,12 @@ class Seen:
     def nothing(cls, columns: int) -> Seen:
         """Of a layer that no text reached: all columns count alike, so that its weight is rounded to nearest."""
         nothing = torch.zeros(columns)
-        return cls(torch.eye(columns), 0, nothing, nothing, torch.zeros(0, columns))
+        return cls(Symmetric.identity(columns), 0, nothing, nothing, torch.zeros(0, columns))
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """`sums` as float32 [K, K], made anew."""
+        return self.sums.whole()
 
     def steadied(self) -> Seen:
         """With a Gram matrix drawn towards a multiple of the identity where there are few rows for the columns, as experts have that few tokens reach, so far as their sizes are
@@ -44,56 +45,35 @@ class Seen:
 
         Source: oracle approximating shrinkage (Chen, Wiesel, Eldar and Hero, arXiv 0907.4698, formula 23).
         """
-        columns = len(self.gram)
+        columns = len(self.sums)
         if not 0 < self.rows < _ROWS * columns:
             return self
-        trace = float(self.gram.trace())
-        squares, mean = float(self.gram.square().sum(dtype=torch.float64)), trace / columns
+        squares, trace = self.sums.squares(), float(self.sums.diagonal().sum())
+        mean = trace / columns
         above = (1 - 2 / columns) * squares + trace**2
         below = (self.rows + 1 - 2 / columns) * (squares - trace * mean)
         part = min(above / below, 1.0) if below > 0 else 1.0
-        gram = self.gram * (1 - part)
-        gram.diagonal().add_(part * mean)
-        return replace(self, gram=gram)
+        return replace(self, sums=self.sums.times(1 - part).plus(part * mean))
 
     def error(self, weight: torch.Tensor, made: torch.Tensor) -> float:
         """How far the layer's outputs are from its own, for both weights [N, K] on these inputs: the squared distance in parts of the squared outputs."""
-        apart, whole = made.to(torch.float32) - weight, weight.to(torch.float32)
-        distance, size = ((part @ self.gram).mul_(part).sum(dtype=torch.float64) for part in (apart, whole))
-        return float(distance / size) if size else 0.0
+        distance, size = (
+            self.sums.size_of(part) for part in (made.to(torch.float32) - weight, weight.to(torch.float32))
+        )
+        return distance / size if size else 0.0
 
     def divided(self, factors: torch.Tensor) -> Seen:
         """Of inputs whose columns are divided by factors [K], all positive."""
-        gram = (self.gram / factors).div_(factors[:, None])
-        return Seen(gram, self.rows, self.largest / factors, self.typical / factors, self.sample / factors)
-
-
-def damped(gram: torch.Tensor) -> torch.Tensor:
-    """A copy that has an inverse; columns that were never seen stand alone in it."""
-    copy = gram.clone()
-    diagonal = copy.diagonal()
-    diagonal += DAMPING * diagonal.mean() + (diagonal == 0)
-    return copy
-
-
-def upper_of(gram: torch.Tensor) -> torch.Tensor:
-    """The upper triangular U of gram = U U^T. Where rounding leaves the matrix without one, more is added to its diagonal, in place."""
-    mean, more = float(gram.diagonal().mean()), DAMPING
-    while more < _MOST_DAMPING:
-        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
-        if not failed:
-            found: torch.Tensor = lower.flip(0, 1)
-            return found
-        gram.diagonal().add_(more * mean)
-        more *= 2
-    raise ValueError("what the layer sees is not finite")
+        return Seen(
+            self.sums.divided(factors), self.rows, self.largest / factors, self.typical / factors, self.sample / factors
+        )
 
 
 class Watch:
     """Adds up what a layer of K columns sees."""
 
     def __init__(self, columns: int) -> None:
-        self._upper = torch.zeros(columns, columns)
+        self._sums = Symmetric.zeros(columns)
         self.rows = 0
         self._largest, self._sum = torch.zeros(columns), torch.zeros(columns)
         self._sample: list[torch.Tensor] = []
@@ -104,11 +84,9 @@ class Watch:
         if not len(rows):
             return
         more = max(_FIRST * x.shape[1] - 1, 0.0) if x.dim() == 3 else 0.0
-        first = x.detach()[:, 0].to(torch.float32) if more else rows[:0]
-        for start in range(0, rows.shape[1], _STEP):  # the other half is the same
-            own = self._upper[start : start + _STEP, start:]
-            own.addmm_(rows[:, start : start + _STEP].T, rows[:, start:])
-            own.addmm_(first[:, start : start + _STEP].T, first[:, start:], alpha=more)
+        self._sums.add(rows)
+        if more:
+            self._sums.add(x.detach()[:, 0].to(torch.float32), more)
         sizes = rows.abs()
         torch.maximum(self._largest, sizes.amax(0), out=self._largest)
         self._sum += sizes.sum(0)
@@ -118,15 +96,12 @@ class Watch:
 
     def join(self, other: Watch) -> None:
         """Adds what another saw after it."""
-        self._upper += other._upper
+        self._sums.join(other._sums)
         torch.maximum(self._largest, other._largest, out=self._largest)
         self._sum += other._sum
         self.rows += other.rows
         self._sample = (self._sample + other._sample)[: _OF_ALL // _OF_A_CALL]
 
     def seen(self) -> Seen:
-        sample = torch.cat(self._sample) if self._sample else torch.zeros(0, len(self._upper))
-        gram = self._upper
-        for start in range(0, len(gram), _STEP):
-            gram[start + _STEP :, start : start + _STEP] = gram[start : start + _STEP, start + _STEP :].T
-        return Seen(gram, self.rows, self._largest, self._sum / max(self.rows, 1), sample)
+        sample = torch.cat(self._sample) if self._sample else torch.zeros(0, len(self._sums))
+        return Seen(self._sums, self.rows, self._largest, self._sum / max(self.rows, 1), sample)

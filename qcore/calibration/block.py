@@ -122,8 +122,8 @@ class Block:
         for module, own in seen.items():
             if not own.rows and not is_expert(module):
                 raise unknown(self.blocks.checkpoint, f"{module}, which no text reaches")
-        grams = {id(own): (module, own.gram) for module, own in seen.items()}
-        if broken := next((module for module, gram in grams.values() if not all_finite(gram)), ""):
+        alike = {id(own): (module, own.sums.panels) for module, own in seen.items()}
+        if broken := next((module for module, panels in alike.values() if not all(map(all_finite, panels))), ""):
             raise not_finite(self.blocks.checkpoint, broken)
         return seen
 

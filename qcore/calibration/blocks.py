@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -63,17 +64,19 @@ class Blocks:
         head = self.model.get_output_embeddings()
         heads = {name for name, module in self.model.named_modules() if module is head and head is not None}
         outside = {name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")}
-        self._fill(lambda name: name in outside and name.rpartition(".")[0] not in heads)
+        table = self._table()
+        self._fill(lambda name: name in outside and name != table and name.rpartition(".")[0] not in heads)
         holder, leaf = self.model.get_submodule(self.prefix.rpartition(".")[0]), self.prefix.rpartition(".")[2]
         kept = getattr(holder, leaf)
         try:
-            for number, window in enumerate(windows):
-                calls = self._recorded(holder, leaf, window)
-                if number == 0:
-                    self._calls = calls
-                elif number == 1 and not all(map(_same, (c[1] for c in calls), (c[1] for c in self._calls))):
-                    raise self._unknown("blocks that are given more of a text than its states")
-                yield self._states
+            with self._rows(table, windows.unique()):
+                for number, window in enumerate(windows):
+                    calls = self._recorded(holder, leaf, window)
+                    if number == 0:
+                        self._calls = calls
+                    elif number == 1 and not all(map(_same, (c[1] for c in calls), (c[1] for c in self._calls))):
+                        raise self._unknown("blocks that are given more of a text than its states")
+                    yield self._states
         finally:
             setattr(holder, leaf, kept)
             _clear(self.model)
@@ -123,6 +126,35 @@ class Blocks:
         if number == len(self):
             return not name.startswith(f"{self.prefix}.")
         return name.startswith(f"{self.prefix}.{number}.")
+
+    def _table(self) -> str:
+        """The input embeddings' name, where some of their rows can be read alone."""
+        module = self.model.get_input_embeddings()
+        name = next((f"{place}.weight" for place, own in self.model.named_modules() if own is module), "")
+        info = self.checkpoint.parameters.get(self.named.get(name, ""))
+        plain = isinstance(module, torch.nn.Embedding) and info is not None and info.shape == tuple(module.weight.shape)
+        return name if plain else ""
+
+    @contextmanager
+    def _rows(self, table: str, tokens: torch.Tensor) -> Iterator[None]:
+        """In it the embeddings have rows for these tokens alone, in ascending order: a vocabulary's may be larger than any block."""
+        if not table:
+            yield
+            return
+        module = self.model.get_input_embeddings()
+        start, found = 0, []
+        for piece in self.checkpoint.pieces(self.named[table]):
+            own = tokens[(tokens >= start) & (tokens < start + len(piece))] - start
+            found.append(piece[own].to(torch.float32))
+            start += len(piece)
+        kept = module.weight, module.padding_idx
+        module.weight, module.padding_idx = torch.nn.Parameter(torch.cat(found), requires_grad=False), None
+        hook = module.register_forward_pre_hook(lambda _, given: (torch.searchsorted(tokens, given[0]), *given[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
+            module.weight, module.padding_idx = kept
 
     def _recorded(self, holder: Any, leaf: str, window: torch.Tensor) -> list[Any]:
         """What each block is given beside the states, for a window [tokens]."""

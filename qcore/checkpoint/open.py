@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -161,6 +161,11 @@ class Checkpoint:
     def parameter(self, name: str) -> torch.Tensor:
         """One tensor of `parameters`, in the dtype of the file."""
         return self._decoded(name, lambda: self._parameter(name))
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The same, some rows of it at a time: 4 MiB, or a single row."""
+        changed = None if self._in_flight is None else self._in_flight.parameter(name)
+        return self._method.read_pieces(self.files, name) if changed is None else iter([changed])
 
     def dequantize(self, module: str) -> torch.Tensor:
         """float32 [out_features, in_features], exactly what the format defines; plain weights are widened."""

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,7 @@ class AtomicFolder:
 
 
 class SafetensorsWriter:
-    """Tensors into the shards of a folder, one at a time; no more than one of them is held in memory.
+    """Tensors into the shards of a folder, one at a time; no more than one of them, or a piece, is held in memory.
 
     Sizes are known only at a shard's end, so its data are written first and copied behind the header then.
     """
@@ -94,20 +94,26 @@ class SafetensorsWriter:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Writes one tensor. Raises Refused (cannot-write)."""
+        self.add_pieces(name, [tensor], tensor.nbytes)
+
+    def add_pieces(self, name: str, pieces: Iterable[torch.Tensor], nbytes: int) -> None:
+        """Writes one tensor, given as some of its rows after the other; there is at least one piece. nbytes: of all. Raises Refused (cannot-write)."""
         import torch
 
-        tensor = tensor.detach().cpu().contiguous()
-        raw = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-        if self._entries and self._size + raw.numel() > self.shard_bytes:
+        if self._entries and self._size + nbytes > self.shard_bytes:
             self._close_shard()
-        with writing(self.folder):
-            self._data.write(raw.numpy().data)
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        begin, shape = self._size, [0]
+        for piece in pieces:
+            piece = piece.detach().cpu().contiguous()
+            raw = piece.reshape(-1).view(torch.uint8) if piece.numel() else torch.empty(0, dtype=torch.uint8)
+            with writing(self.folder):
+                self._data.write(raw.numpy().data)
+            self._size += raw.numel()
+            shape = [shape[0] + piece.shape[0], *piece.shape[1:]] if piece.dim() else []
+            dtype = str(piece.dtype).removeprefix("torch.")
         kind = next(key for key, (_, held) in DTYPES.items() if held == dtype)
-        span = [self._size, self._size + raw.numel()]
-        self._entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": span}
-        self._size += raw.numel()
-        self._total += raw.numel()
+        self._entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, self._size]}
+        self._total += self._size - begin
 
     def close(self) -> None:
         """Names the shards, and writes their index where there are several."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qcore.blocks.types import BLOCK_TYPES
@@ -11,7 +11,7 @@ from qcore.checkpoint.source import TensorInfo
 from qcore.elements import Block
 from qcore.gguf.config import model_config
 from qcore.gguf.names import GgufParameter, parameter_names, row_permutation
-from qcore.method import CheckpointFiles, Method, ModulePlan
+from qcore.method import CheckpointFiles, Method, ModulePlan, rows_of_a_piece
 from qcore.pool import lent_bytes
 from qcore.refusal import bad_file
 from qcore.scheme import weight_only
@@ -84,6 +84,13 @@ class Gguf(Method):
         if source.row and tensor.dim() == 1:
             tensor = tensor.unsqueeze(0)
         return tensor + source.add if source.add else tensor
+
+    def read_pieces(self, files: CheckpointFiles, name: str) -> Iterator[torch.Tensor]:
+        """Of the whole tensor, whose rows may stand in another order in the file."""
+        whole = self.read_parameter(files, name)
+        return iter(
+            whole.split(rows_of_a_piece(whole.nbytes, len(whole))) if whole.numel() and whole.dim() else [whole]
+        )
 
     def _names(self, files: CheckpointFiles) -> dict[str, GgufParameter]:
         """Computed once for each opened file: it walks every tensor's name."""
