@@ -69,14 +69,14 @@ def _order(diagonal: torch.Tensor, size: int, *, whole: bool) -> tuple[torch.Ten
 
 
 class _Solver:
-    """weight: [K, N] in the order that columns are taken in. matrix: [K, K] alike, of the inputs' sums. groups: in that order too.
+    """weight: [K, N] in the order that columns are taken in, which is used up. matrix: [K, K] alike, of the inputs' sums. groups: in that order too.
 
     After `first` these are always up to date: units and fits; apart, what weights are away from these, and pull, the matrix times that, [K, N].
     """
 
     def __init__(self, weight: torch.Tensor, matrix: Factored, grid: Grid, groups: list[slice]) -> None:
-        self.weight, self.matrix, self.grid, self.groups = weight, matrix, grid, groups
-        self.units, self.apart = torch.empty_like(weight), torch.empty_like(weight)
+        self.matrix, self.grid, self.groups = matrix, grid, groups
+        self.units, self.apart = torch.empty_like(weight), weight
         self.fits: list[Fit] = []
 
     def solve(self) -> None:
@@ -91,20 +91,20 @@ class _Solver:
         matrix = self.matrix
         for group in self.groups:
             before = self._before(group)
-            best = self.weight[group]
+            best = self.apart[group]  # weights still, of those that have not had their turn
             if group.start:
                 best = torch.linalg.solve_triangular(matrix.corner(group).T, before, upper=False).add_(best)
             now = fit(self.grid, best, matrix.diagonal[group])
             self.fits.append(now)
             for part in blocks_of(group):
                 pending = before if part == group else self._before(part)
-                own, corner = self.weight[part] / now.scale, matrix.corner(part)
+                own, corner = self.apart[part] / now.scale, matrix.corner(part)
                 alone = corner.diagonal()
                 wanted = (pending / alone[:, None]).div_(now.scale).add_(own)
                 self.units[part] = self._rounded(now, wanted, own, corner / alone)
                 torch.mul(own.sub_(self.units[part]), now.scale, out=self.apart[part])
-        self.pull = torch.zeros_like(self.weight)
-        for part in blocks_of(slice(0, len(self.weight))):
+        self.pull = torch.zeros_like(self.apart)
+        for part in self._all():
             matrix.add_product(self.pull, part, self.apart[part])
         self.error = self._error()
 
@@ -157,4 +157,7 @@ class _Solver:
 
     def _error(self) -> float:
         """Of outputs, squared."""
-        return float((self.apart * self.pull).sum(dtype=torch.float64))
+        return sum(float((self.apart[part] * self.pull[part]).sum(dtype=torch.float64)) for part in self._all())
+
+    def _all(self) -> list[slice]:
+        return blocks_of(slice(0, len(self.apart)))
