@@ -70,9 +70,9 @@ class Settings:
     keep: bool
 
 
-def _ours(scheme: str, algorithm: str) -> Row:
+def _ours(scheme: str, algorithm: str, format: str = "compressed-tensors") -> Row:
     shown = NAMES.get(scheme, scheme.removesuffix("-sym"))
-    return Row(shown, "qcore", algorithm, {"scheme": scheme, "algorithm": algorithm})
+    return Row(shown, "qcore", algorithm, {"scheme": scheme, "algorithm": algorithm, "format": format})
 
 
 NAMES = {"W8A8-int8-dyn": "W8A8-int8", "FP8_DYNAMIC": "FP8-dynamic", "FP8": "FP8-static"}
@@ -97,13 +97,14 @@ def _integers(bits: int, group: int) -> tuple[Row, ...]:
     """By group, weights alone."""
     scheme = f"W{bits}A16-g{group}"
     both = {"bits": bits, "group_size": group}
+    format = "gptq" if group == 128 else "compressed-tensors"  # which has no smaller last group, as 576 columns have
     return (
-        *(_ours(f"{scheme}-sym", algorithm) for algorithm in ("rtn-mse", "gptq", "awq", "auto_round", "hadamard+gptq")),
+        *(_ours(f"{scheme}-sym", algorithm, format) for algorithm in ("rtn-mse", "gptq", "awq", "auto_round", "hadamard+gptq")),
         _compressor(scheme, "gptq", "GPTQModifier", **_weights(bits, group)),
         _compressor(scheme, "awq", "QuantizationModifier", {"AWQModifier": {}}, **_weights(bits, group)),
         Row(scheme, "gptqmodel", "gptq", both),
         Row(scheme, "auto-round", "auto_round", {"format": "auto_round", "sym": True, **both}),
-        *(_ours(f"{scheme}-asym", algorithm) for algorithm in ("gptq", "awq", "auto_round")),
+        *(_ours(f"{scheme}-asym", algorithm, format) for algorithm in ("gptq", "awq", "auto_round")),
         _compressor(f"{scheme}-asym", "gptq", "GPTQModifier", **_weights(bits, group, symmetric=False)),
         _compressor(f"{scheme}-asym", "awq", "QuantizationModifier", {"AWQModifier": {}}, **_weights(bits, group, symmetric=False)),
         Row(f"{scheme}-asym", "gptqmodel", "gptq", {"sym": False, **both}),
@@ -138,7 +139,7 @@ ROWS = (
     _compressor("NVFP4", "gptq", "GPTQModifier", scheme="NVFP4"),
     Row("NVFP4", "auto-round", "auto_round", {"format": "llm_compressor", "scheme": "NVFP4"}),
     Row("Q4_K_M", "qcore", "plain", {"scheme": "Q4_K_M"}),
-    _ours("Q4_K_M", "gptq"),
+    _ours("Q4_K_M", "gptq", "gguf"),
     Row("Q4_K_M", "qcore", "imatrix", {"scheme": "Q4_K_M", "imatrix": True}),
     Row("Q4_K_M", "llama.cpp", "plain", {"ftype": 15}),
     Row("Q4_K_M", "llama.cpp", "imatrix", {"ftype": 15, "imatrix": True}),
@@ -220,7 +221,7 @@ def quantized(row: Row, settings: Settings, out: Path) -> dict[str, Any]:
         command = own("quantize", settings.model, "--scheme", how["scheme"], "--out", out)
         if "algorithm" in how:
             command += ["--algorithm", how["algorithm"], "--calibration", settings.calibration]
-            command += ["--samples", str(settings.samples), "--seqlen", str(settings.seqlen)]
+            command += ["--samples", str(settings.samples), "--seqlen", str(settings.seqlen), "--format", how["format"]]
         if matrix is not None:
             command += ["--imatrix", matrix]
         ended = ran(command, settings.work / f"{log}.log")
