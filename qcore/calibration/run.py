@@ -20,6 +20,7 @@ from qcore.calibration.block import Block, Made
 from qcore.calibration.blocks import Blocks, not_finite, unknown
 from qcore.calibration.caching import Caching, check_cache
 from qcore.calibration.engine import Engine, Local, engine_of
+from qcore.calibration.given import opened
 from qcore.calibration.mixing import mixable, mixed
 from qcore.calibration.mixture import CalibratedMixture, chain_for_blocks
 from qcore.calibration.parts import WINDOWS, passed
@@ -31,7 +32,7 @@ from qcore.checkpoint.calibrated import Calibrated
 from qcore.checkpoint.finite import all_finite
 from qcore.checkpoint.in_flight import UNTOUCHED, chain_of, nothing_left, prepared
 from qcore.checkpoint.kv_scales import calibrated_scheme
-from qcore.checkpoint.open import Checkpoint, open_checkpoint
+from qcore.checkpoint.open import Checkpoint
 from qcore.checkpoint.writer import taken, writing
 from qcore.convert import check_written, convert, writer_of
 from qcore.elements import Float, Int, PerTensor
@@ -42,6 +43,7 @@ from qcore.tensor import TORCH_FLOATS
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qcore.scheme import Scheme, TensorScheme
 
@@ -67,7 +69,7 @@ class Quantized:
 
 
 def quantize(
-    model: str | Path | Checkpoint,
+    model: str | Path | Checkpoint | PreTrainedModel,
     scheme: str,
     algorithm: str = "",
     calibration: str | Sequence[str] | None = None,
@@ -82,6 +84,7 @@ def quantize(
     engine: str = "local",
     kv_cache: str | None = None,
     resume: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     overrides: Mapping[str, str] | None = None,
     done: Callable[[BlockDone], None] | None = None,
 ) -> Quantized:
@@ -92,41 +95,41 @@ def quantize(
     algorithms that do. target_bpw: layers get schemes like the one that is named, of as many bits each as lose the least with so many bits per weight of all, scales and
     zero points among them. kv_cache: of qcore.checkpoint.kv_scales.CALIBRATED, one whose scales are found too. engine: what does the
     work, local (this process) or ray (its tasks, with the same result). resume: go on where a run with the same words was stopped; with whichever engine; else
-    what it left is refused. done: called after each block. For the format gguf, which is written alone, the scheme is a mixture or a type of llama.cpp's, such as Q4_K_M, and
+    what it left is refused. tokenizer: of a model that is loaded already, where it did not come from a folder with one. done: called after each block. For the format gguf, which is written alone, the scheme is a mixture or a type of llama.cpp's, such as Q4_K_M, and
     tells which layers stay as they are; overrides: as for `save_gguf`.
 
     Raises Refused: unknown-format, bad-scheme, scheme-unsupported, bad-argument, output-exists, cannot-write, unknown-architecture, missing-package, engine-failed, and all that reading and
     converting give.
     """
     cache = calibrated_scheme(kv_cache)
-    source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     formats, out = [format] if isinstance(format, str) else list(format), Path(out)
-    if calibration is None:
-        if cache is not None:
-            raise Refused(Refusal("bad-argument", "usage", "kv_cache", "scales of a kv cache are found by calibration",
-                                  fix="Give a text to calibrate with, or leave it out."))  # fmt: skip
-        made = source.quantized(f"{algorithm}:{scheme}" if algorithm else scheme, ignore)
-        return Quantized(_written(made, formats, out, resume=False), {})
-    running = engine_of(engine)
-    source, asked = _asked(source, scheme, algorithm, ignore, formats, out, cache, overrides or {})
-    schemes = mixable(source, asked, formats) if target_bpw is not None else ()
-    if not (resume and len(formats) > 1) and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise taken(out)
-    text = calibration if isinstance(calibration, str) else "\n\n".join(calibration)
-    windows = windows_of(source, text, samples, seqlen)
-    request = _request(source, asked, windows, iterations, target_bpw)
-    with Work(asked.folder, request, resume=resume) as work, running as parts:
-        blocks = Blocks(source)
-        if target_bpw is not None:
-            asked = mixed(source, blocks, asked, windows, schemes, target_bpw, work)
-        _Run(source, blocks, asked, work, Tuning(iterations), parts).blocks_of(windows, done)
-        errors, unseen = asked.errors(), asked.unseen()
-        if isinstance(asked, CalibratedMixture):
-            paths: tuple[Path, ...] = (asked.save(source, out),)
-        else:
-            paths = _written(source.overlaid(asked), formats, out, resume=resume)
-        work.remove()
-    return Quantized(paths, errors, unseen)
+    with opened(model, tokenizer, out, again=resume) as source:
+        if calibration is None:
+            if cache is not None:
+                raise Refused(Refusal("bad-argument", "usage", "kv_cache", "scales of a kv cache are found by calibration",
+                                      fix="Give a text to calibrate with, or leave it out."))  # fmt: skip
+            made = source.quantized(f"{algorithm}:{scheme}" if algorithm else scheme, ignore)
+            return Quantized(_written(made, formats, out, resume=False), {})
+        running = engine_of(engine)
+        source, asked = _asked(source, scheme, algorithm, ignore, formats, out, cache, overrides or {})
+        schemes = mixable(source, asked, formats) if target_bpw is not None else ()
+        if not (resume and len(formats) > 1) and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise taken(out)
+        text = calibration if isinstance(calibration, str) else "\n\n".join(calibration)
+        windows = windows_of(source, text, samples, seqlen)
+        request = _request(source, asked, windows, iterations, target_bpw)
+        with Work(asked.folder, request, resume=resume) as work, running as parts:
+            blocks = Blocks(source)
+            if target_bpw is not None:
+                asked = mixed(source, blocks, asked, windows, schemes, target_bpw, work)
+            _Run(source, blocks, asked, work, Tuning(iterations), parts).blocks_of(windows, done)
+            errors, unseen = asked.errors(), asked.unseen()
+            if isinstance(asked, CalibratedMixture):
+                paths: tuple[Path, ...] = (asked.save(source, out),)
+            else:
+                paths = _written(source.overlaid(asked), formats, out, resume=resume)
+            work.remove()
+        return Quantized(paths, errors, unseen)
 
 
 def _asked(
