@@ -140,7 +140,7 @@ def test_floats_make_up_for_errors_too(words: str) -> None:
 def test_a_matrix_and_its_factor_in_the_room_of_one(size: int) -> None:
     """Beside torch's own algebra, for parts that lie across those that it is made of."""
     torch.manual_seed(size)
-    rows, order = torch.randn(2 * size, size, dtype=torch.float64), torch.randperm(size)
+    rows = torch.randn(2 * size, size, dtype=torch.float64)
     held = Symmetric.zeros(size)
     held.add(rows.float())
     held.add(rows[:3].float(), 2.5)
@@ -153,20 +153,23 @@ def test_a_matrix_and_its_factor_in_the_room_of_one(size: int) -> None:
     assert held.squares() == pytest.approx(float(gram.square().sum()), rel=1e-5)
     factors = torch.rand(size) + 0.5
     close(held.divided(factors).whole(), gram / factors / factors[:, None])
-    matrix = Factored(held, order)
+    before, order = held.whole(), torch.randperm(size)
     gram = gram[order[:, None], order] + DAMPING * gram.diagonal().mean() * torch.eye(size)
     upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
-    into = torch.ones(size, 3)
-    for start in range(0, size, 90):
-        part = slice(start, min(start + 90, size))
-        close(matrix.within(part), gram[part, part])
-        close(matrix.corner(part), upper[part, part])
-        close(matrix.above(part), upper[: part.start, part])
-        before = into.clone()
-        matrix.add_product(into, part, x[:3, part].T, -2.0)
-        close(into, before - 2 * gram[:, part].float() @ x[:3, part].T)
-    whole = slice(min(size - 1, 50), size)
-    close(matrix.inside(whole, x[:, whole].T), gram[whole, whole].float() @ x[:, whole].T)
+    into, wanted = torch.ones(size, 3), torch.ones(size, 3)
+    with Factored(held, order) as matrix:
+        assert not held.panels
+        for start in range(0, size, 90):
+            part = slice(start, min(start + 90, size))
+            close(matrix.within(part), gram[part, part])
+            close(matrix.corner(part), upper[part, part])
+            close(matrix.above(part), upper[: part.start, part])
+            matrix.add_product(into, part, x[:3, part].T, -2.0)
+            wanted -= 2 * gram[:, part].float() @ x[:3, part].T
+            close(into, wanted)
+        whole = slice(min(size - 1, 50), size)
+        close(matrix.inside(whole, x[:, whole].T), gram[whole, whole].float() @ x[:, whole].T)
+    torch.testing.assert_close(held.whole(), before, rtol=1e-6, atol=1e-6 * size)
 
 
 def test_a_matrix_without_a_factor_gets_one() -> None:
@@ -174,8 +177,9 @@ def test_a_matrix_without_a_factor_gets_one() -> None:
     held = Symmetric.zeros(300)
     held.panels[0][:2, :2] = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
     held.panels[0][5, 299] = 0.25
-    matrix = Factored(held, torch.arange(300))
-    whole = slice(0, 300)
-    gram, upper = matrix.within(whole), matrix.corner(whole)
+    before, whole = held.whole(), slice(0, 300)
+    with Factored(held, torch.arange(300)) as matrix:
+        gram, upper = matrix.within(whole), matrix.corner(whole)
+    assert torch.equal(held.whole(), before)
     assert gram[0, 1] == 3 and gram[5, 299] == 0.25 and 3 < gram[0, 0] < 7
     torch.testing.assert_close(upper @ upper.T, gram, rtol=1e-4, atol=1e-4)

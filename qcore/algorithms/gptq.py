@@ -35,23 +35,22 @@ def gptq(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTensor:
     size = columns_of_a_scale(granularity, weight.shape[1])
     order, groups = _order(seen.sums.diagonal(), size, whole=scheme.weight.ordered)
     grid = grid_of(scheme.weight, weight)
-    matrix = Factored(seen.sums, order)  # in which what was never seen is rounded to nearest
     rows = max(1, _AT_ONCE // weight.shape[1]) if grid.scales.together == 1 else len(weight)
     units, fits = torch.empty_like(weight), []
-    for start in range(0, len(weight), rows):
-        solver = _Solver(weight[start : start + rows, order].T.contiguous(), matrix, grid, groups)
-        solver.solve()
-        units[start : start + rows, order] = solver.units.T
-        fits.append(solver.fits)
+    with Factored(seen.sums, order) as matrix:  # in which what was never seen is rounded to nearest
+        for start in range(0, len(weight), rows):
+            own, found = _solved(weight[start : start + rows, order].T.contiguous(), matrix, grid, groups)
+            units[start : start + rows, order] = own.T
+            fits.append(found)
     scale, zero = (
-        torch.cat([torch.cat([getattr(now, part) for now in own]) for own in fits], 1) for part in ("scale", "zero")
+        torch.cat([torch.cat([getattr(now, part) for now in found]) for found in fits], 1) for part in ("scale", "zero")
     )
     index = None
     if scheme.weight.ordered:
         index = (order.argsort() // size).to(torch.int32)
     elif isinstance(granularity, Group):  # groups were taken in another order
-        own = torch.stack([order[group][0] for group in groups]).argsort()
-        scale, zero = scale[own], zero[own]
+        stored = torch.stack([order[group][0] for group in groups]).argsort()
+        scale, zero = scale[stored], zero[stored]
     return quantized_tensor(scheme, grid, units, scale.T.contiguous(), zero.T.contiguous(), index)  # fmt: skip
 
 
@@ -68,6 +67,16 @@ def _order(diagonal: torch.Tensor, size: int, *, whole: bool) -> tuple[torch.Ten
     return torch.cat(parts), [slice(start, stop) for start, stop in pairwise(ends)]
 
 
+def _solved(weight: torch.Tensor, matrix: Factored, grid: Grid, groups: list[slice]) -> tuple[torch.Tensor, list[Fit]]:
+    """Units [K, N] and the fits of groups, as `_Solver` has them."""
+    solver = _Solver(weight, matrix, grid, groups)
+    solver.first()
+    for _ in range(_PASSES):
+        if not solver.again():
+            break
+    return solver.units, solver.fits
+
+
 class _Solver:
     """weight: [K, N] in the order that columns are taken in, which is used up. matrix: [K, K] alike, of the inputs' sums. groups: in that order too.
 
@@ -78,12 +87,6 @@ class _Solver:
         self.matrix, self.grid, self.groups = matrix, grid, groups
         self.units, self.apart = torch.empty_like(weight), weight
         self.fits: list[Fit] = []
-
-    def solve(self) -> None:
-        self.first()
-        for _ in range(_PASSES):
-            if not self.again():
-                break
 
     def first(self) -> None:
         """Each column rounded to nearest, for what makes up for the errors of those before it. With the matrix as U U^T, U upper triangular, the squared error is

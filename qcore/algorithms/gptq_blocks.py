@@ -43,17 +43,17 @@ def gptq_blocks(weight: torch.Tensor, scheme: Scheme, seen: Seen) -> QuantizedTe
     if form is not None:
         places = [own[diagonal[own].argsort(descending=True, stable=True)] for own in places]
     order = torch.cat(places)
-    matrix = Factored(seen.sums, order)
     spans = [slice(*ends) for ends in pairwise(range(0, len(order) + 1, size))]
     stored = sorted(range(len(places)), key=lambda number: int(places[number].amin()))
     packed = []
-    for rows in weight.to(torch.float32).split(max(1, _AT_ONCE // len(order))):
-        blocks: list[_Coded] = [_Scaled(form, own % size) if form is not None else _Encoded(kind) for own in places]
-        values = rows[:, order].T.contiguous()
-        _first(blocks, spans, values, matrix)
-        for _ in range(_PASSES if form is not None else _OF_ENCODED):
-            _again(blocks, spans, values, matrix)
-        packed.append(torch.cat([blocks[number].packed() for number in stored], 1))
+    with Factored(seen.sums, order) as matrix:
+        for rows in weight.to(torch.float32).split(max(1, _AT_ONCE // len(order))):
+            blocks: list[_Coded] = [_Scaled(form, own % size) if form is not None else _Encoded(kind) for own in places]
+            values = rows[:, order].T.contiguous()
+            _first(blocks, spans, values, matrix)
+            for _ in range(_PASSES if form is not None else _OF_ENCODED):
+                _again(blocks, spans, values, matrix)
+            packed.append(torch.cat([blocks[number].packed() for number in stored], 1))
     return QuantizedTensor(scheme, tuple(weight.shape), torch.cat(packed))
 
 

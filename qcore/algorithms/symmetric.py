@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import TracebackType
 
 import torch
 
@@ -27,11 +28,17 @@ class Symmetric:
         return cls([torch.zeros(min(_STEP, size - start), size - start) for start in range(0, size, _STEP)])
 
     @classmethod
+    def of(cls, whole: torch.Tensor) -> Symmetric:
+        """float32 [K, K]; what is below the diagonal is not looked at, but in its panel."""
+        size = len(whole)
+        return cls([whole[start : start + _STEP, start:].clone() for start in range(0, size, _STEP)])
+
+    @classmethod
     def identity(cls, size: int) -> Symmetric:
         return cls.zeros(size).plus(1.0)
 
     def __len__(self) -> int:
-        return self.panels[0].shape[1]
+        return self.panels[0].shape[1] if self.panels else 0
 
     def placed(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Panels, and the rows that they are."""
@@ -90,19 +97,19 @@ class Symmetric:
 
 
 class Factored:
-    """G [K, K], positive definite, and the upper triangular U of G = U U^T, in the room of one: G below the diagonal, U from it on. diagonal: G's.
+    """G [K, K], positive definite, and the upper triangular U of G = U U^T, in the room of one: G below the diagonal, U from it on. diagonal: G's. The matrix that it is made of
+    has no room from `with` to its end.
 
     Where rounding leaves G without a factor, more is added to its diagonal; columns of zeros stand alone in it.
     """
 
     def __init__(self, matrix: Symmetric, order: torch.Tensor) -> None:
         """order: [K], of the matrix's columns. Raises ValueError where it is not finite."""
-        self._both = matrix.whole()
-        for rows in self._both.split(_STEP):
-            rows.copy_(rows[:, order])
-        for columns in self._both.split(_STEP, 1):
-            columns.copy_(columns[order])
-        self.diagonal = self._both.diagonal().clone()
+        self._matrix, self._order = matrix, order
+        self._both, self._own = matrix.whole(), matrix.diagonal()[order]
+        matrix.panels.clear()
+        _reorder(self._both, order)
+        self.diagonal = self._own.clone()
         mean, more = float(self.diagonal.mean()), DAMPING
         self.diagonal += mean * more + (self.diagonal == 0)
         while not self._factored():
@@ -110,6 +117,18 @@ class Factored:
                 raise ValueError("what the layer sees is not finite")
             self.diagonal += mean * more
             more *= 2
+
+    def __enter__(self) -> Factored:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.diagonal = self._own
+        self._mirror()
+        _reorder(self._both, self._order.argsort())
+        self._matrix.panels += Symmetric.of(self._both).panels
+        del self._both
 
     def corner(self, part: slice) -> torch.Tensor:
         """U[part, part]."""
@@ -142,12 +161,17 @@ class Factored:
         into[part].addmm_(self.within(part), x, alpha=times)
         into[part.stop :].addmm_(self._both[part.stop :, part], x, alpha=times)
 
+    def _mirror(self) -> None:
+        """Above the diagonal, and on it, is what is below, and `diagonal`."""
+        both = self._both
+        for block in blocks_of(slice(0, len(both))):
+            both[block, block] = self.within(block)
+            both[block, block.stop :] = both[block.stop :, block].T
+
     def _factored(self) -> bool:
         """From the last columns on."""
         both = self._both
-        for block in blocks_of(slice(0, len(both))):  # as G is, where it is tried again
-            both[block, block] = self.within(block)
-            both[block, block.stop :] = both[block.stop :, block].T
+        self._mirror()
         for block in reversed(blocks_of(slice(0, len(both)))):
             left = torch.addmm(both[: block.stop, block], both[: block.stop, block.stop :], both[block, block.stop :].T, alpha=-1)  # fmt: skip
             lower, failed = torch.linalg.cholesky_ex(left[block.start :].flip(0, 1))
@@ -157,6 +181,14 @@ class Factored:
             both[: block.start, block] = torch.linalg.solve_triangular(corner.T, left[: block.start], upper=False, left=False)  # fmt: skip
             both[block, block].tril_(-1).add_(corner)
         return True
+
+
+def _reorder(whole: torch.Tensor, order: torch.Tensor) -> None:
+    """Rows and columns of [K, K], in place."""
+    for rows in whole.split(_STEP):
+        rows.copy_(rows[:, order])
+    for columns in whole.split(_STEP, 1):
+        columns.copy_(columns[order])
 
 
 def blocks_of(group: slice) -> list[slice]:

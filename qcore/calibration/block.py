@@ -140,12 +140,22 @@ class Block:
         """Takes what was seen of a layer out of `seen` once the layer is done."""
         together = self._together(layers, seen)
         groups = (
-            OneInput([layers[module].weight.data for module in modules], self.schemes[modules[0]], seen[modules[0]])
+            self._as_one([layers[module] for module in modules], self.schemes[modules[0]], seen[modules[0]])
             for modules in together
         )
         made = self.engine.map(packed, groups, self.quantize)
         for module in chain.from_iterable(together):
             self._keep(module, next(made), seen.pop(module))
+
+    def _as_one(self, layers: list[torch.nn.Linear], scheme: Scheme, seen: Seen) -> OneInput:
+        """Several have parts of one weight from now on."""
+        rows = [layer.out_features for layer in layers]
+        if len(layers) == 1:
+            return OneInput(layers[0].weight.data, rows, scheme, seen)
+        whole = torch.cat([layer.weight.data for layer in layers])
+        for layer, own in zip(layers, whole.split(rows), strict=True):
+            layer.weight.data = own
+        return OneInput(whole, rows, scheme, seen)
 
     def _keep(self, module: str, packed: Packed, seen: Seen) -> None:
         layer, weight = self.layers[module], packed.weight
@@ -154,8 +164,10 @@ class Block:
         if self.tuned:
             self._roundings[module] = Rounding(layer.weight.data, weight, seen.steadied())
             self._before[module] = (layer.weight.data, seen)
+            layer.weight.data = packed.dense
+        else:
+            layer.weight.data.copy_(packed.dense)  # in the room of what is no more needed
         self._packed[module], self._tops[module] = weight, seen.largest.amax()
-        layer.weight.data = packed.dense
 
     def _scale(self, layers: Mapping[str, torch.nn.Linear], seen: dict[str, Seen], folding: Folding) -> None:
         """Columns of layers, by what the algorithms find, where that can be folded into what is before; `seen` is of the new columns then."""

@@ -27,9 +27,10 @@ WINDOWS = 8
 
 @dataclass(frozen=True)
 class OneInput:
-    """Layers that are quantized as one. weights: float32 [N, K] of each. seen: their one input."""
+    """Layers that are quantized as one. weight: float32 [N, K], of all. rows: of each. seen: their one input."""
 
-    weights: list[torch.Tensor]
+    weight: torch.Tensor
+    rows: list[int]
     scheme: Scheme
     seen: Seen
 
@@ -73,11 +74,9 @@ def watched(block: tuple[Run, Layers, Layers], states: Iterable[torch.Tensor]) -
 def packed(quantize: QuantizeSeen, group: OneInput) -> Iterator[Packed]:
     """The layers of a group, in their order."""
     give_back()  # what the group before this one took
-    whole = quantize(
-        torch.cat(group.weights) if len(group.weights) > 1 else group.weights[0], group.scheme, group.seen.steadied()
-    )
+    whole = quantize(group.weight, group.scheme, group.seen.steadied())
     start = 0
-    for weight in group.weights:
-        dense = whole.rows(start, start + len(weight)).dequantize()
+    for count, weight in zip(group.rows, group.weight.split(group.rows), strict=True):
+        dense = whole.rows(start, start + count).dequantize()
         yield Packed(whole, start, dense, group.seen.error(weight, dense) if group.seen.rows else None)
-        start += len(weight)
+        start += count

@@ -37,7 +37,7 @@ from qcore.checkpoint.writer import taken, writing
 from qcore.convert import check_written, convert, writer_of
 from qcore.elements import Float, Int, PerTensor
 from qcore.method import quantizable
-from qcore.model.memory import give_back
+from qcore.model.memory import give_back, released_buffers
 from qcore.refusal import Refusal, Refused
 from qcore.tensor import TORCH_FLOATS
 
@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qcore.scheme import Scheme, TensorScheme
+
+
+_LARGE = 4 << 20
+"""Bytes of a buffer that is not kept for another: a layer's come in many sizes, and would leave holes."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def quantize(
     """
     cache = calibrated_scheme(kv_cache)
     formats, out = [format] if isinstance(format, str) else list(format), Path(out)
-    with opened(model, tokenizer, out, again=resume) as source:
+    with released_buffers(_LARGE), opened(model, tokenizer, out, again=resume) as source:
         if calibration is None:
             if cache is not None:
                 raise Refused(Refusal("bad-argument", "usage", "kv_cache", "scales of a kv cache are found by calibration",

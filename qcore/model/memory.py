@@ -10,8 +10,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @contextmanager
-def released_buffers() -> Iterator[None]:
-    """Within it, buffers of 128 KiB and more go back to the system as soon as they are freed.
+def released_buffers(size: int = 128 << 10) -> Iterator[None]:
+    """Within it, buffers of so many bytes and more go back to the system as soon as they are freed.
 
     glibc raises its threshold for such buffers as it meets larger ones, up to 32 MiB, and then keeps the heap that
     they left full of holes: loading 415 MiB of int4 weights peaked at 642 MiB instead of 446. Afterwards the threshold
@@ -24,7 +24,7 @@ def released_buffers() -> Iterator[None]:
     except (OSError, AttributeError):
         yield
         return
-    adjust(_M_MMAP_THRESHOLD, 128 << 10)
+    adjust(_M_MMAP_THRESHOLD, size)
     try:
         yield
     finally:
