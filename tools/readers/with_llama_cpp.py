@@ -31,7 +31,7 @@ CASES = (
 )  # fmt: skip
 RUNS = (
     ("gptq:Q4_K_M", "gguf"), ("imatrix:Q4_K_M", "gguf"), ("gptq:IQ2_XS", "gguf"), ("imatrix:IQ3_S", "gguf"),
-    ("hadamard+gptq:Q4_K_M", "gguf"), ("awq+gptq:Q5_K_M", "gguf"), ("gptq:IQ4_XS", "gguf"), ("gptq:MXFP4", "gguf"), ("gptq:Q8_0", "gguf"),
+    ("hadamard+gptq:Q4_K_M", "gguf"), ("gptq:Q5_K_S", "gguf"), ("gptq:IQ4_XS", "gguf"), ("gptq:MXFP4", "gguf"), ("gptq:Q8_0", "gguf"),
 )  # fmt: skip
 LOGITS = 1e-4
 """It rounds the inputs of matrices to 8 bits, and what attention keeps to float16."""

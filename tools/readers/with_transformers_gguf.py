@@ -28,7 +28,7 @@ CASES = (
 
 RUNS = (
     ("gptq:Q4_K_M", "gguf"), ("imatrix:Q4_K_M", "gguf"), ("gptq:IQ2_XS", "gguf"), ("imatrix:IQ3_S", "gguf"),
-    ("hadamard+gptq:Q4_K_M", "gguf"), ("awq+gptq:Q5_K_M", "gguf"),
+    ("hadamard+gptq:Q4_K_M", "gguf"), ("gptq:Q5_K_S", "gguf"),
 )  # fmt: skip
 LOGITS = 1e-8
 """float32 in another order."""
