@@ -44,6 +44,7 @@ RUNS = (
     ("smoothquant+gptq:W8A8-int8-dyn", "compressed-tensors"), ("gptq:FP8", "compressed-tensors"),
     ("gptq:FP8_DYNAMIC", "compressed-tensors"), ("gptq:NVFP4A16", "compressed-tensors"),
     ("gptq:W4A16-g64-sym target_bpw=4.6", "compressed-tensors"), ("gptq:FP8 kv_cache=fp8", "compressed-tensors"),
+    ("gptq:NVFP4", "compressed-tensors"), ("gptq:W8A8-int8-static", "compressed-tensors"),
 )  # fmt: skip
 LOGITS = 1e-8
 """float32 in another order."""
