@@ -205,6 +205,14 @@ def test_an_algorithm_without_calibration_takes_input_scales_from_it(tmp_path: P
     assert divergence(path) < 0.01
 
 
+def test_scales_of_run_time_are_not_stored(tmp_path: Path) -> None:
+    """Not one scale for a whole input either, though it is shaped as a stored one is."""
+    scheme = "W8A8-fp8-tensor/fp8-tensor-dyn"
+    path = quantize(BASE, scheme, "rtn", READ, out=tmp_path / "out", format="fp8:tensor", samples=2, seqlen=64).paths[0]
+    layer = qcore.open_checkpoint(path).layer("model.layers.1.mlp.up_proj")
+    assert layer.input_scale is None and str(layer.weight.scheme) == scheme
+
+
 def test_the_output_layer_is_quantized_where_nothing_keeps_it(tmp_path: Path) -> None:
     path = made(tmp_path / "out", ignore=())
     assert qcore.open_checkpoint(path).plan["lm_head"] is not None

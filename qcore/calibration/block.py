@@ -207,9 +207,11 @@ class Block:
 
 
 def _input_scale(scheme: Scheme, largest: float) -> torch.Tensor | None:
-    """Where a scheme has inputs under one stored scale, or such a scale above others, as NVFP4."""
+    """Where a scheme has inputs under one stored scale, or such a scale above others, as NVFP4; a single one of run time is not stored."""
     given = scheme.input
     if given is None or not isinstance(given.scales[-1].granularity, PerTensor):
+        return None
+    if given.dynamic and len(given.scales) == 1:
         return None
     return input_scale(given, largest)
 

@@ -1,4 +1,4 @@
-"""Reads an AutoRound checkpoint with AutoRound: python tools/readers/with_auto_round.py CHECKPOINT OUT.safetensors
+"""Reads an AutoRound checkpoint with AutoRound: python tools/readers/with_auto_round.py CHECKPOINT OUT.safetensors [TOKENS.safetensors]
 
 Which layers are quantized, and how, is what its loader says; integers are dequantized by its
 own layers (their forward on an identity matrix) or its dequantize_gemm, floats by the layers that transformers loads with it.
@@ -26,12 +26,21 @@ CASES = (
 )
 
 
-def main(checkpoint: Path, out: Path) -> None:
+RUNS = (
+    ("auto_round:W2A16-g32-sym", "auto-round"), ("auto_round:W4A16-g64-asym", "auto-round"),
+    ("auto_round:W3A16-g64-sym", "auto-round:auto_round:auto_gptq"), ("gptq:W8A16-g64-sym", "auto-round"), ("hadamard+gptq:W4A16-g64-sym", "auto-round"),
+    ("auto_round:W4A16-g64-sym target_bpw=4.6", "auto-round"), ("auto_round:W4A16-g64-asym target_bpw=4.6", "auto-round"), ("gptq:FP8", "auto-round:fp"),
+)  # fmt: skip
+LOGITS = 1e-4
+"""It forces integers' models to float16 (3e-7), and keeps the scales of fp8 layers in bfloat16 (6e-5)."""
+
+
+def main(checkpoint: Path, out: Path, tokens: Path | None = None) -> None:
     import torch
     from auto_round.inference.convert_model import get_layer_config
     from auto_round.utils import check_to_quantized
     from safetensors import safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoRoundConfig
 
     config = AutoConfig.from_pretrained(checkpoint)
@@ -61,6 +70,8 @@ def main(checkpoint: Path, out: Path) -> None:
                 rows, columns = modules[name].weight.shape
                 weight = _integer_weight(parts, own, quantization.packing_format, rows, columns)
             weights[f"{name}.weight"] = weight.detach().to(torch.float32).contiguous()
+    if tokens is not None:
+        weights["logits"] = logits(checkpoint, load_file(tokens)["tokens"])
     save_file(weights, out, metadata={"tool": f"auto-round {version('auto-round')}"})
 
 
@@ -103,5 +114,15 @@ def _float_weight(layer: Any, parts: dict[str, Any]) -> Any:
     return layer.dequant_weight_online()
 
 
+def logits(checkpoint: Path, tokens: Any) -> Any:
+    """[windows, tokens, vocabulary] float32, of the model as transformers loads it with AutoRound's layers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        return model(tokens).logits.float().contiguous()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

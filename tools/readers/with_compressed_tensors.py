@@ -1,6 +1,6 @@
 """Reads a compressed-tensors checkpoint with the library itself: its config, its matching of layers, its decompression.
 
-python tools/readers/with_compressed_tensors.py CHECKPOINT OUT.safetensors
+python tools/readers/with_compressed_tensors.py CHECKPOINT OUT.safetensors [TOKENS.safetensors]
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import compressed_tensors
 import torch
+import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.utils.match import is_match, match_targets
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 REQUIRES = "compressed-tensors==0.20.0 transformers==5.23.0 torch==2.13.0"
 CASES = (
@@ -37,8 +38,20 @@ CASES = (
 )  # fmt: skip
 
 
-def main(folder: Path, out: Path) -> None:
-    """Every module with scales, under the scheme that the library finds for it."""
+RUNS = (
+    ("gptq:W4A16-g128-sym", "compressed-tensors"), ("awq:W4A16-g64-asym", "compressed-tensors"),
+    ("auto_round:W2A16-g32-sym", "compressed-tensors"), ("hadamard+gptq:W4A16-g64-sym", "compressed-tensors"),
+    ("smoothquant+gptq:W8A8-int8-dyn", "compressed-tensors"), ("gptq:FP8", "compressed-tensors"),
+    ("gptq:FP8_DYNAMIC", "compressed-tensors"), ("gptq:NVFP4A16", "compressed-tensors"),
+    ("gptq:W4A16-g64-sym target_bpw=4.6", "compressed-tensors"), ("gptq:FP8 kv_cache=fp8", "compressed-tensors"),
+    ("gptq:NVFP4", "compressed-tensors"), ("gptq:W8A8-int8-static", "compressed-tensors"),
+)  # fmt: skip
+LOGITS = 1e-8
+"""float32 in another order."""
+
+
+def main(folder: Path, out: Path, tokens: Path | None = None) -> None:
+    """Every module with scales, under the scheme that the library finds for it; and logits, of the model as transformers loads it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     quantization = QuantizationConfig.model_validate(config["quantization_config"])
     schemes = {target: group for group in quantization.config_groups.values() for target in group.targets}
@@ -54,7 +67,23 @@ def main(folder: Path, out: Path) -> None:
         parts = {key[len(name) + 1 :]: value for key, value in tensors.items() if key.rpartition(".")[0] == name}
         scheme = schemes[match_targets(name, kind, schemes)[0]]
         weights[f"{name}.weight"] = decompressed(parts, scheme, quantization.format)
+    if tokens is not None:
+        weights["logits"] = logits(folder, quantization, load_file(tokens)["tokens"])
     save_file(weights, out, {"tool": f"compressed-tensors {compressed_tensors.__version__}"})
+
+
+def logits(folder: Path, quantization: QuantizationConfig, tokens: torch.Tensor) -> torch.Tensor:
+    """[windows, tokens, vocabulary] float32.
+
+    transformers 5.23 makes no room for packed zero points (LLM Compressor's own checkpoints fail too), and the library gives nvfp4 in bfloat16, unless asked to dequantize at once.
+    """
+    at_once = quantization.format == "nvfp4-pack-quantized" or any(
+        not group.weights.symmetric for group in quantization.config_groups.values()
+    )
+    options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if at_once else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    with torch.no_grad():
+        return model(tokens).logits.contiguous()
 
 
 def decompressed(parts: dict[str, torch.Tensor], scheme: QuantizationScheme, format: str) -> torch.Tensor:
@@ -73,4 +102,4 @@ def decompressed(parts: dict[str, torch.Tensor], scheme: QuantizationScheme, for
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

@@ -1,6 +1,6 @@
 """Reads a GGUF file with llama.cpp: ggml's own reader and C dequantization, after the model itself was loaded and run.
 
-python tools/readers/with_llama_cpp.py MODEL.gguf OUT.safetensors
+python tools/readers/with_llama_cpp.py MODEL.gguf OUT.safetensors [TOKENS.safetensors]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 REQUIRES = "llama-cpp-python==0.3.36 safetensors numpy"
 CASES = (
@@ -29,6 +29,12 @@ CASES = (
     ("qwen2_moe", "gguf:q8_0"), ("qwen2_moe", "gguf:q3_k_m"), ("qwen3_moe", "gguf:q5_1"), ("qwen3_moe", "gguf:iq4_xs"),
     ("gpt_oss", "gguf:q6_k"), ("gpt_oss", "gguf:mxfp4_moe"),
 )  # fmt: skip
+RUNS = (
+    ("gptq:Q4_K_M", "gguf"), ("imatrix:Q4_K_M", "gguf"), ("gptq:IQ2_XS", "gguf"), ("imatrix:IQ3_S", "gguf"),
+    ("hadamard+gptq:Q4_K_M", "gguf"), ("gptq:Q5_K_S", "gguf"), ("gptq:IQ4_XS", "gguf"), ("gptq:MXFP4", "gguf"), ("gptq:Q8_0", "gguf"),
+)  # fmt: skip
+LOGITS = 1e-4
+"""It rounds the inputs of matrices to 8 bits, and what attention keeps to float16."""
 PARTS = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
@@ -102,13 +108,23 @@ def matrices(file: Path) -> Iterator[tuple[str, np.ndarray]]:
         at = ggml.ggml_get_next_tensor(context, at)
 
 
-def main(file: Path, out: Path) -> None:
+def logits(model: llama_cpp.Llama, tokens: np.ndarray) -> np.ndarray:
+    """[windows, tokens, vocabulary] float32."""
+    found = []
+    for window in tokens:
+        model.reset()
+        model.eval(window.tolist())
+        found.append(model.scores[: len(window)].copy())
+    return np.stack(found)
+
+
+def main(file: Path, out: Path, tokens: Path | None = None) -> None:
     """Runs the model once, then saves its matrices under transformers' names."""
     model = llama_cpp.Llama(str(file), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
     for token in (1, 5, 9):  # one at a time
         model.eval([token])
     assert np.isfinite(model.scores[:3]).all(), "llama.cpp's logits are not finite"
-    weights = {}
+    weights = {} if tokens is None else {"logits": logits(model, load_file(tokens)["tokens"])}
     for name, matrix in matrices(file):
         outer = {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
         if name in outer:
@@ -125,4 +141,4 @@ def main(file: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

@@ -1,6 +1,6 @@
 """Reads an fp8 or mxfp4 checkpoint with transformers, which dequantizes both on a CPU.
 
-python tools/readers/with_transformers.py CHECKPOINT OUT.safetensors
+python tools/readers/with_transformers.py CHECKPOINT OUT.safetensors [TOKENS.safetensors]
 
 Stacked experts are written [E, out, in]. FBGEMM's fp8 is loaded on GPUs only, and is not read back.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 REQUIRES = "transformers==5.23.0 accelerate torch==2.13.0"
 CASES = (
@@ -26,8 +26,19 @@ CASES = (
 )
 
 
-def main(checkpoint: Path, out: Path) -> None:
-    """Every weight that has scales in the files."""
+RUNS = (
+    ("gptq:W8A8-fp8-g128/fp8-g128-dyn", "fp8:block"),
+    ("gptq:FP8", "fp8:tensor"),
+    ("gptq:W8A8-fp8-tensor/fp8-tensor-dyn", "fp8:tensor"),
+)
+LOGITS = 1e-8
+"""float32 in another order."""
+PLAIN = True
+"""On a CPU it multiplies by dequantized weights."""
+
+
+def main(checkpoint: Path, out: Path, tokens: Path | None = None) -> None:
+    """Every weight that has scales in the files; and logits."""
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, device_map="cpu")
     loaded = {name: value.detach().float() for name, value in model.named_parameters()}
     weights = {}
@@ -40,9 +51,12 @@ def main(checkpoint: Path, out: Path) -> None:
                 elif name.endswith("_blocks"):
                     stack = name.removesuffix("_blocks")
                     weights[f"{stack}.weight"] = loaded[stack].transpose(1, 2)
+    if tokens is not None:
+        with torch.no_grad():
+            weights["logits"] = model.float()(load_file(tokens)["tokens"]).logits
     tool = f"transformers {transformers.__version__}"
     save_file({name: weight.contiguous() for name, weight in weights.items()}, out, {"tool": tool})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))
