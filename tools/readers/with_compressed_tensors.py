@@ -83,7 +83,8 @@ def logits(folder: Path, quantization: QuantizationConfig, tokens: torch.Tensor)
     options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if at_once else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     with torch.no_grad():
-        return model(tokens).logits.contiguous()
+        found: torch.Tensor = model(tokens).logits.contiguous()
+    return found
 
 
 def decompressed(parts: dict[str, torch.Tensor], scheme: QuantizationScheme, format: str) -> torch.Tensor:
