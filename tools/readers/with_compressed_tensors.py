@@ -75,14 +75,18 @@ def main(folder: Path, out: Path, tokens: Path | None = None) -> None:
 def logits(folder: Path, quantization: QuantizationConfig, tokens: torch.Tensor) -> torch.Tensor:
     """[windows, tokens, vocabulary] float32.
 
-    transformers 5.23 makes no room for packed zero points (LLM Compressor's own checkpoints fail too), and the library gives nvfp4 in bfloat16, unless asked to dequantize at once.
+    transformers 5.23 makes no room for packed zero points (LLM Compressor's own checkpoints fail too), unless asked to dequantize at once. The library gives nvfp4 in bfloat16 when a
+    model runs first, which holds its products of 2 and 4 bits.
     """
-    at_once = quantization.format == "nvfp4-pack-quantized" or any(
-        not group.weights.symmetric for group in quantization.config_groups.values()
-    )
-    options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if at_once else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    packed_zeros = any(not group.weights.symmetric for group in quantization.config_groups.values())
+    options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if packed_zeros else {}
+    narrow = quantization.format == "nvfp4-pack-quantized"
+    dtype = torch.bfloat16 if narrow else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     with torch.no_grad():
+        if narrow:
+            model(tokens[:1, :1])
+            torch.nn.Module.float(model)  # which transformers refuses of any quantized model
         found: torch.Tensor = model(tokens).logits.contiguous()
     return found
 

