@@ -266,7 +266,7 @@ def measured(row: Row, settings: Settings) -> dict[str, Any]:
         return found
     checkpoint = written_at(out)
     ended = ran(own("eval", checkpoint, "--text", settings.held_out, "--reference", settings.model, "--dtype", "float32",
-                    "--max-tokens", str(settings.tokens), "--context", "512", "--json"), settings.work / "eval.log")  # fmt: skip
+                    "--max-tokens", str(settings.tokens), "--context", "512", "--json"), settings.work / f"{row.file}.eval.log")  # fmt: skip
     if ended.code:
         found |= failure(ended, "qcore eval")
     else:
