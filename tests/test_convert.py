@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from makers import dense_llama, gptq_tensors, write
 from qcore.checkpoint.writer import AtomicFolder, SafetensorsWriter, atomic_file
 from qcore.cli.main import app
 from qcore.convert import convert, writer_of
+from qcore.method import Method
 from qcore.scheme import Scheme
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -71,6 +73,23 @@ def test_integers_go_round_through_gptq_and_compressed_tensors(tmp_path: Path, b
     assert first.plan[DOWN] == third.plan[DOWN]
     version = "gptq_p" if bits in (5, 6, 7) else "gptq_v2" if form == "asym" else "gptq"
     assert second.format_version == version
+
+
+def test_parts_that_do_not_fit_together_are_refused_by_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a tensor that is read as a whole are."""
+    source = qcore.open_checkpoint(GOLDEN / "base")
+
+    def broken(_: Any, files: Any, name: str) -> Iterator[torch.Tensor]:
+        yield files.source.read_rows(name, 0, 1)
+        raise ValueError("no rows are left")
+
+    whole = source.parameter("model.embed_tokens.weight")
+    assert torch.equal(torch.cat(list(source.pieces("model.embed_tokens.weight"))), whole)
+    monkeypatch.setattr(Method, "read_pieces", broken)
+    pieces = source.pieces("model.embed_tokens.weight")
+    assert torch.equal(next(pieces), whole[:1])
+    with pytest.raises(qcore.Refused, match="do not fit together"):
+        next(pieces)
 
 
 def test_awq_takes_integers_in_groups(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from qcore.algorithms.grids import Fit, grid_of, local_step
 from qcore.algorithms.put_together import quantized_tensor, taken_apart
 from qcore.algorithms.seen import Seen
-from qcore.algorithms.symmetric import DAMPING
+from qcore.algorithms.symmetric import damped
 from qcore.tensor import QuantizedTensor
 
 _SCALES = 0.1
@@ -28,7 +28,7 @@ class Rounding:
         self.local = local_step(self.grid, units)
         scale, gram = self.scale[:, self.groups], seen.gram
         diagonal = gram.diagonal()
-        diagonal += DAMPING * diagonal.mean() + (diagonal == 0)
+        diagonal.copy_(damped(diagonal))
         # What each weight would be, were it alone not rounded; where it was rounded to something else, just that.
         made = units * scale
         self.wanted = made + ((weight - made) @ gram).div_(diagonal)

@@ -109,9 +109,8 @@ class Factored:
         self._both, self._own = matrix.whole(), matrix.diagonal()[order]
         matrix.panels.clear()
         _reorder(self._both, order)
-        self.diagonal = self._own.clone()
-        mean, more = float(self.diagonal.mean()), DAMPING
-        self.diagonal += mean * more + (self.diagonal == 0)
+        self.diagonal = damped(self._own)
+        mean, more = float(self._own.mean()), DAMPING
         while not self._factored():
             if more > _MOST_DAMPING:
                 raise ValueError("what the layer sees is not finite")
@@ -189,6 +188,11 @@ def _reorder(whole: torch.Tensor, order: torch.Tensor) -> None:
         rows.copy_(rows[:, order])
     for columns in whole.split(_STEP, 1):
         columns.copy_(columns[order])
+
+
+def damped(diagonal: torch.Tensor) -> torch.Tensor:
+    """[K], the diagonal of a matrix that is to be divided by; columns that were never seen stand alone in it."""
+    return diagonal + DAMPING * diagonal.mean() + (diagonal == 0)
 
 
 def blocks_of(group: slice) -> list[slice]:

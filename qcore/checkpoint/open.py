@@ -165,7 +165,9 @@ class Checkpoint:
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The same, some rows of it at a time: 4 MiB, or a single row."""
         changed = None if self._in_flight is None else self._in_flight.parameter(name)
-        return self._method.read_pieces(self.files, name) if changed is None else iter([changed])
+        found = self._method.read_pieces(self.files, name) if changed is None else iter([changed])
+        while (piece := self._decoded(name, lambda: next(found, None))) is not None:
+            yield piece
 
     def dequantize(self, module: str) -> torch.Tensor:
         """float32 [out_features, in_features], exactly what the format defines; plain weights are widened."""
