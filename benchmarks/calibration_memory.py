@@ -7,25 +7,21 @@ MLP hold at once: for each token, the hidden states four times, queries, keys an
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from quality import ran
+
 ROOT = Path(__file__).parent.parent
 
 
-def peak_mib(command: list[str | Path]) -> float:
+def peak_mib(command: list[str | Path], log: Path) -> float:
     """Of a process that succeeds."""
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    said = process.stderr.read().decode()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(said)
-    return used.ru_maxrss / 1024
+    ended = ran(command, log)
+    if ended.code:
+        raise SystemExit(ended.complained)
+    return ended.peak_mib
 
 
 def main() -> None:
@@ -53,12 +49,13 @@ def main() -> None:
     for layers in (8, 16, 32):
         with tempfile.TemporaryDirectory() as folder:
             model, out = Path(folder) / "model", Path(folder) / "out"
-            made = [sys.executable, ROOT / "tools" / "make_model.py", model, "--tokenizer", given.tokenizer, "--layers", layers,
+            made = [sys.executable, ROOT / "tools" / "make_model.py", model, "--tokenizer", given.tokenizer.resolve(), "--layers", layers,
                     "--hidden", hidden, "--inner", inner, "--heads", given.heads, "--kv-heads", given.kv_heads]  # fmt: skip
-            peak_mib(made)
-            run = [sys.executable, "-m", "qcore", "quantize", model, "--scheme", given.scheme, "--algorithm", given.algorithm, "--calibration", given.text,
+            log = Path(folder) / "log"
+            peak_mib(made, log)
+            run = [sys.executable, "-m", "qcore", "quantize", model, "--scheme", given.scheme, "--algorithm", given.algorithm, "--calibration", given.text.resolve(),
                    "--samples", given.samples, "--seqlen", given.seqlen, "--out", out]  # fmt: skip
-            print(f"| {layers} | {peak_mib(run):,.0f} | {bound:,.0f} |", flush=True)
+            print(f"| {layers} | {peak_mib(run, log):,.0f} | {bound:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":
